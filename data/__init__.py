@@ -1,0 +1,90 @@
+"""Text in, examples out: `load` takes a recipe's name or a file and gives a list of `Example`.
+
+Every stage trains on or scores the same thing, a prompt with k completions:
+
+    view         completions                            who asks
+    sft          the right answer                       sft.py
+    preference   chosen, rejected                       precompute_ref.py, dpo.py
+    mcq          the options, after recipe A's question eval_mcq.py --mode generate
+    loglik       the options, after the plain context   eval_mcq.py --mode loglik
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtime.errors import UserError
+
+RECIPES = {"toy": "data.toy", "hellaswag": "data.hellaswag"}
+VIEWS = ("sft", "preference", "mcq", "loglik")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its completions, as text. `label` is the right option's number where the completions are options;
+    `group` joins examples of which an epoch draws some; `source` says where it stands, for messages ("file:line")."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    label: int | None = None
+    group: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Multiple choice in HellaSwag's shape: which of the endings continues the context?"""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+    source: str = ""
+
+
+def question(context: str, endings: tuple[str, ...]) -> str:
+    """Recipe A's prompt: the context, the options, `Answer:`; the completion is " " + the full text of the right option."""
+    options = "".join(f"{letter}) {ending}\n" for letter, ending in zip("ABCDEFGHIJ", endings, strict=False))
+    return f"{context}\n{options}Answer:"
+
+
+def view_problem(problem: Problem, view: str, group: int) -> list[Example]:
+    """A problem as the examples of a view. `preference` gives a pair for every wrong option, all of one group."""
+    asked, endings = question(problem.context, problem.endings), tuple(" " + e for e in problem.endings)
+    right = endings[problem.label]
+    if view == "sft":
+        return [Example(asked, (right,), source=problem.source)]
+    if view == "preference":
+        wrong = [e for i, e in enumerate(endings) if i != problem.label]
+        return [Example(asked, (right, e), group=group, source=problem.source) for e in wrong]
+    if view == "mcq":
+        return [Example(asked, endings, problem.label, source=problem.source)]
+    return [move_space(Example(problem.context, endings, problem.label, source=problem.source))]
+
+
+def move_space(example: Example) -> Example:
+    """White space at a prompt's end goes to its completions, as lm-evaluation-harness scores them: in GPT-2's vocabulary a
+    space belongs to the word behind it."""
+    prompt = example.prompt.rstrip()
+    space = example.prompt[len(prompt) :]
+    return replace(example, prompt=prompt, completions=tuple(space + c for c in example.completions))
+
+
+def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0) -> list[Example]:
+    """Examples of a recipe's split, or of a .jsonl / .jsonl.gz file (its one split), in a view's form.
+
+    `data_dir` holds a recipe's files under their published names (plain or .gz), instead of the download; `limit` > 0 keeps
+    the first so many problems. Raises UserError, naming file and line, for whatever is wrong with the data.
+    """
+    assert view in VIEWS, view
+    if source in RECIPES:
+        return importlib.import_module(RECIPES[source]).load(split, view, data_dir=data_dir, limit=limit)
+    if not source.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) and not Path(source).exists():
+        near = difflib.get_close_matches(source, RECIPES, n=1)
+        raise UserError(
+            f"data {source!r} is neither a recipe ({', '.join(sorted(RECIPES))}) nor a .jsonl or .jsonl.gz file"
+            + (f": did you mean {near[0]}?" if near else "")
+        )
+    from data import jsonl
+
+    return jsonl.load(source, view, limit=limit)

@@ -1,0 +1,271 @@
+"""Stage 3, Direct Preference Optimization: raise the chosen completion over the rejected one, measured from a reference.
+
+    python dpo.py --config configs/toy_dpo.toml
+    python dpo.py --init_from runs/hellaswag_sft/model --data hellaswag --ref runs/hellaswag_ref.safetensors \\
+        --out_dir runs/hellaswag_dpo --beta 0.1 --lr 1e-5
+
+The reference file comes from precompute_ref.py, made from the very weights that this run starts from: dpo.py checks that.
+The losses are in losses.py. The loss is the mean over the global batch's pairs, however it is split up.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import losses
+from data import RECIPES
+from data.packing import BatchPlan, Encoded, collate, data_hash, describe, epoch_order, load_encoded, plan_once
+from data.tokenizer import choose
+from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
+from runtime import config, distributed, optim
+from runtime.config import key
+from runtime.errors import UserError, run
+from runtime.reference import Reference
+from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, summary
+
+
+@dataclass
+class Config(TrainKeys):
+    """Direct Preference Optimization of GPT-2 on pairs of chosen and rejected completions."""
+
+    loss: str = key("sigmoid", "preference loss, see losses.py", list(LOSSES))
+    beta: float = key(0.1, "strength of the pull to the reference (for ipo its tau)")
+    label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, aot: chance that a label is flipped")
+    simpo_gamma: float = key(0.5, "simpo: target margin")
+    dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference")
+    discopop_tau: float = key(0.05, "discopop: temperature of the blend")
+    sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood a token, added to the loss")
+    pairs_per_example: int = key(1, "pairs drawn a problem and epoch where it has several wrong answers, 0 = all")
+    ref: str = key("", "reference file of precompute_ref.py")
+    allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
+
+    def check(self) -> None:
+        super().check()
+        if self.beta <= 0 or not math.isfinite(self.beta):
+            raise UserError(f"key beta: {self.beta} must be above 0")
+        top = 0.5 if self.loss == "robust" else 1.0
+        if not 0 <= self.label_smoothing < top or (self.loss == "exo_pair" and self.label_smoothing == 0):
+            least = "above 0" if self.loss == "exo_pair" else "0 or more"
+            raise UserError(f"key label_smoothing: {self.label_smoothing} must be {least} and below {top} for loss {self.loss}")
+        for name in ("sft_weight", "dpop_lambda", "pairs_per_example"):
+            if getattr(self, name) < 0:
+                raise UserError(f"key {name}: {getattr(self, name)} must not be negative")
+        if self.discopop_tau <= 0:
+            raise UserError(f"key discopop_tau: {self.discopop_tau} must be above 0")
+        if not self.ref and self.loss not in REFERENCE_FREE:
+            raise UserError(
+                f"key ref: loss {self.loss} needs the reference's log-probs: make them with `python precompute_ref.py "
+                f"--init_from {self.init_from} --data {self.data} --out ref.safetensors` and give --ref ref.safetensors"
+            )
+
+
+def pair_sums(logps: Tensor, batch) -> Tensor:
+    """Token log-probs (tokens,) -> log pi(y|x) of chosen and rejected, (pairs, 2)."""
+    return losses.completion_sums(logps, batch.completion, batch.n_completions).view(-1, 2)
+
+
+def as_pairs(sums: Tensor, ref: Tensor, lengths: Tensor) -> Pairs:
+    """(pairs, 2) each of policy sums, reference sums and completion lengths -> what a loss takes."""
+    return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.to(sums).view(-1, 2).unbind(1))
+
+
+def objective(p: Pairs, cfg: Config, n_pairs: int, chosen_tokens: int) -> Tensor:
+    """These pairs' share of the batch's loss: mean over its `n_pairs` pairs, plus `sft_weight` times the mean negative
+    log-likelihood of its `chosen_tokens` chosen tokens (the RPO of Pang et al. 2024, arXiv 2404.19733, eq. 1)."""
+    loss = LOSSES[cfg.loss](p, cfg).sum() / n_pairs
+    return loss + cfg.sft_weight * losses.sft(p.chosen, chosen_tokens) if cfg.sft_weight else loss
+
+
+def reward_metrics(p: Pairs, beta: float) -> dict:
+    """Sums over pairs of what is reported, under TRL's names. Rewards are beta * log-ratio, in nats."""
+    chosen, rejected = beta * p.ratio_chosen.detach(), beta * p.ratio_rejected.detach()
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": p.chosen.detach(),
+        "logps/rejected": p.rejected.detach(),
+    }
+    return {name: value.double().sum().item() for name, value in values.items()}
+
+
+def add(total: dict, part: dict) -> None:
+    for name, value in part.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+@torch.no_grad()
+def all_sums(model, micros, compute) -> tuple[Tensor, list[Encoded]]:
+    """log pi(y|x) of every pair of some micro-batches, (pairs, 2), and the pairs in that order. No gradients."""
+    sums, items = [], []
+    for rows in micros:
+        batch = collate(rows, compute.row_multiple).to(compute.device)
+        with compute.autocast():
+            sums.append(pair_sums(model(batch), batch))
+        items += batch.items
+    return torch.cat(sums), items
+
+
+def lengths_of(items: list[Encoded], device: torch.device) -> Tensor:
+    return torch.tensor([[len(c) for c in item.completions] for item in items], device=device)
+
+
+def validate(model, items: list[Encoded], ref: Tensor, places: dict, cfg: Config, compute) -> dict:
+    """The loss and the rewards over all validation pairs."""
+    model.eval()
+    sums, order = all_sums(model, plan_once(items, cfg.micro_tokens, compute.spare_padding), compute)
+    model.train()
+    p = as_pairs(sums, ref[[places[id(i)] for i in order]], lengths_of(order, sums.device))
+    chosen_tokens = sum(len(item.completions[0]) for item in items)
+    loss = objective(p, cfg, len(items), chosen_tokens).item()
+    return {"loss": loss, **{name: value / len(items) for name, value in reward_metrics(p, cfg.beta).items()}}
+
+
+def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Reference, cfg: Config, compute) -> None:
+    """Before the first update policy and reference are the same model, so they must agree on every completion.
+
+    Raises UserError if they differ by more than rounding can explain: 1e-3 nats a token if both ran in float32, else 0.05.
+    """
+    model.eval()
+    sums, order = all_sums(model, plan_once(items, cfg.micro_tokens, compute.spare_padding), compute)
+    model.train()
+    places = {id(item): n for n, item in enumerate(items)}
+    ref = ref[[places[id(i)] for i in order]]
+    exact = compute.dtype == torch.float32 and reference.metadata.get("dtype") == "float32"
+    gap = (sums.cpu() - ref.cpu()).abs() / lengths_of(order, torch.device("cpu"))
+    p = as_pairs(sums, ref, lengths_of(order, sums.device))
+    loss = LOSSES[cfg.loss](p, cfg).mean().item()
+    expected = ", ln 2 = 0.6931 if they were the same" if cfg.loss == "sigmoid" else ""
+    said = f"policy and reference differ by at most {gap.max().item():.2e} nats a token on the first batch; loss {loss:.4f}"
+    if not gap.max().item() <= (1e-3 if exact else 0.05):
+        if not cfg.allow_ref_mismatch:
+            raise UserError(
+                f"{cfg.ref}: {said}{expected}: the reference is not the model that this run starts from; make it anew with "
+                "precompute_ref.py from the same weights, or insist with --allow_ref_mismatch true"
+            )
+        print(f"warning: {said}{expected}", file=sys.stderr)
+    else:
+        print(said)
+
+
+def main() -> int | None:
+    cfg = config.load(Config, prog="dpo.py")
+    compute = distributed.setup(cfg.device, cfg.dtype)
+    print(compute)
+
+    # text -> tokens -> which pairs each step takes
+    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    model = build_model(cfg, tokenizer, cfg.dropout, cfg.seed)
+    max_len = context(cfg.max_len, model)
+    policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
+    train = load_encoded(cfg.data, "train", "preference", tokenizer, limit=cfg.limit, **policy)
+    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
+    val = load_encoded(val_source, "val", "preference", tokenizer, limit=cfg.val_limit, **policy) if val_source else []
+
+    # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
+    reference = Reference.open(cfg, model, tokenizer, max_len, train, val)
+    model.to(compute.device)
+    ref, val_ref = reference.logps.to(compute.device), reference.val_logps.to(compute.device)
+    data = data_hash(train + val)
+    if cfg.pairs_per_example:  # validation draws once, the same pairs every time
+        drawn = sorted(epoch_order([item.group for item in val], cfg.seed, 0, cfg.pairs_per_example))
+        val, val_ref = [val[i] for i in drawn], val_ref[drawn]
+    val_places = {id(item): n for n, item in enumerate(val)}
+    plan = BatchPlan(
+        train,
+        cfg.batch_size,
+        cfg.seed,
+        row_len=cfg.row_len,
+        micro_tokens=cfg.micro_tokens,
+        spare_padding=compute.spare_padding,
+        per_group=cfg.pairs_per_example,
+    )
+    print(describe(plan, train))
+
+    # model, optimizer, run folder
+    steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
+    optimizer = optim.make(model, cfg)
+    torch.manual_seed(cfg.seed)  # dropout
+    binding = {"data_hash": data, "reference": reference.hash}
+    this_run = Run(cfg, steps, compute, binding, "pairs")
+    start = this_run.begin(model, optimizer)
+    print(summary(model, cfg, steps, plan))
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    model.train()
+    if start == 0:
+        first = plan.examples(0)
+        if cfg.loss not in REFERENCE_FREE:
+            check_first_batch(model, [train[i] for i in first], ref[first], reference, cfg, compute)
+        if val and cfg.eval_every:
+            this_run.log_val(0, validate(model, val, val_ref, val_places, cfg, compute))
+
+    timer = Timer(compute.device)
+    for step in range(start, steps):
+        lr = optim.learning_rate(cfg, step, steps)
+        optim.set_lr(optimizer, lr)
+        numbers = plan.examples(step)
+        chosen_tokens = sum(len(train[i].completions[0]) for i in numbers)
+        micros = plan[step][compute.rank]
+
+        gradient = None  # of the loss by each pair's sums, for losses that couple the pairs of a batch
+        if cfg.loss in WHOLE_BATCH and len(micros) > 1:
+            with torch.random.fork_rng():  # the same dropout in both passes
+                sums, _ = all_sums(model, [[[train[i] for i in row] for row in rows] for rows in micros], compute)
+            flat = [i for rows in micros for row in rows for i in row]
+            sums.requires_grad_(True)
+            whole = as_pairs(sums, ref[flat], lengths_of([train[i] for i in flat], sums.device))
+            loss = objective(whole, cfg, len(numbers), chosen_tokens)
+            total = {"loss": check_finite(loss, "loss", step, [train[i] for i in numbers])}
+            (gradient,) = torch.autograd.grad(loss, sums)
+        else:
+            total = {"loss": 0.0}
+
+        seen = 0
+        rewards: dict = {}
+        for rows in micros:
+            here = [i for row in rows for i in row]
+            batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            with compute.autocast():
+                logps = model(batch)
+            sums = pair_sums(logps, batch)
+            p = as_pairs(sums, ref[here], batch.completion_lengths)
+            if gradient is None:
+                part = objective(p, cfg, len(numbers), chosen_tokens)
+                total["loss"] += check_finite(part, "loss", step, batch.items)
+            else:
+                part = (sums * gradient[seen : seen + len(here)]).sum()
+            part.backward()
+            seen += len(here)
+            add(rewards, reward_metrics(p, cfg.beta))
+        grad_norm = check_finite(optim.clip(model, cfg.grad_clip), "gradient norm", step, [train[i] for i in numbers])
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        tokens = sum(train[i].row_tokens for i in numbers)
+        record = {**total, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
+        record |= {name: value / len(numbers) for name, value in rewards.items()}
+        predicted = sum(train[i].completion_tokens for i in numbers)
+        this_run.log_step(done, record, timer.lap(), len(numbers), model, predicted)
+        best = False
+        if val and this_run.due(cfg.eval_every, done):
+            best = this_run.log_val(done, validate(model, val, val_ref, val_places, cfg, compute))
+            print_samples(model, tokenizer, val[: cfg.samples])
+        if best or this_run.due(cfg.save_every, done):
+            this_run.save(done, model, optimizer)
+        if this_run.stopped(done, model, optimizer):
+            return 128 + this_run.stop_signal
+        timer.lap()  # validation and saving are not the next step's time
+
+    this_run.finish(model, tokenizer)
+    return None
+
+
+if __name__ == "__main__":
+    run(main)

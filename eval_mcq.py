@@ -1,0 +1,171 @@
+"""Multiple-choice evaluation: which option does the model believe, or write?
+
+    python eval_mcq.py --model runs/hellaswag_dpo/model --data hellaswag --mode loglik --out loglik.json
+    python eval_mcq.py --model runs/hellaswag_dpo/model --data hellaswag --mode generate --limit 2000 --out generate.json
+
+loglik takes the option with the largest log-probability after the prompt (`acc`), and with the largest per byte (`acc_norm`),
+as lm-evaluation-harness does (there the latter is called acc_bytes). generate asks, writes greedily, and looks for the answer
+among the options (`acc`; `aligned` is the share of answers that are one of the options at all, right or wrong).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+
+import losses
+from data import Example, load
+from data.packing import Encoded, collate, encode, plan_once
+from data.tokenizer import choose
+from runtime import config, distributed
+from runtime.config import REQUIRED, key
+from runtime.errors import UserError, run
+from runtime.files import write_whole
+from runtime.log import Progress
+from runtime.run import ModelKeys, Timer, build_model
+
+
+@dataclass
+class Config:
+    """Accuracy on multiple-choice questions."""
+
+    model: str = key(REQUIRED, "a model folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    split: str = key("val", "the recipe's split", ["train", "val", "test"])
+    limit: int = key(0, "use only the first so many problems, 0 = all")
+    mode: str = key("loglik", "score the options, or write an answer", ["loglik", "generate"])
+    tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
+    out: str = key("", "JSON file for the result")
+    details: str = key("", "JSONL file for a line a problem")
+    micro_tokens: int = key(8192, "loglik: most tokens in one forward, padding included")
+    batch_size: int = key(32, "generate: prompts written at once")
+    max_new_tokens: int = key(0, "generate: most tokens of an answer, 0 = those of the batch's longest option")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+
+    def check(self) -> None:
+        for name, least in {"limit": 0, "micro_tokens": 1, "batch_size": 1, "max_new_tokens": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
+
+
+@torch.no_grad()
+def score(model, items: list[Encoded], compute, micro_tokens: int) -> list[list[float]]:
+    """log p(option | prompt) of every option of every item, in nats; the prompt goes through the model once an item."""
+    model.eval()
+    logps: dict[int, list[float]] = {}
+    progress = Progress("scoring", len(items), "examples")
+    for rows in plan_once(items, micro_tokens, compute.spare_padding):
+        batch = collate(rows, compute.row_multiple).to(compute.device)
+        with compute.autocast():
+            token_logps = model(batch)
+        sums = losses.completion_sums(token_logps, batch.completion, batch.n_completions).tolist()
+        for item in batch.items:
+            logps[id(item)], sums = sums[: len(item.completions)], sums[len(item.completions) :]
+        progress.add(len(batch.items))
+    progress.close()
+    return [logps[id(item)] for item in items]
+
+
+def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_new_tokens: int) -> list[str]:
+    """A greedy answer to every item's prompt. Prompts of like length go together."""
+    answers: dict[int, str] = {}
+    progress = Progress("writing", len(items), "examples")
+    order = sorted(items, key=lambda item: -len(item.prompt))
+    for at in range(0, len(order), batch_size):
+        group = order[at : at + batch_size]
+        new = max_new_tokens or max(len(c) for item in group for c in item.completions)
+        with compute.autocast():
+            written = model.generate([item.prompt.tolist() for item in group], new, tokenizer.eot)
+        answers |= {id(item): tokenizer.decode(ids) for item, ids in zip(group, written, strict=True)}
+        progress.add(len(group))
+    progress.close()
+    return [answers[id(item)] for item in items]
+
+
+def option_bytes(option: str) -> int:
+    """An option's length as the harness counts it: UTF-8 bytes without the space that joins it to the prompt."""
+    return max(1, len(option.strip().encode()))
+
+
+def share(flags: list[bool], name: str) -> dict:
+    """Mean and its standard error, sqrt(p (1 - p) / (n - 1)), as the harness gives it."""
+    n, p = len(flags), sum(flags) / len(flags)
+    return {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0}
+
+
+def grade_loglik(examples: list[Example], items: list[Encoded], logps: list[list[float]]) -> tuple[dict, list[dict]]:
+    """(result, a detail a problem) from the options' log-probs."""
+    details, right, right_norm = [], [], []
+    for example, item, scores in zip(examples, items, logps, strict=True):
+        per_byte = [s / option_bytes(c) for s, c in zip(scores, example.completions, strict=True)]
+        pred, pred_norm = scores.index(max(scores)), per_byte.index(max(per_byte))
+        right.append(pred == example.label)
+        right_norm.append(pred_norm == example.label)
+        lengths = [len(c) for c in item.completions]
+        details.append(
+            {
+                "id": item.number,
+                "label": example.label,
+                "pred": pred,
+                "pred_norm": pred_norm,
+                "logps": scores,
+                "n_tokens": lengths,
+            }
+        )
+    return {"n": len(right), **share(right, "acc"), **share(right_norm, "acc_norm")}, details
+
+
+def grade_written(examples: list[Example], items: list[Encoded], answers: list[str]) -> tuple[dict, list[dict]]:
+    """(result, a detail a problem) from written answers; `pred` is null where the answer is none of the options."""
+    details, right = [], []
+    for example, item, answer in zip(examples, items, answers, strict=True):
+        options = [c.strip() for c in example.completions]
+        pred = options.index(answer.strip()) if answer.strip() in options else None
+        # two options may read the same: the answer is right if it reads like the right one
+        right.append(pred is not None and options[pred] == options[example.label])
+        details.append({"id": item.number, "label": example.label, "pred": pred, "text": answer})
+    aligned = sum(d["pred"] is not None for d in details) / len(details)
+    return {"n": len(right), **share(right, "acc"), "aligned": aligned}, details
+
+
+def evaluate(model, tokenizer, examples: list[Example], mode: str, compute, **settings) -> tuple[dict, list[dict], float]:
+    """(result, details, seconds) of `examples` in the mode's view. Prompts too long for the model lose their start."""
+    room = model.config.block_size
+    items, report = encode(examples, tokenizer, room, "left", end=mode == "generate")
+    if report.cut:
+        print(f"{report}: the model has room for {room}")
+    seconds = Timer(compute.device)
+    if mode == "loglik":
+        result, details = grade_loglik(examples, items, score(model, items, compute, settings["micro_tokens"]))
+    else:
+        new = settings["max_new_tokens"]
+        result, details = grade_written(examples, items, write(model, items, tokenizer, compute, settings["batch_size"], new))
+    return result, details, seconds.lap()
+
+
+def main() -> None:
+    cfg = config.load(Config, prog="eval_mcq.py")
+    compute = distributed.setup(cfg.device, cfg.dtype)
+    print(compute)
+    tokenizer = choose(cfg.tokenizer, cfg.model)
+    model = build_model(ModelKeys(init_from=cfg.model), tokenizer).to(compute.device)
+    view = "loglik" if cfg.mode == "loglik" else "mcq"
+    examples = load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit)
+    settings = {name: getattr(cfg, name) for name in ("micro_tokens", "batch_size", "max_new_tokens")}
+    result, details, seconds = evaluate(model, tokenizer, examples, cfg.mode, compute, **settings)
+
+    chance = sum(1 / len(e.completions) for e in examples) / len(examples)
+    if cfg.details:
+        write_whole(cfg.details, "".join(json.dumps(d) + "\n" for d in details).encode())
+    if cfg.out:
+        settings = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "mode": cfg.mode, "chance": chance}
+        write_whole(cfg.out, (json.dumps({**result, **settings}, indent=1) + "\n").encode())
+    print(f"{len(examples) / seconds:.1f} examples/s, {seconds:.1f} s; chance is {chance:.3f}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)

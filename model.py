@@ -1,0 +1,282 @@
+"""GPT-2, written out. The one question that every stage asks of it: which log-probability do these tokens have?
+
+`GPT.forward(batch)` answers for rows that hold a prompt once and its completions behind it (data/packing.py makes them):
+
+    [prompt | completion 1 | completion 2 | …]      a completion sees the prompt and itself, never a sibling
+
+Architecture: Radford et al. 2019; parameter shapes are those of the released checkpoints with torch's (out, in) layout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOGITS_BUDGET = 2**28  # bytes of probabilities a forward may keep for backward; past it they are computed again
+LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int = 1024  # positions: the longest branch (prompt + one completion), not the longest row
+    vocab_size: int = 50257
+    dropout: float = 0.0
+
+
+SIZES = {  # name -> (n_layer, n_head, n_embd); 124M, 355M, 774M, 1558M parameters
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer, for rows of unlike length. Shape (rows, heads, room, head_dim)."""
+
+    def __init__(self, config: GPTConfig, rows: int, room: int, like: Tensor):
+        shape = (rows, config.n_head, room, config.n_embd // config.n_head)
+        self.keys = [like.new_empty(shape) for _ in range(config.n_layer)]
+        self.values = [like.new_empty(shape) for _ in range(config.n_layer)]
+
+    def append(self, layer: int, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (rows, heads, 1, head_dim) at `position` (rows,); returns all keys and values so far."""
+        rows = torch.arange(len(position), device=position.device)
+        self.keys[layer][rows, :, position] = k[:, :, 0]
+        self.values[layer][rows, :, position] = v[:, :, 0]
+        return self.keys[layer], self.values[layer]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask, cache: KVCache | None = None, layer: int = 0, position: Tensor | None = None):
+        rows, length, width = x.shape
+        qkv = self.qkv(x).view(rows, length, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, length, head_dim)
+        if cache is not None and position is not None:  # one new token a row
+            k, v = cache.append(layer, k, v, position)
+        elif cache is not None:  # the prompts, from position 0 on
+            cache.keys[layer][:, :, :length], cache.values[layer][:, :, :length] = k, v
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(rows, length, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))  # "gelu_new" of the released weights
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask, *cache) -> Tensor:
+        x = x + self.drop(self.attn(self.ln1(x), mask, *cache))
+        return x + self.drop(self.mlp(self.ln2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output projection
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "GPT":
+        """GPT-2's initialisation (Radford et al. 2019, 2.3): N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1.0)  # layer-norm scales
+            else:
+                residual = name.endswith("proj.weight")
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator)
+        return self
+
+    def forward(self, batch) -> Tensor:
+        """Log-probability of every completion token of a batch of rows.
+
+        `batch` carries integer tensors: `tokens`, `positions`, `example`, `branch`, each (rows, row_len), and `source`,
+        `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len.
+        `plain` says that every row is one sequence, so that the causal rule alone will do.
+        Returns (completion tokens,) float32, natural logarithm.
+        """
+        mask = None if batch.plain else attention_mask(batch.example, batch.branch)
+        x = self.drop(self.wte(batch.tokens) + self.wpe(batch.positions))  # (rows, row_len, n_embd)
+        for block in self.blocks:
+            x = block(x, mask)
+        x = self.ln_f(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
+        return target_logps(x, self.wte.weight, batch.target)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Plain sequences (rows, length) -> (rows, length, vocab_size). For tests and curiosity: training never needs it."""
+        x = self.wte(tokens) + self.wpe.weight[: tokens.size(1)]
+        for block in self.blocks:
+            x = block(x, None)
+        return self.ln_f(x) @ self.wte.weight.T
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int) -> list[list[int]]:
+        """Greedy continuations of prompts of unlike length, up to and without the token `stop`.
+
+        The prompts go through once, then one token a row a step with cached keys and values; a row that has stopped leaves
+        the batch. No branch grows past `block_size` tokens.
+        """
+        device, was_training = self.wte.weight.device, self.training
+        self.eval()
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        longest = int(lengths.max())
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        room = min(longest + max_new_tokens, self.config.block_size)
+        x = self.wte(tokens) + self.wpe.weight[:longest]
+        cache = KVCache(self.config, len(prompts), room, self.blocks[0].attn.qkv(x[:1, :1]))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
+        x = x[torch.arange(len(prompts), device=device), lengths - 1]  # (rows, n_embd)
+        out: list[list[int]] = [[] for _ in prompts]
+        rows = torch.arange(len(prompts), device=device)  # the rows still going, as numbers into `out`
+        for _ in range(max_new_tokens):
+            token = (self.ln_f(x) @ self.wte.weight.T).argmax(-1)  # (rows,)
+            going = token.ne(stop)
+            for row, t in zip(rows[going].tolist(), token[going].tolist(), strict=True):
+                out[row].append(t)
+            going &= lengths.lt(room)
+            if not going.any():
+                break
+            if not going.all():
+                rows, lengths, token = rows[going], lengths[going], token[going]
+                cache.keys = [k[going] for k in cache.keys]
+                cache.values = [v[going] for v in cache.values]
+            x = (self.wte(token) + self.wpe(lengths)).unsqueeze(1)  # (rows, 1, n_embd)
+            mask = torch.arange(room, device=device).le(lengths.unsqueeze(1))[:, None, None]  # (rows, 1, 1, room)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, mask, cache, layer, lengths)
+            x, lengths = x[:, 0], lengths + 1
+        self.train(was_training)
+        return out
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def may_attend(example: Tensor, branch: Tensor, row, query, key):
+    """The one rule: same example, causal, and the key is the prompt's (branch 0) or of the query's own branch."""
+    key_branch = branch[row, key]
+    return (
+        (query >= key) & (example[row, query] == example[row, key]) & ((key_branch == 0) | (key_branch == branch[row, query]))
+    )
+
+
+def attention_mask(example: Tensor, branch: Tensor):
+    """The rule for rows (rows, row_len): on CUDA a FlexAttention BlockMask, elsewhere a boolean (rows, 1, row_len, row_len).
+
+    Padding carries an example number of its own, so that a padded position sees itself and no row of the mask is empty.
+    """
+    rows, length = example.shape
+    if example.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def rule(row, _head, query, key):
+            return may_attend(example, branch, row, query, key)
+
+        return create_block_mask(rule, rows, None, length, length, device=example.device)
+    at = torch.arange(length, device=example.device)
+    row = torch.arange(rows, device=example.device).view(-1, 1, 1)
+    return may_attend(example, branch, row, at[:, None], at[None, :]).unsqueeze(1)
+
+
+_compiled_flex = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal), a boolean tensor, or a FlexAttention BlockMask.
+
+    q, k, v: (rows, heads, length, head_dim). FlexAttention has no dropout on the weights, so there only the residual one acts.
+    """
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+    global _compiled_flex
+    if _compiled_flex is None:  # uncompiled it would write out the whole matrix of scores
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled_flex = torch.compile(flex_attention, dynamic=True)
+    return _compiled_flex(q, k, v, block_mask=mask)
+
+
+# --- the vocabulary projection --------------------------------------------------------------------------------------
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log softmax(x w^T)[target] in chunks of rows, without autograd's three copies of the logits.
+
+    Kept for backward: nothing but x and the log-normaliser, or, while they fit LOGITS_BUDGET, the probabilities too.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, target: Tensor, chunk: int, keep: bool) -> Tensor:
+        logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        lse = torch.empty_like(logps)
+        kept = []
+        for i in range(0, len(x), chunk):
+            logits = x[i : i + chunk] @ w.T  # (chunk, vocab)
+            at = logits.gather(1, target[i : i + chunk, None])[:, 0].float()
+            lse[i : i + chunk] = torch.logsumexp(logits.float(), 1)
+            logps[i : i + chunk] = at - lse[i : i + chunk]
+            if keep:
+                kept.append(logits)
+        ctx.save_for_backward(x, w, target, lse, *kept)
+        ctx.chunk = chunk
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, w, target, lse, *kept = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), None
+        for n, i in enumerate(range(0, len(x), ctx.chunk)):
+            part = slice(i, i + ctx.chunk)
+            logits = kept[n] if kept else x[part] @ w.T
+            # d logp_t / d logits = onehot(target) - softmax(logits), times the incoming gradient
+            d = logits.float().sub_(lse[part, None]).exp_().mul_(-grad[part, None])
+            d.scatter_add_(1, target[part, None], grad[part, None])
+            d = d.to(x.dtype)
+            dx[part] = d @ w
+            dw = d.T @ x[part] if dw is None else dw.addmm_(d.T, x[part])
+        return dx, dw, None, None, None
+
+
+def target_logps(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """log softmax(x w^T) at the target tokens. x: (n, n_embd), w: (vocab, n_embd), target: (n,) -> (n,) float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w = x.to(dtype), w.to(dtype)
+    row_bytes = 4 * len(w)
+    keep = torch.is_grad_enabled() and len(x) * row_bytes <= LOGITS_BUDGET
+    return _TargetLogps.apply(x, w, target, max(1, LOGITS_CHUNK // row_bytes), keep)

@@ -1,0 +1,206 @@
+"""Run folders -> one picture of their curves, and the same as a table.
+
+    python plot.py runs/dpo runs/dpo-ipo --out curves.png --labels "sigmoid,ipo"
+
+Reads only `metrics.jsonl`, so a run can be looked at while it goes on. The table needs no matplotlib.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError, run
+
+Records = list[dict[str, Any]]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; from the eighth run on it repeats, dashed
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX"
+MARGIN, ACCURACY = "rewards/margins", "rewards/accuracies"
+
+
+def read_run(folder: str | Path) -> Records:
+    """The records of a run folder's metrics.jsonl, in the file's order.
+
+    A last line that does not parse is one the run is still writing, or was killed in: it is left out.
+    Raises UserError for a missing or empty file, and for a line before the last that is not a metrics record.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int) or record["split"] not in ("train", "val"):
+                raise ValueError
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f'{path}:{number}: no metrics record {{"step", "split", …}}: mend the line') from None
+    if not records:
+        raise UserError(f"{path}: no records yet: wait for the run's first step")
+    return records
+
+
+def series(records: Records, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of metric `name`, float64 (n,) each; what is missing, null, inf or nan is left out."""
+    points = [(r["step"], r[name]) for r in records if r["split"] == split and isinstance(r.get(name), int | float)]
+    points = [point for point in points if math.isfinite(point[1])]
+    return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred mean under a bell an eighth of the curve wide, cut off at its ends; under 16 points nothing changes."""
+    if len(values) < 16:
+        return values
+    bell = np.hanning(len(values) // 16 * 2 + 3)
+    return np.convolve(values, bell, "same") / np.convolve(np.ones(len(values)), bell, "same")
+
+
+def table(runs: dict[str, Records]) -> str:
+    """A line a run. Margin and accuracy are the last of validation, or of training where a run has no validation;
+    tokens/s is the median over its training records.
+    """
+    head = "run, steps, last train loss, best val loss, last val loss, lr peak / last, margin, accuracy, tokens/s"
+    rows = [head.split(", ")]
+    for label, records in runs.items():
+        loss, rate, speed = (series(records, "train", name)[1] for name in ("loss", "lr", "tokens_per_s"))
+        val_steps, val = series(records, "val", "loss")
+        row = [label, str(max(r["step"] for r in records)), f"{loss[-1]:.4f}" if len(loss) else "-"]
+        row += [f"{val.min():.4f} @ {val_steps[val.argmin()]:.0f}", f"{val[-1]:.4f}"] if len(val) else ["-", "-"]
+        row += [f"{rate.max():.2e} / {rate[-1]:.2e}" if len(rate) else "-"]
+        for name in (MARGIN, ACCURACY):
+            last = [*series(records, "train", name)[1][-1:], *series(records, "val", name)[1][-1:]][-1:]
+            row.append(f"{last[0]:.4f}" if last else "-")
+        rows.append([*row, f"{np.median(speed):,.0f}" if len(speed) else "-"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
+    """Draw the runs over each other into the PNG file `out`, 1600 pixels wide; it is written whole or not at all.
+
+    runs: label -> records. Panels: loss and learning rate, and for DPO runs reward margin and accuracy.
+    Raises UserError if `out` is no .png or cannot be written, or if matplotlib is missing.
+    """
+    out = check_out(out)
+    try:
+        from matplotlib.figure import Figure  # no pyplot: a bare Figure draws with Agg and needs no display
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise UserError(f"matplotlib is needed to draw {out}: pip install matplotlib") from None
+
+    is_dpo = [any(MARGIN in record for record in records) for records in runs.values()]
+    loss = "loss (per pair)" if all(is_dpo) else "loss" if any(is_dpo) else "loss (nats per token)"
+    labels = {"loss": loss, "lr": "learning rate", MARGIN: "reward margin (nats)"}
+    labels[ACCURACY] = "reward accuracy (share of pairs)"
+    curves = {name: [[series(r, split, name) for split in ("train", "val")] for r in runs.values()] for name in labels}
+    panels = [name for name in labels if any(len(steps) for run in curves[name] for steps, _ in run)]
+    if not panels:
+        raise UserError(f"nothing to draw: no finite loss in {', '.join(runs)}")
+    rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+    fig = Figure(figsize=(16, 9.5 if rows == 2 else 6.5), dpi=100, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
+    axes = fig.subplots(rows, columns, squeeze=False, width_ratios=[3, 2] if len(panels) == 2 else None)
+    for name, ax in zip(panels, axes.flat, strict=True):
+        for i, ((steps, values), (val_steps, val_values)) in enumerate(curves[name]):
+            style = {"color": COLOURS[i % 7], "linestyle": "-" if i < 7 else "--"}
+            width = 1.6
+            if name == "lr":
+                width += 6 * (1 - (i + 1) / len(runs))  # runs often share a schedule: the one below shows on both sides
+            else:
+                ax.plot(steps, values, color=style["color"], alpha=0.18, linewidth=1, zorder=1)
+                values = smooth(values)
+            one = "." if len(steps) == 1 else ""  # a line through one point would not show
+            ax.plot(steps, values, **style, linewidth=width, marker=one, zorder=2)
+            marks = {"marker": MARKERS[i % 7], "markersize": 9, "markeredgecolor": "white"}
+            every = max(1, len(val_steps) // 20)
+            ax.plot(val_steps, val_values, **style, **marks, markevery=every, linewidth=2.4, zorder=3)
+        if name in (MARGIN, ACCURACY):  # where a model that prefers nothing stands
+            ax.axhline(0.5 if name == ACCURACY else 0, color="0.3", linewidth=1.4, linestyle=(0, (2, 3)), zorder=1)
+        ax.set_xlabel("optimizer step", fontsize=14)
+        ax.set_ylabel(labels[name], fontsize=14)
+        ax.tick_params(labelsize=12)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+        if name == "lr":
+            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+            ax.yaxis.get_offset_text().set_size(12)
+            ax.set_ylim(bottom=0)
+        ax.grid(color="0.9")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles = []
+    for i, label in enumerate(runs):
+        # matplotlib takes $ for mathematics and leaves out a label that starts with _
+        label = (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+        handles.append(Line2D([], [], color=COLOURS[i % 7], linestyle="-" if i < 7 else "--", linewidth=4, label=label))
+    handles.append(Line2D([], [], color="0.35", linewidth=1.6, label="training (smoothed)"))
+    marks = {"marker": "o", "markersize": 9, "markeredgecolor": "white"}
+    handles.append(Line2D([], [], color="0.35", linewidth=2.4, **marks, label="validation"))
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), 1600 // (12 * longest + 90)))  # pixels: a letter is about 12, a line and gaps 90
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=14, frameon=False)
+    if title:
+        fig.suptitle(title, fontsize=18)
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fig.savefig(temporary, format="png")
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write {out}: {error.strerror}: choose another --out") from None
+
+
+def check_out(out: str | Path) -> Path:
+    """`out` as a Path. Raises UserError if it is not named .png."""
+    if Path(out).suffix.lower() != ".png":
+        raise UserError(f"cannot draw to {out}: the picture is a PNG: name it FILE.png")
+    return Path(out)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}: see python plot.py --help")
+
+
+def main() -> None:
+    parser = Parser(prog="plot.py", description="Curves of one or several runs: a table and a PNG.", allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="out_dir of a run: holds metrics.jsonl")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
+    parser.add_argument("--labels", metavar="A,B", help="a name for each run, instead of its folder's")
+    parser.add_argument("--table", choices=["true", "false"], default="true", help="print the table (default: true)")
+    args = parser.parse_intermixed_args()
+
+    check_out(args.out)
+    labels = args.labels.split(",") if args.labels else [Path(folder).resolve().name for folder in args.folders]
+    if not args.labels and len(set(labels)) < len(labels):
+        labels = args.folders  # runs/a/dpo and runs/b/dpo
+    if len(labels) != len(args.folders):
+        raise UserError(f"--labels has {len(labels)} names for {len(args.folders)} runs: give each one, commas between")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"two runs have one name in {', '.join(labels)}: name them apart with --labels")
+    runs = {label: read_run(folder) for label, folder in zip(labels, args.folders, strict=True)}
+    if args.table == "true":
+        print(table(runs), flush=True)
+    draw(runs, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

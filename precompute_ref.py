@@ -1,0 +1,117 @@
+"""Stage 2, the reference pass: the log-probability of every chosen and rejected completion under the frozen reference.
+
+    python precompute_ref.py --init_from runs/hellaswag_sft/model --data hellaswag --out runs/hellaswag_ref.safetensors
+
+The file carries what it was made from (weights, tokenized data, tokenizer, lengths), so that dpo.py can refuse a wrong one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+
+import losses
+import weights
+from data import RECIPES
+from data.packing import Encoded, collate, data_hash, load_encoded, plan_once
+from data.tokenizer import choose
+from runtime import config, distributed
+from runtime.config import REQUIRED, key
+from runtime.errors import UserError, run
+from runtime.files import write_whole
+from runtime.log import Progress
+from runtime.run import DataKeys, ModelKeys, build_model, context
+
+
+@dataclass
+class Config(ModelKeys, DataKeys):
+    """Store the reference model's log-probabilities of all preference pairs in one file."""
+
+    out: str = key(REQUIRED, "the .safetensors file to write")
+    micro_tokens: int = key(8192, "most tokens in one forward, padding included")
+    seed: int = key(0, "seed of scratch weights")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+
+
+def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[int, int]]]]:
+    """Neighbouring pairs of one group and prompt -> one item with each of their completions once.
+
+    Returns the items and, for every pair, where its completions went: [(item, completion), (item, completion)].
+    """
+    shared: list[Encoded] = []
+    where: list[list[tuple[int, int]]] = []
+    seen: dict[bytes, int] = {}
+    for item in items:
+        joins = shared and shared[-1].group == item.group and shared[-1].prompt.tobytes() == item.prompt.tobytes()
+        if not joins:
+            shared.append(Encoded(item.prompt, [], item.number, item.group))
+            seen = {}
+        for completion in item.completions:
+            if seen.setdefault(completion.tobytes(), len(seen)) == len(shared[-1].completions):
+                shared[-1].completions.append(completion)
+        where.append([(len(shared) - 1, seen[c.tobytes()]) for c in item.completions])
+    return shared, where
+
+
+@torch.no_grad()
+def reference_logps(model, items: list[Encoded], compute, micro_tokens: int) -> torch.Tensor:
+    """Log-probability of each item's completions, (n_items, 2) float32, in nats, on the CPU."""
+    model.eval()
+    shared, where = share_prompts(items)
+    places = {id(item): n for n, item in enumerate(shared)}
+    sums: list[torch.Tensor] = [torch.empty(0)] * len(shared)
+    progress = Progress("reference", sum(item.row_tokens for item in shared), "tok")
+    for rows in plan_once(shared, micro_tokens, compute.spare_padding):
+        batch = collate(rows, compute.row_multiple).to(compute.device)
+        with compute.autocast():
+            logps = model(batch)
+        batch_sums = losses.completion_sums(logps, batch.completion, batch.n_completions).cpu()
+        if not batch_sums.isfinite().all():
+            raise UserError(f"the reference's log-probs are not finite (pair {batch.items[0].number}): no file was written")
+        for item, part in zip(batch.items, batch_sums.split([len(i.completions) for i in batch.items]), strict=True):
+            sums[places[id(item)]] = part
+        progress.add(sum(item.row_tokens for item in batch.items))
+    progress.close()
+    return torch.stack([torch.stack([sums[i][j] for i, j in pair]) for pair in where])
+
+
+def main() -> None:
+    cfg = config.load(Config, prog="precompute_ref.py")
+    if not cfg.out.endswith(".safetensors"):
+        raise UserError(f"key out: {cfg.out} must end in .safetensors")
+    compute = distributed.setup(cfg.device, cfg.dtype)
+    print(compute)
+    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    model = build_model(cfg, tokenizer, seed=cfg.seed)
+    weights_hash = weights.fingerprint(model)
+    model.to(compute.device)
+    max_len = context(cfg.max_len, model)
+
+    tensors, hashes = {}, {}
+    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
+    for split, source, limit, prefix in (("train", cfg.data, cfg.limit, ""), ("val", val_source, cfg.val_limit, "val_")):
+        if not source:
+            continue
+        policy = {"data_dir": cfg.data_dir, "limit": limit}
+        items = load_encoded(source, split, "preference", tokenizer, max_len, cfg.truncation, **policy)
+        tensors[prefix + "logps"] = reference_logps(model, items, compute, cfg.micro_tokens)
+        hashes[prefix + "data_sha256"] = data_hash(items)
+    metadata = {
+        "weights_sha256": weights_hash,
+        **hashes,
+        "init_from": cfg.init_from,
+        "data": cfg.data,
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.fingerprint(),
+        "max_len": str(max_len),
+        "truncation": cfg.truncation,
+        "dtype": str(compute.dtype).removeprefix("torch."),
+    }
+    write_whole(cfg.out, save(tensors, metadata))
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+    print(f"wrote {cfg.out}: {shapes}; mean log-prob chosen, rejected {tensors['logps'].mean(0).tolist()}")
+
+
+if __name__ == "__main__":
+    run(main)

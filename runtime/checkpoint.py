@@ -1,0 +1,144 @@
+"""Checkpoints: torch.distributed.checkpoint files + state.json in out_dir/checkpoints/step_N, whole or absent.
+
+A checkpoint is written under another name, synced, and renamed; state.json holds every file's size and SHA-256, so that one
+that was damaged later is noticed and passed over for the one before.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as sd
+
+from runtime.files import write_whole
+
+UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
+
+
+def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    """Write root/step_N with the model, the optimizer, the random state and `state` (JSON), and return its path.
+
+    Raises OSError when it cannot be written; nothing of it is left then, and the checkpoints before it are untouched.
+    """
+    final, folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        tensors = _tensors(model) | {"optimizer": sd.get_optimizer_state_dict(model, optimizer), "random": _random_state()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, thread_count=1), no_dist=True)
+        files = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(folder.iterdir())}
+        write_whole(folder / "state.json", json.dumps({"step": step, **state, "files": files}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(folder, final)
+        _sync_folder(root)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        cause = _os_error(error)
+        if cause is not None and cause is not error:
+            raise OSError(cause.errno, cause.strerror, str(final)) from error
+        raise
+    return final
+
+
+def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read model (and, if given, optimizer and random state) from a checkpoint folder that `newest` has found whole."""
+    tensors = _tensors(model)
+    if optimizer is not None:
+        tensors |= {"optimizer": sd.get_optimizer_state_dict(model, optimizer), "random": _random_state()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    sd.set_model_state_dict(model, tensors["model"])
+    if optimizer is not None:
+        sd.set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        torch.set_rng_state(tensors["random"]["cpu"])
+        if "cuda" in tensors["random"]:
+            torch.cuda.set_rng_state(tensors["random"]["cuda"])
+
+
+def newest(root: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its state; says on stderr which ones it passes over and why."""
+    for folder in reversed(steps(root)):
+        state, damage = inspect(folder)
+        if damage is None:
+            return folder, state
+        print(f"checkpoint {folder} is damaged ({damage}): falling back to the one before", file=sys.stderr)
+    return None
+
+
+def inspect(folder: Path) -> tuple[dict, str | None]:
+    """(state, None) of a whole checkpoint, ({}, what is wrong) of a damaged one. Reads every file through."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for name, (size, digest) in state["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return {}, f"{name} is missing"
+            if file.stat().st_size != size:
+                return {}, f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+            if _sha256(file) != digest:
+                return {}, f"{name} does not have the bytes that were saved"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"state.json cannot be read: {type(error).__name__}"
+    return state, None
+
+
+def steps(root: Path) -> list[Path]:
+    """The step_N folders of root, oldest first."""
+    named = (f for f in root.glob("step_*") if f.name.removeprefix("step_").isdigit())
+    return sorted(named, key=lambda f: int(f.name.removeprefix("step_")))
+
+
+def prune(root: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the one of step `best`; and what a kill left half-written."""
+    for folder in steps(root)[: -max(1, keep)]:
+        if folder.name != f"step_{best}":
+            os.rename(folder, folder.with_name(folder.name + UNFINISHED))  # a half-deleted one must not look like one
+    for leftover in root.glob("step_*" + UNFINISHED):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _tensors(model: torch.nn.Module) -> dict:
+    return {"model": sd.get_model_state_dict(model)}
+
+
+def _random_state() -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's complaint inside what torch raises: it wraps it, and for a full disk may say only that a
+    write came out short."""
+    if isinstance(error, OSError):
+        return error
+    for inner in (error.__cause__, error.__context__, *(e for e, _ in getattr(error, "failures", {}).values())):
+        if isinstance(inner, BaseException) and inner is not error and (found := _os_error(inner)):
+            return found
+    if isinstance(error, RuntimeError) and "write" in str(error).lower():
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None

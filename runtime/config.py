@@ -1,0 +1,167 @@
+"""Settings: a flat TOML file and the command line -> a dataclass instance. Nothing in a config is ever executed.
+
+@dataclass
+class Config:
+    "What the script does, in one line."
+    lr: float = key(1e-5, "peak learning rate")
+    ref: str = key(REQUIRED, "reference log-probabilities, a .safetensors file")
+
+config = load(Config)   # python script.py --config FILE.toml --lr 2e-5 --ref=ref.safetensors
+"""
+
+import difflib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime.errors import UserError
+
+T = TypeVar("T")
+REQUIRED: Any = MISSING  # as a key's default: the user must give it
+COMMAND_LINE = "command line"
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+EXPECTED = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str (in a file: in quotes)"}
+
+
+def key(default: Any, meaning: str, choices: Iterable | None = None) -> Any:
+    """A dataclass field for one int, float, bool or str setting; keyword-only, so a subclass may add REQUIRED ones."""
+    return field(default=default, kw_only=True, metadata={"help": meaning, "choices": tuple(choices or ())})
+
+
+def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+    """The settings `cls`: command line over `--config` file over defaults; its method `check`, if any, runs last.
+
+    argv: by default sys.argv[1:]; holds `--key value`, `--key=value`, or for a bool that is to be true a bare `--key`.
+    prog: the script's name in `--help`, which prints every key and exits 0.
+    Raises UserError for anything the user wrote that does not fit.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(_help(cls, prog or Path(sys.argv[0]).name))
+        sys.exit(0)
+    keys = {f.name: f for f in fields(cls)}
+    texts = _read_argv(argv, keys)
+    path = texts.pop("config", None)
+    values = {} if path is None else _read_file(path, keys)
+    values |= {name: _checked(keys[name], text, COMMAND_LINE) for name, text in texts.items()}
+    for name, f in keys.items():
+        if f.default is REQUIRED and name not in values:
+            place = path or "the --config file"
+            raise UserError(f"missing key {name} ({f.metadata['help']}): give --{name} or `{name} = …` in {place}")
+    config = cls(**values)
+    if hasattr(config, "check"):
+        config.check()
+    return config
+
+
+def to_toml(config: Any) -> str:
+    """All fields of a config as flat TOML that `load` reads back equal. Raises TypeError for a value TOML lacks."""
+    return "".join(f"{f.name} = {_toml(getattr(config, f.name))}\n" for f in fields(config))
+
+
+def _kind(f: Field) -> type:
+    return TYPES.get(f.type, f.type)  # under `from __future__ import annotations` the type is its name
+
+
+def _read_argv(argv: list[str], keys: dict[str, Field]) -> dict[str, str]:
+    """`--key value …` -> {key: text}. Two dashes tell an option from a value, so `--lr -1` is a negative number."""
+    texts, rest = {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UserError(f"{COMMAND_LINE}: stray argument {word!r}: write --key value or --key=value")
+        if name not in keys and name != "config":
+            raise _unknown(name, COMMAND_LINE, [*keys, "config"])
+        if name in texts:
+            raise UserError(f"{COMMAND_LINE}: --{name} is given twice: give it once")
+        if not equals:
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif name in keys and _kind(keys[name]) is bool:
+                text = "true"
+            else:
+                raise UserError(f"{COMMAND_LINE}: --{name} has no value: write --{name} VALUE or --{name}=VALUE")
+        texts[name] = text
+    return texts
+
+
+def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
+    """A flat TOML file -> {key: checked value}."""
+    try:
+        source = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
+        table = tomllib.loads(source)
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}: check --config") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        what, at, line = str(error).partition(" (at line ")  # tomllib: "… (at line 3, column 5)"
+        where = f"{path}:{line.split(',')[0]}" if at else path
+        raise UserError(f"{where}: not valid TOML: {what}") from None
+    values = {}
+    for name, value in table.items():
+        found = re.search(rf"""(?m)^[ \t]*\[*[ \t]*["']?{re.escape(name)}["']?[ \t]*[].=]""", source)
+        where = f"{path}:{source[: found.end()].count(chr(10)) + 1}" if found else path
+        if isinstance(value, dict | list):
+            what = "table" if isinstance(value, dict) else "list"
+            raise UserError(f"{where}: {name!r} is a {what}, but a config is flat: write `key = value` lines only")
+        if name not in keys:
+            raise _unknown(name, where, keys)
+        values[name] = _checked(keys[name], value, where)
+    return values
+
+
+def _unknown(name: str, where: str, known: Iterable[str]) -> UserError:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return UserError(f"{where}: unknown key {name!r}: the nearest known key is {nearest!r}, --help lists all")
+
+
+def _checked(f: Field, given: Any, where: str) -> Any:
+    """`given` as the type of key `f`. A whole number may stand for a float and a whole float (1e3) for an int."""
+    kind, value = _kind(f), given
+    try:
+        if where == COMMAND_LINE and kind is bool:
+            value = {"true": True, "false": False}[given.lower()]
+        elif where == COMMAND_LINE and kind is not str:
+            value = int(given) if re.fullmatch(r"\s*[+-]?[\d_]+\s*", given) else float(given)
+        if kind is float and type(value) is int:
+            value = float(value)  # OverflowError beyond 1e308
+        if kind is int and type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not kind:
+            raise TypeError
+        if kind is str:
+            value.encode()  # UnicodeError: bytes of the shell that are no UTF-8, which no TOML file could hold
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise UserError(f"{where}: {f.name} = {given!r} is not {EXPECTED[kind]}") from None
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: {f.name} = {given!r} is not one of {', '.join(map(str, choices))}")
+    return value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):  # a JSON string is a TOML one, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, int | float):
+        return repr(value).lower()
+    raise TypeError(f"{value!r} is not an int, float, bool or str")
+
+
+def _help(cls: type, prog: str) -> str:
+    rows = [("--config", "str", '""', "a flat TOML file of the keys below; the command line wins over it")]
+    for f in fields(cls):
+        default = "required" if f.default is REQUIRED else _toml(f.default)
+        choices = f" [{' | '.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
+        rows.append((f"--{f.name}", _kind(f).__name__, default, f.metadata["help"] + choices))
+    a, b, c = (max(len(row[i]) for row in rows) for i in range(3))
+    lines = [f"{name:{a}}  {kind:{b}}  {default:{c}}  {meaning}" for name, kind, default, meaning in rows]
+    doc = (cls.__doc__ or "").strip().partition("\n")[0]
+    doc = "" if doc.startswith(f"{cls.__name__}(") else doc + "\n\n"  # where no doc is, dataclass writes a signature
+    return f"usage: python {prog} [--config FILE.toml] [--key value …]\n\n{doc}" + "\n".join(lines)

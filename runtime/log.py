@@ -1,0 +1,159 @@
+"""What a run says: metrics.jsonl, lines on the console, wandb; tokens per second, time left, MFU, memory."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from runtime.errors import UserError
+
+
+class Metrics:
+    """metrics.jsonl, a line a record, and the same to wandb if a project is named.
+
+    `start`: the number of bytes to keep of a file that is there already (what the checkpoint being resumed had seen).
+    """
+
+    def __init__(self, path: Path, start: int, wandb: str = "", settings: dict | None = None):
+        if not path.exists():
+            path.touch()
+        self.file = open(path, "r+b")  # noqa: SIM115
+        self.file.truncate(start)
+        self.file.seek(start)
+        self.wandb = _wandb(wandb, path.parent, settings or {}) if wandb else None
+
+    def write(self, record: dict) -> None:
+        self.file.write((json.dumps(record) + "\n").encode())
+        self.file.flush()
+        if self.wandb:
+            split = record["split"]
+            numbers = {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")}
+            self.wandb.log(numbers, step=record["step"])
+
+    @property
+    def size(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _wandb(project: str, folder: Path, settings: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("key wandb: the package is not installed: pip install wandb, or leave the key empty") from None
+    note = folder / "wandb_id"  # the same run goes on after a resume
+    run = wandb.init(
+        project=project,
+        dir=folder,
+        config=settings,
+        name=folder.name,
+        id=note.read_text().strip() if note.exists() else None,
+        resume="allow",
+    )
+    note.write_text(run.id)
+    return run
+
+
+class Console:
+    """A line a step at most every `every` seconds, with speed and time left."""
+
+    def __init__(self, steps: int, unit: str, every: float = 1.0):
+        self.steps, self.unit, self.every = steps, unit, every
+        self.last = -math.inf
+        self.first: tuple[float, int] | None = None
+
+    def step(self, record: dict, seconds: float, examples: int) -> None:
+        step, now = record["step"], time.monotonic()
+        self.first = self.first or (now - seconds, step - 1)
+        if now - self.last < self.every and step != self.steps:
+            return
+        self.last = now
+        pace = (now - self.first[0]) / (step - self.first[1])  # validation and saving are part of it
+        parts = [
+            f"step {step:>{len(str(self.steps))}}/{self.steps}",
+            f"loss {record['loss']:.4f}",
+            *(f"{name} {record[f'rewards/{name}']:.3f}" for name in ("margins", "accuracies") if f"rewards/{name}" in record),
+            f"lr {record['lr']:.2e}",
+            f"grad {record['grad_norm']:.2f}",
+            f"{record['tokens_per_s']:,.0f} tok/s",
+            f"{examples / seconds:.1f} {self.unit}/s",
+            f"{duration(pace * (self.steps - step))} left",
+        ]
+        print("  ".join(parts), flush=True)
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of a large matrix product on this device, FLOP/s: the best that a model could do."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def step_flops(model: torch.nn.Module, tokens: int, completion_tokens: int) -> float:
+    """Operations of forward and backward: 6 a weight and token, the vocabulary projection at predicted positions only.
+
+    Attention's own products (about 6% more at 300 tokens for GPT-2 124M) are left out, so MFU comes out a little low.
+    """
+    head = model.wte.weight.numel()
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    return 6.0 * (blocks * tokens + head * completion_tokens)
+
+
+def cuda_numbers(device: torch.device, flops: float, seconds: float, peak: float) -> dict:
+    """`mfu` (share of `peak`) and `memory_gb` (most ever allocated, 1e9 bytes) for a step on CUDA; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    return {"mfu": flops / seconds / peak, "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Progress:
+    """A line of progress on stderr for work of a known size: live on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, unit: str):
+        self.name, self.total, self.unit = name, total, unit
+        self.start = self.last = time.monotonic()
+        self.done = 0
+
+    def add(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.last >= (0.5 if sys.stderr.isatty() else 10):
+            self.last = now
+            self._write("\r" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
+
+    def _write(self, before: str, after: str) -> None:
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
+        left = duration((self.total - self.done) / max(rate, 1e-9))
+        text = f"{self.name} {100 * self.done / self.total:3.0f}%  {rate:,.1f} {self.unit}/s  {left} left"
+        print(f"{before}{text:<70}", end=after, file=sys.stderr, flush=True)
+
+    def close(self) -> float:
+        """End the line; returns the seconds since the start."""
+        if sys.stderr.isatty():
+            self._write("\r", "\n")
+        return time.monotonic() - self.start

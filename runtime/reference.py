@@ -1,0 +1,79 @@
+"""The reference file on its way into a DPO run: opened, bound to what it was made from, or refused.
+
+This is the check that the project exists for. Reference log-probs of another model train without a murmur and to nothing:
+every DPO run but the last of the HellaSwag experiment in docs/recipes.md was lost to it.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import weights
+from data.packing import Encoded, data_hash
+from losses import REFERENCE_FREE
+from runtime.errors import UserError
+
+
+@dataclass
+class Reference:
+    """`logps` and `val_logps`: (pairs, 2) float32, log pi_ref of chosen and rejected in nats. `hash`: SHA-256 of the file."""
+
+    logps: Tensor
+    val_logps: Tensor
+    metadata: dict
+    hash: str
+
+    @classmethod
+    def open(cls, cfg, model, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded]) -> "Reference":
+        """Read `cfg.ref` and refuse it (UserError) if it does not fit the data, or the model before its first step."""
+        if cfg.loss in REFERENCE_FREE:
+            return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
+        path = Path(cfg.ref)
+        if not path.is_file():
+            raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"key ref: {path} is damaged or no .safetensors file ({error}): make it anew") from None
+        logps, val_logps = tensors.get("logps"), tensors.get("val_logps")
+        if logps is None or "weights_sha256" not in metadata:
+            raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")
+
+        def refuse(what: str, there: object, here: object) -> None:
+            raise UserError(
+                f"key ref: {path} was made with another {what} ({there}, here {here}): make it anew with precompute_ref.py "
+                "from this run's init_from, data, tokenizer, max_len and truncation"
+            )
+
+        if metadata.get("tokenizer_sha256") != tokenizer.fingerprint():
+            refuse("tokenizer", metadata.get("tokenizer"), tokenizer.name)
+        if metadata.get("max_len") != str(max_len):
+            refuse("max_len", metadata.get("max_len"), max_len)
+        if metadata.get("truncation") != cfg.truncation:
+            refuse("truncation", metadata.get("truncation"), cfg.truncation)
+        if tuple(logps.shape) != (len(train), 2):
+            refuse("number of pairs", len(logps), len(train))
+        if metadata.get("data_sha256") != (here := data_hash(train)):
+            refuse("data", f"SHA-256 {metadata.get('data_sha256', '')[:12]}…", f"{here[:12]}…")
+        if val and val_logps is None:
+            raise UserError(f"key ref: {path} has no validation pairs: make it with --val_data {cfg.val_data}")
+        if val and (tuple(val_logps.shape) != (len(val), 2) or metadata.get("val_data_sha256") != data_hash(val)):
+            refuse("validation data", f"{len(val_logps)} pairs", f"{len(val)} pairs")
+        if not val:
+            val_logps = torch.zeros(0, 2)
+        if metadata["weights_sha256"] != (here := weights.fingerprint(model)):
+            message = (
+                f"key ref: {path} holds the log-probs of other weights ({metadata.get('init_from')}, SHA-256 "
+                f"{metadata['weights_sha256'][:12]}…) than this run starts from ({cfg.init_from}, {here[:12]}…)"
+            )
+            if not cfg.allow_ref_mismatch:
+                raise UserError(f"{message}: make it anew from {cfg.init_from}, or insist with --allow_ref_mismatch true")
+            print(f"warning: {message}", file=sys.stderr)
+        return cls(logps, val_logps, metadata, hashlib.sha256(path.read_bytes()).hexdigest())

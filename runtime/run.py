@@ -1,0 +1,314 @@
+"""A run: the keys that all training has, and its folder with config, metrics, checkpoints and the final model."""
+
+import dataclasses
+import fcntl
+import math
+import shutil
+import signal
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import weights
+from runtime import checkpoint, config, optim
+from runtime.config import REQUIRED, key
+from runtime.errors import UserError
+from runtime.files import write_whole
+from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
+
+# keys that a resumed run may change: they do not touch the curve
+FREE = {"keep", "save_every", "wandb", "device", "compile", "overwrite", "samples", "out_dir"}
+
+
+@dataclass
+class ModelKeys:
+    """Which weights to start from."""
+
+    init_from: str = key("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model folder, or scratch")
+    n_layer: int = key(0, "scratch: number of blocks")
+    n_head: int = key(0, "scratch: attention heads a block")
+    n_embd: int = key(0, "scratch: width")
+    block_size: int = key(0, "scratch: positions, the most tokens of prompt + completion")
+    tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the one of init_from (gpt2 for scratch)")
+
+
+@dataclass
+class DataKeys:
+    """Which text to read and what to do when it is too long."""
+
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
+    val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    limit: int = key(0, "use only the first so many training problems, 0 = all")
+    val_limit: int = key(1000, "use only the first so many validation problems, 0 = all")
+    max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context")
+    truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
+
+
+@dataclass
+class TrainKeys(ModelKeys, DataKeys):
+    """What every training stage can be told."""
+
+    out_dir: str = key(REQUIRED, "run folder; a run that is there is resumed")
+    overwrite: bool = key(False, "delete the run that out_dir holds and start anew")
+    batch_size: int = key(64, "examples or pairs an optimizer step, over all ranks")
+    row_len: int = key(0, "tokens of a packed row, 0 = one example a row")
+    micro_tokens: int = key(4096, "most tokens in one forward, padding included")
+    epochs: float = key(1.0, "passes over the data")
+    max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs")
+    optimizer: str = key("adamw", "update rule", ["adamw", "rmsprop", "sgd"])
+    adam_beta1: float = key(0.9, "decay of AdamW's mean of gradients")
+    adam_beta2: float = key(0.999, "decay of AdamW's mean of squares")
+    lr: float = key(1e-5, "peak learning rate")
+    min_lr: float = key(0.0, "learning rate at the schedule's end")
+    schedule: str = key("cosine", "shape of the learning rate after warmup", ["cosine", "linear", "constant"])
+    warmup: float = key(0.0, "steps of linear warmup, or a share of the run if below 1")
+    weight_decay: float = key(0.0, "decoupled weight decay of matrices and embeddings")
+    grad_clip: float = key(1.0, "largest global gradient norm, 0 = no clipping")
+    dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)")
+    eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end")
+    save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end")
+    keep: int = key(2, "newest checkpoints to keep, beside the one with the best validation loss")
+    samples: int = key(2, "validation prompts to complete and print at each validation")
+    seed: int = key(0, "seed of data order, scratch weights and dropout")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+    compile: bool = key(False, "torch.compile each block")
+    wandb: str = key("", "wandb project to log to, empty = none")
+
+    def check(self) -> None:
+        """Raise UserError for values that no run can have. Runs before anything is loaded."""
+        at_least = {"batch_size": 1, "micro_tokens": 1, "keep": 1, "adam_beta1": 0.0, "adam_beta2": 0.0}
+        not_negative = (
+            "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples limit val_limit "
+            "max_len n_layer n_head n_embd block_size dropout seed"
+        )
+        for name, least in {**dict.fromkeys(not_negative.split(), 0), **at_least}.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
+        for name in ("dropout", "adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"key {name}: {getattr(self, name)} must be below 1")
+        if self.max_steps == 0 and not 0 < self.epochs < float("inf"):
+            raise UserError(f"key epochs: {self.epochs} must be above 0 (or give max_steps)")
+        for name in ("lr", "min_lr", "warmup", "weight_decay", "grad_clip"):
+            if getattr(self, name) == float("inf"):
+                raise UserError(f"key {name}: inf is not a usable value")
+        if self.min_lr > self.lr:
+            raise UserError(f"key min_lr: {self.min_lr} is above lr {self.lr}")
+
+
+class Run:
+    """The folder of a run and its life: begin or resume, log, validate, save, stop cleanly, finish.
+
+    `binding` is what must be the same when the run is resumed (the data's hash, …); `unit` names what a batch holds.
+    """
+
+    def __init__(self, cfg: TrainKeys, steps: int, compute, binding: dict, unit: str):
+        self.cfg, self.steps, self.compute, self.binding = cfg, steps, compute, binding
+        self.folder = Path(cfg.out_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.best: dict | None = None  # {"step", "loss"} of the best validation so far
+        self.saved_at = -1
+        self.console = Console(steps, unit)
+        self.metrics: Metrics | None = None
+        self.stop_signal = 0
+        self._lock = self._take()
+
+    def _take(self):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"out_dir {self.folder} is a file: name a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder") from None
+        return lock
+
+    def begin(self, model, optimizer) -> int:
+        """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
+        if self.cfg.overwrite:
+            for name in ("checkpoints", "model", "adapter"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "config.toml", "wandb_id"):
+                (self.folder / name).unlink(missing_ok=True)
+        found = checkpoint.newest(self.checkpoints)
+        done, seen = 0, 0
+        if found:
+            folder, state = found
+            self._same_run(state)
+            checkpoint.load(folder, model, optimizer)
+            done, seen, self.best = state["step"], state["metrics_bytes"], state["best"]
+            self.saved_at = done
+            print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
+            metrics = self.folder / "metrics.jsonl"
+            if not metrics.exists() or metrics.stat().st_size < seen:
+                raise UserError(
+                    f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite"
+                )
+        elif checkpoint.steps(self.checkpoints):
+            raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
+        write_whole(self.folder / "config.toml", config.to_toml(self.cfg))
+        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, self.cfg.wandb, dataclasses.asdict(self.cfg))
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._on_signal)
+        self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
+        return done
+
+    def _same_run(self, state: dict) -> None:
+        """Refuse to go on with other settings or other data than the run was begun with."""
+        path = self.folder / "config.toml"
+        try:
+            before = tomllib.loads(path.read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{path}: cannot be read, so this run cannot be resumed: start anew with --overwrite") from None
+        for name, now in dataclasses.asdict(self.cfg).items():
+            if name not in FREE and before.get(name, now) != now:
+                raise UserError(
+                    f"out_dir {self.folder} holds a run with {name} = {before[name]!r}, not {now!r}: resume it with the same "
+                    "settings, name another out_dir, or start anew with --overwrite"
+                )
+        for name, now in self.binding.items():
+            if state.get(name) != now:
+                raise UserError(f"out_dir {self.folder}: the {name} differs from when its run was begun: name another out_dir")
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if self.stop_signal:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
+
+    def log_step(self, step: int, record: dict, seconds: float, examples: int, model, completion_tokens: int) -> None:
+        """Record a finished training step: `record` with loss, lr, grad_norm, tokens, and whatever the stage adds."""
+        flops = step_flops(model, record["tokens"], completion_tokens)
+        record = {
+            "step": step,
+            "split": "train",
+            **record,
+            "tokens_per_s": record["tokens"] / seconds,
+            "step_s": seconds,
+            **cuda_numbers(self.compute.device, flops, seconds, self.peak),
+        }
+        self.metrics.write(record)
+        self.console.step(record, seconds, examples)
+
+    def log_val(self, step: int, record: dict) -> bool:
+        """Record a validation; True if its loss is the best so far (of a trained model: step 0 does not count)."""
+        self.metrics.write({"step": step, "split": "val", **record})
+        better = step > 0 and (self.best is None or record["loss"] < self.best["loss"])
+        if better:
+            self.best = {"step": step, "loss": record["loss"]}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in record.items())
+        print(f"validation at step {step}: {shown}{'  (best)' if better else ''}", flush=True)
+        return better
+
+    def due(self, every: int, step: int) -> bool:
+        return step == self.steps or (every > 0 and step % every == 0)
+
+    def save(self, step: int, model, optimizer) -> None:
+        """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
+        state = {"metrics_bytes": self.metrics.size, "best": self.best, **self.binding}
+        checkpoint.save(self.checkpoints, step, state, model, optimizer)
+        checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
+        self.saved_at = step
+
+    def stopped(self, step: int, model, optimizer) -> bool:
+        """True after Ctrl-C or SIGTERM: the step is saved, and the user told how to go on."""
+        if not self.stop_signal or step == self.steps:
+            return False
+        if self.saved_at != step:
+            self.save(step, model, optimizer)
+        self.metrics.close()
+        print(f"stopped at step {step} of {self.steps}, saved in {self.checkpoints}: the same command goes on from there")
+        return True
+
+    def finish(self, model, tokenizer) -> None:
+        """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated."""
+        which = f"step {self.steps}"
+        if self.best and self.best["step"] != self.steps:
+            best = self.checkpoints / f"step_{self.best['step']}"
+            _, damage = checkpoint.inspect(best)
+            if damage:
+                raise UserError(f"{best}, the best checkpoint, is damaged ({damage}): no model was written")
+            checkpoint.load(best, model)
+            which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
+        weights.save(model, tokenizer, self.folder / "model")
+        self.metrics.close()
+        print(f"wrote {self.folder / 'model'}: {which}", flush=True)
+
+
+class Timer:
+    """Seconds since it was made or last read, with the device's work done."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.perf_counter()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds
+
+
+def build_model(cfg: ModelKeys, tokenizer, dropout: float = 0.0, seed: int = 0):
+    """The model that `init_from` names, in float32 on the CPU; UserError if the tokenizer has more ids than it."""
+    sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    model = weights.load(cfg.init_from, dropout=dropout, vocab_size=tokenizer.size, seed=seed, **sizes)
+    if tokenizer.size > model.config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
+            f"{model.config.vocab_size}: give the --tokenizer that it was trained with"
+        )
+    return model
+
+
+def context(max_len: int, model) -> int:
+    """`max_len` as tokens: 0 is the model's context, more than that is a UserError."""
+    if max_len > model.config.block_size:
+        raise UserError(f"key max_len: {max_len} is more than the model's context of {model.config.block_size} tokens")
+    return max_len or model.config.block_size
+
+
+def check_finite(value: torch.Tensor, what: str, step: int, items: list) -> float:
+    """The value as a number; UserError naming the step and the examples if it is not finite, before weights are touched."""
+    number = value.item()
+    if not math.isfinite(number):
+        numbers = ", ".join(str(item.number) for item in items[:20]) + (", …" if len(items) > 20 else "")
+        raise UserError(
+            f"the {what} is {number} at step {step + 1}, in the micro-batch with examples {numbers} (numbered from 0 in the "
+            "data): the weights were not touched; look at those examples, lower lr, or set grad_clip"
+        )
+    return number
+
+
+def print_samples(model, tokenizer, items: list, new_tokens: int = 48) -> None:
+    """Complete a few prompts greedily and print them beside the completion that was wanted."""
+    items = [item for item in items if len(item.prompt) < model.config.block_size]
+    if not items:
+        return
+    written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot)
+    for item, ids in zip(items, written, strict=True):
+        tail = tokenizer.decode(item.prompt.tolist())[-100:]
+        wanted = tokenizer.decode(item.completions[0].tolist()[:-1])
+        print(f"  prompt …{tail!r}\n    wanted  {wanted[:200]!r}\n    written {tokenizer.decode(ids)[:200]!r}", flush=True)
+
+
+def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
+    """Every derived number, before the first step."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    blocks, head = sum(p.numel() for p in model.blocks.parameters()), model.wte.weight.numel()
+    state = {"adamw": 2, "rmsprop": 1, "sgd": 0}[cfg.optimizer]
+    memory = 4 * (total + (1 + state) * trained) / 1e9
+    return (
+        f"{model.config}: {total:,} parameters, {trained:,} trained; weights, gradients and optimizer take {memory:.2f} GB; "
+        f"{6 * blocks / 1e6:,.0f} MFLOP a token and {6 * head / 1e6:,.0f} more a predicted one\n"
+        f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
+        f"{optim.warmup_steps(cfg, steps)} of warmup"
+    )

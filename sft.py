@@ -1,0 +1,116 @@
+"""Stage 1, supervised fine-tuning: raise the log-probability of the right completion.
+
+    python sft.py --config configs/toy_sft.toml
+    python sft.py --init_from gpt2 --data hellaswag --out_dir runs/hellaswag_sft --lr 1.41e-5
+
+The loss is the mean negative log-likelihood over all completion tokens of the global batch, however it is split up.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+import losses
+from data import RECIPES
+from data.packing import BatchPlan, Encoded, collate, data_hash, describe, load_encoded, plan_once
+from data.tokenizer import choose
+from runtime import config, distributed, optim
+from runtime.errors import run
+from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, summary
+
+
+@dataclass
+class Config(TrainKeys):
+    """Supervised fine-tuning of GPT-2 on prompts and completions."""
+
+
+@torch.no_grad()
+def validate(model, items: list[Encoded], compute, micro_tokens: int) -> dict:
+    """Mean negative log-likelihood a completion token, in nats, over all items; and its perplexity."""
+    model.eval()
+    total = 0.0
+    for rows in plan_once(items, micro_tokens, compute.spare_padding):
+        batch = collate(rows, compute.row_multiple).to(compute.device)
+        with compute.autocast():
+            total -= model(batch).double().sum().item()
+    model.train()
+    loss = total / sum(item.completion_tokens for item in items)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+
+def main() -> int | None:
+    cfg = config.load(Config, prog="sft.py")
+    compute = distributed.setup(cfg.device, cfg.dtype)
+    print(compute)
+
+    # text -> tokens -> which examples each step takes
+    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    model = build_model(cfg, tokenizer, cfg.dropout, cfg.seed).to(compute.device)
+    max_len = context(cfg.max_len, model)
+    policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
+    train = load_encoded(cfg.data, "train", "sft", tokenizer, limit=cfg.limit, **policy)
+    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
+    val = load_encoded(val_source, "val", "sft", tokenizer, limit=cfg.val_limit, **policy) if val_source else []
+    plan = BatchPlan(
+        train,
+        cfg.batch_size,
+        cfg.seed,
+        row_len=cfg.row_len,
+        micro_tokens=cfg.micro_tokens,
+        spare_padding=compute.spare_padding,
+    )
+    print(describe(plan, train))
+
+    # model, optimizer, run folder
+    steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
+    optimizer = optim.make(model, cfg)
+    torch.manual_seed(cfg.seed)  # dropout
+    this_run = Run(cfg, steps, compute, {"data_hash": data_hash(train + val)}, "examples")
+    start = this_run.begin(model, optimizer)
+    print(summary(model, cfg, steps, plan))
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    model.train()
+    if val and start == 0 and cfg.eval_every:
+        this_run.log_val(0, validate(model, val, compute, cfg.micro_tokens))
+
+    timer = Timer(compute.device)
+    for step in range(start, steps):
+        lr = optim.learning_rate(cfg, step, steps)
+        optim.set_lr(optimizer, lr)
+        numbers = plan.examples(step)
+        predicted = sum(train[i].completion_tokens for i in numbers)
+        loss = 0.0
+        for rows in plan[step][compute.rank]:
+            batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            with compute.autocast():
+                logps = model(batch)
+            part = losses.sft(logps, predicted)
+            loss += check_finite(part, "loss", step, batch.items)
+            part.backward()
+        grad_norm = check_finite(optim.clip(model, cfg.grad_clip), "gradient norm", step, [train[i] for i in numbers])
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        tokens = sum(train[i].row_tokens for i in numbers)
+        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
+        this_run.log_step(done, record, timer.lap(), len(numbers), model, predicted)
+        best = False
+        if val and this_run.due(cfg.eval_every, done):
+            best = this_run.log_val(done, validate(model, val, compute, cfg.micro_tokens))
+            print_samples(model, tokenizer, val[: cfg.samples])
+        if best or this_run.due(cfg.save_every, done):
+            this_run.save(done, model, optimizer)
+        if this_run.stopped(done, model, optimizer):
+            return 128 + this_run.stop_signal
+        timer.lap()  # validation and saving are not the next step's time
+
+    this_run.finish(model, tokenizer)
+    return None
+
+
+if __name__ == "__main__":
+    run(main)

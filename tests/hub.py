@@ -1,0 +1,200 @@
+"""A small web server that speaks the Hugging Face hub's paths, for tests and for trying things out without the hub.
+
+As the real one it answers `/{repo}/resolve/main/{file}`, redirects bare names (`gpt2`) to `openai-community/…`, states
+size and checksum, and sends large files (by their ending) through a redirect to another host, whose ETag is one of its
+own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT`.
+"""
+
+import contextlib
+import hashlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (".safetensors", ".bin")
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the requests whose path contains `path`, `times` times (-1: always)."""
+
+    path: str
+    times: int = 1
+    status: int = 0  # answer with this status
+    headers: dict = field(default_factory=dict)  # add or replace these headers
+    cut: int = -1  # close the connection after so many bytes of the body
+    hang_up: bool = False  # close it without an answer
+    sleep: float = 0.0  # seconds to wait before the answer
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    host: str
+    headers: dict
+    status: int = 0
+
+
+class Hub:
+    """`with Hub({"gpt2": folder}) as hub:` serves the folder's files at `hub.url`; {"*": folder} serves any repo id.
+
+    `hub.requests` lists what was asked. `hub.faults` is what goes wrong, the first that fits is used.
+    Plain files, for a server that is no hub: `hub.url + "/files/{repo}/{file}"`.
+    """
+
+    def __init__(self, repos: dict[str, Path], port: int = 0):
+        self.repos = {repo: Path(folder) for repo, folder in repos.items()}
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self.with_etag = True
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        # Two names for one machine: the hub's own host, and the one large files are kept at.
+        self.url = f"http://localhost:{self.server.server_port}"
+        self.store = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fault(self, path: str, **what) -> None:
+        """Add a Fault, see there."""
+        self.faults.append(Fault(path, **what))
+
+    def asked(self, text: str) -> list[Request]:
+        """The requests whose path contains `text`."""
+        return [request for request in self.requests if text in request.path]
+
+    def file(self, repo: str, name: str) -> Path | None:
+        folder = self.repos.get(repo) or self.repos.get(repo.removeprefix("openai-community/")) or self.repos.get("*")
+        path = folder / name if folder else None
+        return path if path and path.is_file() else None
+
+    def take_fault(self, path: str) -> Fault:
+        for fault in self.faults:
+            if fault.path in path and fault.times:
+                fault.times -= 1
+                return fault
+        return Fault(path)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.request_ = Request(self.command, path, self.headers.get("Host", ""), dict(self.headers))
+        self.hub.requests.append(self.request_)
+        self.fault = self.hub.take_fault(path)
+        if self.fault.sleep:
+            time.sleep(self.fault.sleep)
+        if self.fault.hang_up:
+            self.close_connection = True
+        elif self.fault.status:
+            self.answer(self.fault.status)
+        elif match := re.fullmatch(r"/([^/]+)/resolve/main/(.+)", path):
+            self.redirect(307, f"/openai-community/{match[1]}/resolve/main/{match[2]}", {})
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(?:main|[0-9a-f]{40})/(.+)", path):
+            self.resolve(*match.groups())
+        elif match := re.fullmatch(r"/(?:store|files)/((?:[^/]+/)?[^/]+)/([^/]+)", path):
+            if file := self.hub.file(*match.groups()):
+                content = file.read_bytes()
+                self.send(content, hashlib.md5(content).hexdigest(), {})
+            else:
+                self.answer(404)
+        else:
+            self.answer(404)
+
+    do_HEAD = do_GET
+
+    def resolve(self, repo: str, name: str) -> None:
+        file = self.hub.file(repo, name)
+        if file is None:
+            known = any(repo.removeprefix("openai-community/") == key or key in (repo, "*") for key in self.hub.repos)
+            self.answer(404 if known else 401, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"})
+            return
+        content = file.read_bytes()
+        about = {"X-Repo-Commit": COMMIT}
+        if name.endswith(LARGE):
+            about |= {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": str(len(content))}
+            self.redirect(302, f"{self.hub.store}/store/{repo}/{name}?signature=secret", about)
+        else:
+            self.send(content, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), about)
+
+    def redirect(self, status: int, to: str, headers: dict) -> None:
+        self.answer(status, {"Location": to, **headers})
+
+    def send(self, content: bytes, etag: str, headers: dict) -> None:
+        """The content or the range of it that was asked for; If-Range is honoured."""
+        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", **headers} if self.hub.with_etag else headers
+        headers |= self.fault.headers
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        same = self.headers.get("If-Range") in (None, headers.get("ETag"))
+        if not (wanted and same):
+            self.answer(200, headers, content)
+            return
+        start, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        if start >= len(content):
+            self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
+            return
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.answer(206, headers, content[start : end + 1])
+
+    def answer(self, status: int, headers: dict | None = None, body: bytes = b"") -> None:
+        self.request_.status = status
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {}) | self.fault.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if 0 <= self.fault.cut < len(body):
+            body = body[: self.fault.cut]
+            self.close_connection = True
+        with contextlib.suppress(ConnectionError):  # a client that gave up
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(repos: dict[str, Path], monkeypatch) -> Iterator[Hub]:
+    """A running Hub that HF_ENDPOINT points to; proxies and tokens of the machine are out of the way."""
+    with Hub(repos) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python -m tests.hub FOLDER PORT [REPO, default any]")
+    with Hub({sys.argv[3] if len(sys.argv) == 4 else "*": Path(sys.argv[1])}, int(sys.argv[2])) as hub:
+        print(f"export HF_ENDPOINT={hub.url}", flush=True)
+        seen = 0
+        while True:
+            time.sleep(0.2)
+            for request in hub.requests[seen:]:
+                print(request.method, request.path, request.status, flush=True)
+                seen += 1

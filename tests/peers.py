@@ -1,0 +1,168 @@
+"""The other side of comparisons: tiny random GPT-2 folders, TRL's trainers and lm-evaluation-harness on given data.
+
+tests/ and bench.py share it. transformers, trl and lm_eval are imported where used: this file imports without them.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+EOT = "<|endoftext|>"
+
+
+class Ids:
+    """A tokenizer whose text is the ids themselves: " 3 17 5" <-> [3, 17, 5]; the last id of `size` is end of text.
+
+    It makes texts of exact token counts without a vocabulary file; `save` writes the same tokenizer for transformers.
+    """
+
+    name = "ids"
+
+    def __init__(self, size: int):
+        self.size, self.eot = size, size - 1
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" {i}" for i in ids)
+
+    def fingerprint(self) -> str:
+        return f"ids {self.size}"
+
+    def save(self, folder: str | Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocab = {str(i): i for i in range(self.size - 1)} | {EOT: self.eot}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=EOT))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT, pad_token=EOT).save_pretrained(str(folder))
+
+
+def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=97, seed=0) -> Path:
+    """A random GPT2LMHeadModel without dropout, as transformers saves it. Its weights are larger than GPT-2's
+    initialisation, so that log-probs, and with them rewards, differ visibly between tokens."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.1,
+                        bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1)  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # biases and layer-norm scales too: zeros and ones would hide mistakes
+            if name.endswith("bias") or p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.05)
+    model.save_pretrained(str(folder))
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Inside, transformers, trl and datasets print no progress bars and no advice."""
+    import datasets
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    old, os.environ["TQDM_DISABLE"] = os.environ.get("TQDM_DISABLE"), "1"
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        os.environ.pop("TQDM_DISABLE") if old is None else os.environ.update(TQDM_DISABLE=old)
+
+
+def _watch(sync):
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        """What every step logged, and when it ended."""
+
+        def __init__(self):
+            self.logs: list[dict] = []
+            self.ends: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            sync()
+            self.ends.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                self.logs.append(dict(logs))
+
+    return Watch()
+
+
+def _args(out_dir: str | Path, settings: dict) -> dict:
+    """Settings that both trainers share: float32, constant rate, the data's own order, nothing saved or reported."""
+    import torch
+
+    defaults = {
+        "output_dir": str(out_dir), "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "logging_steps": 1, "use_cpu": not torch.cuda.is_available(), "bf16": False, "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "num_train_epochs": 1,
+    }  # fmt: skip
+    return defaults | settings
+
+
+def dpo_trainer(folder: str | Path, pairs: list[dict], out_dir: str | Path, *, sync=lambda: None, **settings):
+    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has model and tokenizer. -> (trainer, watch).
+
+    `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    watch = _watch(sync)
+    settings = {"precompute_ref_log_probs": True} | settings
+    with quiet():
+        trainer = DPOTrainer(
+            model=str(folder), args=DPOConfig(**_args(out_dir, settings)), callbacks=[watch],
+            train_dataset=Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs]),
+        )  # fmt: skip
+    return trainer, watch
+
+
+def sft_trainer(folder: str | Path, rows: list[dict], out_dir: str | Path, *, sync=lambda: None, **settings):
+    """TRL's SFTTrainer on texts {"prompt","completion"}, loss on the completion only. -> (trainer, watch)."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    watch = _watch(sync)
+    with quiet():
+        trainer = SFTTrainer(
+            model=str(folder), args=SFTConfig(**_args(out_dir, {"completion_only_loss": True} | settings)),
+            callbacks=[watch],
+            train_dataset=Dataset.from_list([{k: r[k] for k in ("prompt", "completion")} for r in rows]),
+        )  # fmt: skip
+    return trainer, watch
+
+
+def harness(folder: str | Path, batch_size: int = 8, device: str = "cpu", dtype: str = "float32"):
+    """lm-evaluation-harness's own model class on a folder with model and tokenizer."""
+    from lm_eval.models.huggingface import HFLM
+
+    with quiet():
+        return HFLM(pretrained=str(folder), tokenizer=str(folder), batch_size=batch_size, device=device, dtype=dtype)
+
+
+def harness_logps(lm, docs: list[tuple[str, list[str]]]) -> list[list[float]]:
+    """Its log-likelihood of every option of (prompt, options) documents, options with their leading space."""
+    from lm_eval.api.instance import Instance
+
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=(prompt, option), idx=i)
+        for prompt, options in docs
+        for i, option in enumerate(options)
+    ]
+    flat = iter(lm.loglikelihood(requests, disable_tqdm=True))
+    return [[next(flat)[0] for _ in options] for _, options in docs]

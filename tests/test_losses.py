@@ -1,0 +1,200 @@
+"""Every preference loss against an independent computation: TRL's code where TRL has it, else the paper's formula."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import losses
+from losses import LOSSES, Pairs
+
+TRL_LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+              "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm"]  # fmt: skip
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # where TRL reads label_smoothing
+
+
+def settings(**changed):
+    o = {"beta": 0.1, "label_smoothing": 0.0, "simpo_gamma": 0.5, "dpop_lambda": 50.0, "discopop_tau": 0.05}
+    return SimpleNamespace(**o | changed)
+
+
+def random_pairs(n=7, seed=0, spread=3.0) -> Pairs:
+    """Log-probs of a policy some nats away from its reference, in float64; `chosen` and `rejected` want gradients."""
+    g = torch.Generator().manual_seed(seed)
+    chosen_len, rejected_len = (torch.randint(1, 40, (n,), generator=g).double() for _ in range(2))
+    ref_chosen, ref_rejected = -2.5 * chosen_len, -2.4 * rejected_len
+    chosen, rejected = (r + spread * torch.randn(n, generator=g) for r in (ref_chosen, ref_rejected))
+    return Pairs(chosen.requires_grad_(), rejected.requires_grad_(), ref_chosen, ref_rejected, chosen_len, rejected_len)
+
+
+def value_and_grads(loss: torch.Tensor, p: Pairs) -> list[torch.Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, [p.chosen, p.rejected])]
+
+
+def trl_loss(p: Pairs, o, loss_types: list[str], weights: list[float] | None = None) -> torch.Tensor:
+    """What TRL's own DPOTrainer._compute_loss makes of these log-probs, differentiable in p.chosen and p.rejected.
+
+    A stub stands in for the model: it spreads a completion's log-prob evenly over its tokens; TRL adds them up again.
+    """
+    trl = pytest.importorskip("trl")
+    n, longest = len(p.chosen), int(max(p.chosen_len.max(), p.rejected_len.max()))
+    length = torch.cat([p.chosen_len, p.rejected_len])
+    completion_mask = torch.zeros(2 * n, 1 + longest, dtype=torch.long)  # a prompt of one token
+    completion_mask[:, 1:] = torch.arange(longest) < length[:, None]
+    per_token = (torch.cat([p.chosen, p.rejected]) / length)[:, None] * completion_mask[:, 1:]
+    out = SimpleNamespace(log_probs=per_token, **{
+        name: torch.zeros_like(per_token).detach() for name in ("entropy", "mean_logits")
+    }, is_top1=torch.zeros_like(per_token).bool())  # fmt: skip
+
+    trainer = object.__new__(trl.DPOTrainer)
+    trainer.model = SimpleNamespace(training=True)
+    trainer.accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer.args = SimpleNamespace(discopop_tau=o.discopop_tau)
+    trainer.loss_types, trainer.loss_weights = loss_types, weights or [1.0] * len(loss_types)
+    trainer.beta, trainer.label_smoothing = o.beta, o.label_smoothing
+    trainer.ld_alpha, trainer.f_divergence_type, trainer.use_weighting = None, "reverse_kl", False
+    trainer.precompute_ref_logps, trainer.aux_loss_enabled = True, False
+    trainer._metrics, trainer._total_train_tokens, trainer._tp_size = defaultdict(lambda: defaultdict(list)), 0, 1
+    inputs = {"input_ids": torch.zeros_like(completion_mask), "attention_mask": torch.ones_like(completion_mask),
+              "completion_mask": completion_mask, "ref_chosen_logps": p.ref_chosen,
+              "ref_rejected_logps": p.ref_rejected}  # fmt: skip
+    return trainer._compute_loss(lambda **_: out, inputs, return_outputs=False)
+
+
+def test_names():
+    assert set(LOSSES) == {*TRL_LOSSES, "simpo", "dpop"}
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("name", TRL_LOSSES)
+def test_equals_trl(name, beta):
+    """Value and gradient of the mean over pairs, near and far from the reference."""
+    for seed, spread in enumerate((0.0, 1.0, 3.0, 30.0)):
+        p, o = random_pairs(seed=seed, spread=spread), settings(beta=beta)
+        if name in SMOOTHED:
+            o.label_smoothing = 0.1
+        ours = value_and_grads(LOSSES[name](p, o).mean(), p)
+        theirs = value_and_grads(trl_loss(p, o, [name]), p)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(SMOOTHED - {"exo_pair"}))  # TRL refuses exo_pair without smoothing
+def test_equals_trl_without_smoothing(name):
+    p, o = random_pairs(), settings()
+    torch.testing.assert_close(LOSSES[name](p, o).mean(), trl_loss(p, o, [name]), rtol=1e-9, atol=0)
+
+
+def test_added_sft_term_equals_trl():
+    """loss_type ["sigmoid", "sft"]: the SFT term is the mean over the batch's chosen tokens, not over its pairs."""
+    p, o = random_pairs(), settings()
+    n_tokens = int(p.chosen_len.sum())
+    token_logps = torch.cat([(c / n).expand(int(n)) for c, n in zip(p.chosen, p.chosen_len, strict=True)])
+    ours = LOSSES["sigmoid"](p, o).mean() + 0.3 * losses.sft(token_logps, n_tokens)
+    theirs = trl_loss(p, o, ["sigmoid", "sft"], [1.0, 0.3])
+    for a, b in zip(value_and_grads(ours, p), value_and_grads(theirs, p), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_simpo_equals_trl_cpo():
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    p, o = random_pairs(), settings(beta=2.0, simpo_gamma=0.7)
+    trainer = object.__new__(cpo.CPOTrainer)
+    trainer.accelerator = SimpleNamespace(device="cpu")
+    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", o.beta, o.simpo_gamma
+    trainer.label_smoothing, trainer.alpha = 0.0, 0.0
+    theirs, *_ = trainer.cpo_loss(p.chosen / p.chosen_len, p.rejected / p.rejected_len)
+    for a, b in zip(value_and_grads(LOSSES["simpo"](p, o).mean(), p), value_and_grads(theirs.mean(), p), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# --- by hand: one pair with beta 0.5 --------------------------------------------------------------------------------
+# chosen -10 over 4 tokens (reference -12), rejected -9 over 3 (reference -8): r_w = 2, r_l = -1, h = 3, beta h = 1.5
+
+
+def one_pair(chosen=-10.0, rejected=-9.0, ref_chosen=-12.0, ref_rejected=-8.0) -> Pairs:
+    return Pairs(*(torch.tensor([x], dtype=torch.float64) for x in (chosen, rejected, ref_chosen, ref_rejected, 4, 3)))
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    "name, changed, pair, expected",
+    [
+        ("sigmoid", {}, {}, 0.2014132779827524),  # -log sigmoid(1.5) = log(1 + e^-1.5)
+        # cDPO: -(1 - e) log sigmoid(1.5) - e log sigmoid(-1.5); log sigmoid(-1.5) = -1.7014132779827524
+        ("sigmoid", {"label_smoothing": 0.2}, {}, 0.8 * 0.2014132779827524 + 0.2 * 1.7014132779827524),
+        # SimPO: beta (-10/4 + 9/3) - gamma = 0.5 * 0.5 - 0.5 = -0.25: log(1 + e^0.25)
+        ("simpo", {}, {}, 0.8259394198788435),
+        # DPOP, chosen above its reference: no penalty, so plain DPO
+        ("dpop", {}, {}, 0.2014132779827524),
+        # chosen -13 falls 1 below its reference: r_w = r_l = -1, h = 0: beta (0 - lambda * 1) = -2.5: log(1 + e^2.5)
+        ("dpop", {"dpop_lambda": 5.0}, {"chosen": -13.0}, 2.5788897342925496),
+    ],
+)
+def test_by_hand(name, changed, pair, expected):
+    got = LOSSES[name](one_pair(**pair), settings(beta=0.5, **changed))
+    assert got.shape == (1,)
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_conservative_sigmoid_rests_at_the_smoothed_label():
+    """cDPO's gradient is zero where the implied preference sigmoid(beta h) is 1 - e (Mitchell 2023, section 2)."""
+    at = math.log(0.9 / 0.1) / 0.5  # h with sigmoid(0.5 h) = 0.9
+    p = one_pair(chosen=-12.0 + at, rejected=-8.0)
+    p.chosen.requires_grad_()
+    LOSSES["sigmoid"](p, settings(beta=0.5, label_smoothing=0.1)).sum().backward()
+    assert abs(p.chosen.grad.item()) < 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_gradient_matches_finite_differences(name):
+    p, o = random_pairs(n=5, seed=3), settings(label_smoothing=0.1)
+
+    def loss(chosen, rejected):
+        return LOSSES[name](p._replace(chosen=chosen, rejected=rejected), o)
+
+    assert torch.autograd.gradcheck(loss, (p.chosen, p.rejected))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_halves_of_a_batch(name):
+    """What lets micro-batches be added up holds for every loss but those that dpo.py must see whole."""
+    p, o = random_pairs(n=8, spread=30.0), settings(label_smoothing=0.1)
+    halves = [LOSSES[name](Pairs(*(x[part] for x in p)), o) for part in (slice(0, 4), slice(4, 8))]
+    same = torch.allclose(torch.cat(halves).mean(), LOSSES[name](p, o).mean(), rtol=1e-9, atol=0)
+    assert same == (name not in losses.WHOLE_BATCH)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_reference_free(name):
+    p, o = random_pairs(), settings(label_smoothing=0.1)
+    moved = p._replace(ref_chosen=p.ref_chosen - 1.0, ref_rejected=p.ref_rejected + torch.arange(7.0))
+    same = torch.allclose(LOSSES[name](p, o), LOSSES[name](moved, o))
+    assert same == (name in losses.REFERENCE_FREE)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_far_from_the_reference_stays_finite(name):
+    """Hundreds of nats either way in float32, as in a diverging run: no inf - inf, no 0 * inf, forward or backward."""
+    far = torch.tensor([-2000.0, -700.0, -90.0, 90.0, 700.0, 2000.0])
+    zero, length = torch.zeros(6), torch.full((6,), 20.0)
+    p = Pairs(far.clone().requires_grad_(), (-far).clone().requires_grad_(), zero, zero, length, length)
+    loss = LOSSES[name](p, settings(label_smoothing=0.1))
+    for x in value_and_grads(loss.sum(), p):
+        assert torch.isfinite(x).all()
+
+
+def test_sft_shares_add_up_to_the_mean_over_all_tokens():
+    logps = -torch.rand(11, dtype=torch.float64)
+    shares = [losses.sft(part, 11) for part in logps.split([1, 7, 3])]
+    torch.testing.assert_close(sum(shares), -logps.mean(), rtol=1e-12, atol=0)
+
+
+def test_completion_sums():
+    got = losses.completion_sums(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2, 0, 2, 0]), 4)
+    assert got.tolist() == [10.0, 0.0, 5.0, 0.0]

@@ -1,0 +1,117 @@
+"""Whole optimizer steps of dpo.py and sft.py against TRL's trainers: same texts, same tiny random weights, float32 on the CPU."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+import dpo
+import precompute_ref
+import sft
+import weights
+from data.packing import epoch_order
+from data.tokenizer import get
+from data.toy import VOCAB
+from tests import peers
+
+pytest.importorskip("trl")
+METRICS = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+           "logps/chosen", "logps/rejected"]  # fmt: skip
+BATCH, STEPS = 4, 3
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Folders `policy` and `reference` (two random models, one tokenizer), and pairs of very unlike lengths as texts."""
+    folder = tmp_path_factory.mktemp("step")
+    tokenizer = get("toy")
+    for seed, name in enumerate(("policy", "reference")):
+        peers.gpt2_folder(folder / name, vocab_size=tokenizer.size, seed=seed)
+        tokenizer.save(folder / name)
+    rng = random.Random(0)
+    words = [word for word in VOCAB if word.startswith(" ")]
+
+    def text(most):
+        return "".join(rng.choices(words, k=rng.randint(1, most)))
+
+    pairs = [{"prompt": text(20), "chosen": text(40), "rejected": text(40)} for _ in range(BATCH * STEPS)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    return folder, pairs
+
+
+def run_script(monkeypatch, script, out, **settings) -> list[dict]:
+    """Run a stage script's main in this process; its training records."""
+    words = [f"--{name}={value}" for name, value in ({"out_dir": out} | settings).items()]
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *words])
+    assert not script.main()
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in records if r["split"] == "train"]
+
+
+def ours(monkeypatch, work, tmp_path, script, **settings):
+    folder, _ = work
+    base = {"init_from": folder / "policy", "data": folder / "pairs.jsonl", "batch_size": BATCH, "device": "cpu",
+            "dtype": "float32", "schedule": "constant", "lr": 1e-3, "samples": 0}  # fmt: skip
+    if script is dpo:
+        ref = tmp_path / "ref.safetensors"
+        words = {"init_from": folder / "reference", "data": base["data"], "out": ref, "device": "cpu"}
+        monkeypatch.setattr(sys, "argv", ["precompute_ref.py", *(f"--{k}={v}" for k, v in words.items())])
+        precompute_ref.main()
+        base |= {"ref": ref, "allow_ref_mismatch": "true"}
+    out = tmp_path / script.__name__
+    return run_script(monkeypatch, script, out, **base | settings), weights.load(out / "model")
+
+
+def in_our_order(rows: list[dict]) -> list[dict]:
+    return [rows[i] for i in epoch_order(list(range(len(rows))), 0, 0)]
+
+
+def theirs(trainer, watch, tmp_path):
+    with peers.quiet():
+        trainer.train()
+        trainer.model.save_pretrained(tmp_path / "trl")
+    return watch.logs, weights.load(tmp_path / "trl")
+
+
+def compare(records, logs, names, a, b, start, atol):
+    assert len(records) == len(logs) == STEPS
+    for record, log in zip(records, logs, strict=True):
+        for name in names:
+            assert record[name] == pytest.approx(log[name], rel=1e-5, abs=1e-6), (name, record["step"])
+    b, start = dict(b.named_parameters()), dict(start.named_parameters())
+    for name, p in a.named_parameters():
+        torch.testing.assert_close(p, b[name], rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+    assert all((p - start[name]).abs().max() > 100 * atol for name, p in a.named_parameters())  # that they moved at all
+
+
+CASES = {
+    "one forward": ({}, {}),
+    "micro-batches": ({"micro_tokens": 1}, {}),
+    "packed rows": ({"row_len": 256}, {}),
+    "rows and micro-batches": ({"row_len": 128, "micro_tokens": 128}, {}),
+    "sft term": ({"sft_weight": 0.5, "micro_tokens": 1}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "aot in micro-batches": ({"loss": "aot", "micro_tokens": 1}, {"loss_type": ["aot"]}),
+    "ipo": ({"loss": "ipo", "beta": 0.3}, {"loss_type": ["ipo"], "beta": 0.3}),
+    "no clipping, sgd": ({"optimizer": "sgd", "grad_clip": 0}, {"optim": "sgd", "max_grad_norm": 1e9}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dpo_steps_equal_trl(case, work, monkeypatch, tmp_path):
+    """Three steps: loss, rewards, log-probs, gradient norm of each, and the parameters in the end."""
+    from transformers import AutoModelForCausalLM
+
+    our_settings, their_settings = CASES[case]
+    folder, pairs = work
+    records, model = ours(monkeypatch, work, tmp_path, dpo, **our_settings)
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference")
+    trainer, watch = peers.dpo_trainer(
+        folder / "policy", in_our_order(pairs), tmp_path / "o", ref_model=reference, beta=their_settings.get("beta", 0.1),
+        per_device_train_batch_size=BATCH, learning_rate=1e-3,
+        **{k: v for k, v in their_settings.items() if k != "beta"},
+    )  # fmt: skip
+    logs, peer = theirs(trainer, watch, tmp_path)
+    assert max(log["grad_norm"] for log in logs) > 1  # the default clipping acted
+    compare(records, logs, METRICS, model, peer, weights.load(folder / "policy"), atol=1e-6)
