@@ -66,9 +66,7 @@ def hub_find(repo: str, names: Sequence[str]) -> Path | None:
     return None
 
 
-def fetch(
-    url: str, dest: Path | str, *, sha256: str | None = None, size: int | None = None, hub: bool = False
-) -> Path:
+def fetch(url: str, dest: Path | str, *, sha256: str | None = None, size: int | None = None, hub: bool = False) -> Path:
     """Download `url` to `dest`, checked and whole, or raise and leave `dest` absent; returns `dest`.
 
     A `dest` that is already there (and has the `sha256` asked for, where one is) is returned without a request. Several

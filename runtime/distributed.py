@@ -1,5 +1,6 @@
 """Where a run computes and in which precision. One process for now: many come with the sharding layer."""
 
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -57,4 +58,19 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         dtype = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: use auto, float32 or bfloat16")
+    if where.type == "cpu":
+        keep_freed_memory()
     return Compute(where, DTYPES[dtype])
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of handing each back to the kernel and faulting its pages in again.
+
+    With GPT-2 124M on 2 cores that cost 5 s of system time in 5 DPO steps, 1 s with this; the peak stayed where it was.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 64 << 20)
+    except (OSError, AttributeError):
+        pass  # another C library: only slower

@@ -46,7 +46,7 @@ class Request:
 class Hub:
     """`with Hub({"gpt2": folder}) as hub:` serves the folder's files at `hub.url`; {"*": folder} serves any repo id.
 
-    `hub.requests` lists what was asked. `hub.faults` is what goes wrong, the first that fits is used.
+    `hub.requests` lists what was asked. `hub.fault(path, …)` makes something go wrong.
     Plain files, for a server that is no hub: `hub.url + "/files/{repo}/{file}"`.
     """
 
@@ -54,7 +54,7 @@ class Hub:
         self.repos = {repo: Path(folder) for repo, folder in repos.items()}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.with_etag = True
+        self.with_etag = self.heeds_if_range = True
         hub = self
 
         class Handler(_Handler):
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", **headers} if self.hub.with_etag else headers
         headers |= self.fault.headers
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        same = self.headers.get("If-Range") in (None, headers.get("ETag"))
+        same = self.headers.get("If-Range") in (None, headers.get("ETag")) or not self.hub.heeds_if_range
         if not (wanted and same):
             self.answer(200, headers, content)
             return

@@ -81,6 +81,12 @@ def quiet():
         os.environ.pop("TQDM_DISABLE") if old is None else os.environ.update(TQDM_DISABLE=old)
 
 
+def _printer():
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
 def _watch(sync):
     from transformers import TrainerCallback
 
@@ -92,7 +98,8 @@ def _watch(sync):
             self.ends: list[float] = []
 
         def on_step_end(self, args, state, control, **kwargs):
-            sync()
+            if sync:
+                sync()
             self.ends.append(time.perf_counter())
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -114,36 +121,43 @@ def _args(out_dir: str | Path, settings: dict) -> dict:
     return defaults | settings
 
 
-def dpo_trainer(folder: str | Path, pairs: list[dict], out_dir: str | Path, *, sync=lambda: None, **settings):
+def _dataset(rows: list[dict] | Path, columns: tuple[str, ...], cache: str | Path):
+    """Texts as a Dataset. From a .jsonl file TRL keeps what it computes from it (tokens, reference log-probs) in `cache`,
+    so that another process with the same file and model need not compute them again."""
+    from datasets import Dataset
+
+    if isinstance(rows, Path):
+        return Dataset.from_json(str(rows), cache_dir=str(cache)).select_columns(list(columns))
+    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+
+
+def dpo_trainer(folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, ref_model=None, sync=None, **settings):
     """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has model and tokenizer. -> (trainer, watch).
 
-    `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run.
+    `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run, `watch.ends` the
+    time of each step's end, taken after `sync()`. The reference is `ref_model`, or the model itself, and always precomputed.
     """
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     watch = _watch(sync)
-    settings = {"precompute_ref_log_probs": True} | settings
     with quiet():
-        trainer = DPOTrainer(
-            model=str(folder), args=DPOConfig(**_args(out_dir, settings)), callbacks=[watch],
-            train_dataset=Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs]),
-        )  # fmt: skip
+        args = DPOConfig(**_args(out, {"precompute_ref_log_probs": True} | settings))
+        data = _dataset(pairs, ("prompt", "chosen", "rejected"), Path(out) / "cache")
+        trainer = DPOTrainer(model=str(folder), ref_model=ref_model, args=args, train_dataset=data, callbacks=[watch])
+        trainer.remove_callback(_printer())
     return trainer, watch
 
 
-def sft_trainer(folder: str | Path, rows: list[dict], out_dir: str | Path, *, sync=lambda: None, **settings):
-    """TRL's SFTTrainer on texts {"prompt","completion"}, loss on the completion only. -> (trainer, watch)."""
-    from datasets import Dataset
+def sft_trainer(folder: str | Path, rows: list[dict] | Path, out: str | Path, *, sync=None, **settings):
+    """TRL's SFTTrainer on texts {"prompt","completion"}, loss on the completion only. -> (trainer, watch) as above."""
     from trl import SFTConfig, SFTTrainer
 
     watch = _watch(sync)
     with quiet():
-        trainer = SFTTrainer(
-            model=str(folder), args=SFTConfig(**_args(out_dir, {"completion_only_loss": True} | settings)),
-            callbacks=[watch],
-            train_dataset=Dataset.from_list([{k: r[k] for k in ("prompt", "completion")} for r in rows]),
-        )  # fmt: skip
+        args = SFTConfig(**_args(out, {"completion_only_loss": True} | settings))
+        data = _dataset(rows, ("prompt", "completion"), Path(out) / "cache")
+        trainer = SFTTrainer(model=str(folder), args=args, train_dataset=data, callbacks=[watch])
+        trainer.remove_callback(_printer())
     return trainer, watch
 
 

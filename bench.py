@@ -1,0 +1,630 @@
+"""This project and its peers, side by side: the same work in one run, every measurement in a process of its own.
+
+    python bench.py --suite dpo --pairs 32 --out dpo.json        dpo.py against TRL's DPOTrainer; --suite sft likewise
+    python bench.py --suite mcq --pairs 100 --out mcq.json       eval_mcq.py against lm-evaluation-harness
+    python bench.py --suite gpu --out gpu.json                   correct and fast on a GPU: needs nothing but torch
+
+Weights are random (their values do not change the time), data real where a file is given or found. Both sides get the same
+tokens in the same order; losses or log-likelihoods stand side by side as proof that the work was the same. Timed is the
+steady state: after loading, the reference pass and a warm-up, to the end of the last step, nothing saved. The floor is what
+the useful tokens cost (each once: a prompt is not counted again for each of its completions) at the rate of a large matrix
+product measured in the same run.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.packing import Encoded, encode, epoch_order
+from model import SIZES
+from runtime import config
+from runtime.config import key
+from runtime.errors import UserError, run
+from tests import peers
+
+SHAPES = SIZES | {"tiny": (2, 2, 64)}
+VOCAB, CONTEXT = 50257, 1024
+SHARED = Path(__file__).resolve().parent.parent / "shared" / "data"
+FILES = {"hh": "hh_harmless_base_test.jsonl.gz", "hellaswag": "hellaswag_val.jsonl.gz", "mcq": "hellaswag_val.jsonl.gz"}
+# mean and standard deviation of log token counts, prompt then completion, fitted to those files with GPT-2's tokenizer
+LENGTHS = {"hh": (4.37, 1.00, 3.47, 0.90), "hellaswag": (5.03, 0.45, 3.19, 0.59), "mcq": (3.77, 0.45, 3.15, 0.62)}
+TRL_SETTINGS = {  # every one of them is tried once, the fastest is compared with
+    "TRL as it comes": {"gradient_checkpointing": True},
+    "TRL without checkpointing": {"gradient_checkpointing": False},
+    "TRL one example a forward": {"gradient_checkpointing": False, "per_device_train_batch_size": 1},
+}
+HARNESS_SETTINGS = {f"lm_eval, batch {n}": {"batch_size": n} for n in (1, 4, 16)}
+GPU_SETTINGS = {  # of this project's scripts
+    "plain": {},
+    "compiled": {"compile": "true"},
+    "packed": {"row_len": 4096},
+    "activation checkpointing": {"activation_checkpointing": "true"},
+}
+
+
+@dataclass
+class Config:
+    """This project and its peers, side by side."""
+
+    suite: str = key("dpo", "what to compare", ["dpo", "sft", "mcq", "gpu"])
+    peer: str = key("auto", "with whom; auto = trl (mcq: lm_eval) if it is installed", ["auto", "trl", "lm_eval", "none"])
+    init: str = key("gpt2", "a GPT-2 size (or tiny) to fill with random weights, or a model folder")
+    data: str = key("", "preference pairs (mcq: problems); empty = the known file if it is there, else generated ones")
+    pairs: int = key(32, "pairs (sft: examples, mcq: problems) to time, after a warm-up")
+    batch_size: int = key(4, "pairs or examples an optimizer step")
+    micro_tokens: int = key(0, "most tokens in one forward of ours, 0 = the script's own default")
+    repeats: int = key(3, "measurements of each side, taken in turns")
+    threads: int = key(0, "CPU threads, 0 = one a core")
+    device: str = key("auto", "auto, cpu or cuda")
+    dtype: str = key("auto", "dtype of matrix products on both sides: bfloat16 on CUDA that has it, else float32")
+    lr: float = key(1e-5, "learning rate, constant")
+    seed: int = key(0, "seed of weights, generated data and order")
+    models: str = key("gpt2,gpt2-medium,gpt2-large,gpt2-xl", "gpu: sizes, with commas between")
+    minutes: float = key(9.0, "gpu: no measurement is begun later than this")
+    out: str = key("", "JSON file for everything measured")
+
+    def check(self) -> None:
+        for name in ("pairs", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is 1")
+        for name in self.models.split(","):
+            if name not in SHAPES:
+                raise UserError(f"key models: {name!r} is not one of {', '.join(SHAPES)}")
+        wrong = {"lm_eval": ("dpo", "sft", "gpu"), "trl": ("mcq",)}.get(self.peer, ())
+        if self.suite in wrong:
+            raise UserError(f"key peer: {self.peer} cannot do {self.suite}: leave it auto")
+
+
+# --- the work: data, weights, and what they cost --------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What both sides get: a folder with weights and tokenizer, the examples as texts, and what is known about them."""
+
+    folder: Path
+    tokenizer: str
+    ours: Path  # our order is drawn from the seed, so this file is in the data's order …
+    theirs: Path  # … and this one in the order of training
+    items: list[Encoded]  # in the order of training
+    shape: tuple[int, int, int]
+    said: str
+
+
+def generated(kind: str, n: int, seed: int, tokenizer) -> list[dict]:
+    """`n` examples of random tokens whose counts are log-normal, as in the real data."""
+    rng = random.Random(seed)
+    p_mean, p_sd, c_mean, c_sd = LENGTHS[kind]
+
+    def text(mean: float, sd: float, most: int) -> str:
+        length = min(most, max(2, round(rng.lognormvariate(mean, sd))))
+        return tokenizer.decode([rng.randrange(tokenizer.eot) for _ in range(length)])
+
+    def completions(k: int) -> list[str]:
+        return [text(c_mean, c_sd, 200) for _ in range(k)]
+
+    prompts = [text(p_mean, p_sd, 800) for _ in range(n)]
+    if kind == "mcq":
+        return [{"prompt": p, "choices": completions(4), "label": rng.randrange(4)} for p in prompts]
+    return [dict(zip(("prompt", "chosen", "rejected"), (p, *completions(2)), strict=True)) for p in prompts]
+
+
+def real(path: str, kind: str, n: int, seed: int, tokenizer) -> list[dict]:
+    """`n` examples of a file, drawn by the seed, that fit the context and tokenize alike in one piece and in two."""
+    from data import load
+
+    examples = load(path, "val", "loglik" if kind == "mcq" else "preference")
+    random.Random(seed).shuffle(examples)
+    rows = []
+    for e in examples:
+        prompt = tokenizer.encode(e.prompt)
+        ends = [tokenizer.encode(c) for c in e.completions]
+        whole = [tokenizer.encode(e.prompt + c) for c in e.completions]
+        if prompt and whole == [prompt + c for c in ends] and len(prompt) + max(map(len, ends)) < CONTEXT:
+            if kind == "mcq":
+                rows.append({"prompt": e.prompt, "choices": list(e.completions), "label": e.label})
+            else:
+                rows.append({"prompt": e.prompt, "chosen": e.completions[0], "rejected": e.completions[1]})
+        if len(rows) == n:
+            return rows
+    raise UserError(f"key pairs: {path} has only {len(rows)} usable examples of {n} needed, warm-up included: ask for fewer")
+
+
+def prepare(cfg: Config, temp: Path, init: str, kind: str, stage: str, n: int) -> Work:
+    """Weights, tokenizer and the data files of `n` examples, as `kind` of data and for a `stage`, made once in `temp`."""
+    import weights
+    from data import Example
+    from data.tokenizer import get
+
+    path = cfg.data or str(SHARED / FILES[kind])
+    tokenizer, said = None, f"{Path(path).name}, drawn at random"
+    if cfg.data or Path(path).is_file():
+        try:
+            tokenizer = get("gpt2")
+        except UserError:
+            if cfg.data:
+                raise
+    if tokenizer is None:
+        tokenizer = peers.Ids(VOCAB)
+        said = f"generated tokens, lengths log-normal as fitted to {FILES[kind]}"
+        rows = generated(kind, n, cfg.seed, tokenizer)
+    else:
+        rows = real(path, kind, n, cfg.seed, tokenizer)
+
+    folder = temp / Path(init).name
+    if init in SHAPES:
+        shape = SHAPES[init]
+    else:
+        from weights import read_config
+
+        if not (Path(init) / "config.json").is_file():
+            raise UserError(f"key init: {init} is no size ({', '.join(SHAPES)}) and no model folder")
+        c = read_config(Path(init) / "config.json")
+        shape = (c.n_layer, c.n_head, c.n_embd)
+    if not folder.exists():
+        sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape, strict=True), block_size=CONTEXT, vocab_size=VOCAB)
+        model = weights.load("scratch", seed=cfg.seed, **sizes) if init in SHAPES else weights.load(init)
+        weights.save(model, tokenizer, folder)
+
+    order = list(range(n)) if kind == "mcq" else epoch_order(list(range(n)), cfg.seed, 0)
+    files = temp / f"{stage}_{kind}.jsonl", temp / f"{stage}_{kind}_in_order.jsonl"
+    for file, places in zip(files, (range(n), order), strict=True):
+        shown = [rows[i] | ({"completion": rows[i]["chosen"]} if kind != "mcq" else {}) for i in places]
+        file.write_text("".join(json.dumps(row) + "\n" for row in shown))
+    fields = {"dpo": ("chosen", "rejected"), "sft": ("chosen",)}
+    examples = [
+        Example(r["prompt"], tuple(r["choices"]) if kind == "mcq" else tuple(r[f] for f in fields[stage]), r.get("label"))
+        for r in (rows[i] for i in order)
+    ]
+    items, _ = encode(examples, tokenizer, CONTEXT, "drop", end=kind != "mcq")
+    assert len(items) == n, "an example was dropped"
+    return Work(folder, tokenizer.name, *files, items, shape, said)
+
+
+def flops(items: list[Encoded], shape: tuple[int, int, int], *, train: bool) -> float:
+    """Operations that the useful tokens cost: 2 a weight and token, 4 n_embd a layer for every key that a token attends to,
+    2 a weight of the vocabulary projection at positions that predict; three times that with the backward pass.
+
+    A prompt counts once whatever the number of its completions; a completion's last token is never fed.
+    """
+    n_layer, _, width = shape
+    total = 0.0
+    for item in items:
+        p, fed = len(item.prompt), [len(c) - 1 for c in item.completions]
+        keys = p * (p + 1) / 2 + sum(f * p + f * (f + 1) / 2 for f in fed)
+        total += n_layer * (24 * width**2 * (p + sum(fed)) + 4 * width * keys) + 2 * width * VOCAB * item.completion_tokens
+    return total * (3 if train else 1)
+
+
+# --- the measurements: each runs in a fresh process and returns a dict ---------------------------------------------------
+
+
+def peak_mb(device: str) -> float:
+    """Most memory this process ever had: allocated on the GPU, else resident (not ru_maxrss, which a child inherits)."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    except (OSError, IndexError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def script(name: str, arguments: dict) -> None:
+    """Run one of our scripts in this process."""
+    sys.argv = [name + ".py", *(f"--{k}={v}" for k, v in arguments.items())]
+    status = importlib.import_module(name).main()
+    if status:
+        raise RuntimeError(f"{name}.py ended with {status}")
+
+
+def ours_train(job: dict) -> dict:
+    """sft.py or dpo.py as they are, but for saving, watched at the end of every step."""
+    from runtime.run import Run
+
+    ends, records = [], []
+    log_step = Run.log_step
+
+    def watched(self, step, record, *rest):
+        log_step(self, step, record, *rest)
+        ends.append(time.perf_counter())
+        records.append(record)
+
+    Run.log_step = watched
+    Run.save = Run.finish = lambda *_: None
+    script(job["stage"], job["arguments"])
+    return {"ends": ends, "records": records}
+
+
+def ours_reference(job: dict) -> dict:
+    script("precompute_ref", job["arguments"])
+    return {}
+
+
+def trl_train(job: dict) -> dict:
+    """TRL's trainer on the same texts. Its reference log-probs are computed (or found in its cache) before the clock runs."""
+    import torch
+
+    sync = torch.cuda.synchronize if job["device"] != "cpu" else None
+    make = {"dpo": peers.dpo_trainer, "sft": peers.sft_trainer}[job["stage"]]
+    trainer, watch = make(job["folder"], Path(job["data"]), job["temp"], sync=sync, **job["settings"])
+    with peers.quiet():
+        trainer.train()
+    return {"ends": watch.ends, "records": watch.logs}
+
+
+def ours_mcq(job: dict) -> dict:
+    """eval_mcq.evaluate, the function behind the script, after a warm-up on the first documents."""
+    import eval_mcq
+    from data import load
+    from data.tokenizer import get
+    from runtime import distributed
+    from runtime.run import ModelKeys, build_model
+
+    compute = distributed.setup(job["device"], job["dtype"])
+    tokenizer = get(job["tokenizer"])
+    model = build_model(ModelKeys(init_from=job["folder"]), tokenizer).to(compute.device)
+    examples = load(job["data"], "val", "loglik")
+    settings = {"micro_tokens": job["micro_tokens"] or eval_mcq.Config(model="", data="").micro_tokens}
+    warm = job["warmup"]
+    eval_mcq.evaluate(model, tokenizer, examples[:warm], "loglik", compute, **settings)
+    start = time.perf_counter()
+    _, details, _ = eval_mcq.evaluate(model, tokenizer, examples[warm:], "loglik", compute, **settings)
+    return {"seconds": time.perf_counter() - start, "logps": [d["logps"] for d in details]}
+
+
+def harness_mcq(job: dict) -> dict:
+    """lm-evaluation-harness's HFLM.loglikelihood, its tokenization within the clock as ours is within our own."""
+    lm = peers.harness(job["folder"], job["settings"]["batch_size"], job["device"], job["dtype"])
+    rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
+    docs = [(r["prompt"], r["choices"]) for r in rows]
+    peers.harness_logps(lm, docs[: job["warmup"]])
+    start = time.perf_counter()
+    logps = peers.harness_logps(lm, docs[job["warmup"] :])
+    return {"seconds": time.perf_counter() - start, "logps": logps}
+
+
+def matmul(job: dict) -> dict:
+    """The rate of a large matrix product, and what it ran on."""
+    import torch
+
+    from runtime import distributed
+    from runtime.log import peak_flops
+
+    compute = distributed.setup(job["device"], job["dtype"])
+    return {
+        "flops_per_s": peak_flops(compute.device, compute.dtype),
+        "device": compute.device.type,
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        "said": f"{compute}; {_cpu()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t: ")
+    except OSError:
+        return platform.processor()
+
+
+def worker(path: str) -> None:
+    """The other end of `measure`: run the job in a file, print its result as the last line."""
+    job = json.loads(Path(path).read_text())
+    import torch
+
+    from data import tokenizer
+
+    torch.set_num_threads(job["threads"])
+    tokenizer.KNOWN["ids"] = lambda: peers.Ids(VOCAB)
+    result = globals()[job["do"]](job)
+    print("RESULT " + json.dumps(result | {"peak_mb": peak_mb(job["device"])}))
+
+
+def measure(temp: Path, do: str, job: dict) -> dict:
+    """A job in a fresh process. {"error": last line of stderr} where it fails."""
+    path = temp / "job.json"
+    path.write_text(json.dumps(job | {"do": do}, default=str))
+    env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, __file__, "--job", str(path)], capture_output=True, text=True, env=env)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode or not last.startswith("RESULT "):
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"error": said[-1].strip() if said else f"exit status {done.returncode}"}
+    result = json.loads(last.removeprefix("RESULT "))
+    if "ends" in result:  # the clock runs from the end of the warm-up's last step
+        ends = result.pop("ends")[job["warmup"] - 1 :]
+        result |= {"seconds": ends[-1] - ends[0], "steps": len(ends) - 1}
+        result["losses"] = [r["loss"] for r in result["records"]]
+    return result
+
+
+# --- the suites ----------------------------------------------------------------------------------------------------------
+
+
+def installed(cfg: Config) -> str:
+    """The peer to compare with, or "none"."""
+    name = cfg.peer if cfg.peer != "auto" else "lm_eval" if cfg.suite == "mcq" else "trl"
+    if name == "none" or importlib.util.find_spec(name):
+        return name
+    if cfg.peer != "auto":
+        raise UserError(f"key peer: {name} is not installed: pip install {name}, or leave it auto")
+    print(f"{name} is not installed: measuring this project alone")
+    return "none"
+
+
+def train_job(cfg: Config, work: Work, temp: Path, stage: str, base: dict, more: dict | None = None) -> dict:
+    """What dpo.py or sft.py is asked for; for dpo.py the reference pass is run first, once."""
+    arguments = {
+        "init_from": work.folder, "data": work.ours, "tokenizer": work.tokenizer, "out_dir": temp / "run",
+        "overwrite": "true", "batch_size": cfg.batch_size, "lr": cfg.lr, "schedule": "constant", "seed": cfg.seed,
+        "samples": 0, "device": base["device"], "dtype": base["dtype"],
+    }  # fmt: skip
+    if cfg.micro_tokens:
+        arguments["micro_tokens"] = cfg.micro_tokens
+    if stage == "dpo":
+        ref = work.folder / f"{work.ours.stem}.safetensors"
+        if not ref.exists():
+            shared = {k: arguments[k] for k in ("init_from", "data", "tokenizer", "device", "dtype")}
+            needed(measure(temp, "ours_reference", base | {"arguments": shared | {"out": ref}}))
+        arguments["ref"] = ref
+    return base | {"stage": stage, "arguments": arguments | (more or {})}
+
+
+def trl_job(cfg: Config, work: Work, temp: Path, stage: str, base: dict, settings: dict) -> dict:
+    per_forward = settings.get("per_device_train_batch_size", min(cfg.batch_size, 8))  # transformers' default is 8
+    settings = settings | {
+        "per_device_train_batch_size": per_forward, "gradient_accumulation_steps": cfg.batch_size // per_forward,
+        "learning_rate": cfg.lr, "use_cpu": base["device"] == "cpu", "bf16": base["dtype"] == "bfloat16", "seed": cfg.seed,
+    }  # fmt: skip
+    return base | {"stage": stage, "folder": work.folder, "data": work.theirs, "temp": temp / "trl", "settings": settings}
+
+
+def needed(result: dict) -> dict:
+    """A result of ours: a failure is a failure of the whole bench."""
+    if "error" in result:
+        raise RuntimeError(result["error"])
+    return result
+
+
+def base_job(cfg: Config, temp: Path, warmup: int) -> tuple[dict, dict]:
+    """What every job shares, device and dtype resolved, and the measured rate of a matrix product."""
+    job = {"threads": cfg.threads or os.cpu_count(), "device": cfg.device, "dtype": cfg.dtype, "warmup": warmup}
+    rate = needed(measure(temp, "matmul", job | ({"device": "cpu"} if cfg.device == "auto" and not _cuda() else {})))
+    return job | {"device": rate["device"], "dtype": rate["dtype"]}, rate
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def alternate(cfg: Config, temp: Path, ours: tuple[str, dict], theirs: dict[str, tuple[str, dict]]) -> dict[str, list[dict]]:
+    """Measure in turns. The first round tries every setting of the peer, the later ones only the one that was fastest."""
+    results: dict[str, list[dict]] = {"ours": [], **{name: [] for name in theirs}}
+    names = list(theirs)
+    for i in range(cfg.repeats):
+        for name in ["ours", *names]:
+            do, job = ours if name == "ours" else theirs[name]
+            result = measure(temp, do, job)
+            results[name].append(needed(result) if name == "ours" else result)
+            print(f"round {i + 1}: {name}: {result.get('error') or format(result['seconds'], '.2f') + ' s'}", flush=True)
+        working = [n for n in names if "error" not in results[n][0]]
+        names = sorted(working, key=lambda n: results[n][0]["seconds"])[:1]
+    return results
+
+
+def compare(cfg: Config, temp: Path) -> dict:
+    """The suites dpo, sft and mcq: ours against the peer, a table, and everything as a dict."""
+    peer = installed(cfg)
+    warmup = 8 if cfg.suite == "mcq" else 1
+    n = cfg.pairs + warmup * (1 if cfg.suite == "mcq" else cfg.batch_size)
+    if cfg.suite != "mcq" and cfg.pairs % cfg.batch_size:
+        raise UserError(f"key pairs: {cfg.pairs} is no multiple of batch_size {cfg.batch_size}")
+    work = prepare(cfg, temp, cfg.init, "mcq" if cfg.suite == "mcq" else "hh", cfg.suite, n)
+    base, rate = base_job(cfg, temp, warmup)
+    if cfg.suite == "mcq":
+        job = base | {"folder": work.folder, "data": work.theirs, "tokenizer": work.tokenizer, "micro_tokens": cfg.micro_tokens}
+        ours = ("ours_mcq", job)
+        theirs = {name: ("harness_mcq", job | {"settings": s}) for name, s in HARNESS_SETTINGS.items()}
+    else:
+        ours = ("ours_train", train_job(cfg, work, temp, cfg.suite, base))
+        theirs = {
+            name: ("trl_train", trl_job(cfg, work, temp, cfg.suite, base, settings))
+            for name, settings in TRL_SETTINGS.items()
+            if cfg.batch_size > 1 or "per_device_train_batch_size" not in settings
+        }
+    results = alternate(cfg, temp, ours, theirs if peer != "none" else {})
+
+    timed = work.items[n - cfg.pairs :]
+    cost = flops(timed, work.shape, train=cfg.suite != "mcq")
+    floor = cost / rate["flops_per_s"]
+    tokens = sum(i.row_tokens for i in timed)
+    rows = [
+        {
+            "name": name,
+            "seconds": (s := statistics.median(r["seconds"] for r in found)),
+            "per_s": cfg.pairs / s,
+            "tokens_per_s": tokens / s,
+            "peak_mb": statistics.median(r["peak_mb"] for r in found),
+            "floors": s / floor,
+            "runs": len(found),
+        }
+        for name, found in results.items()
+        if found and "error" not in found[0]
+    ]
+    unit = {"dpo": "pairs", "sft": "examples", "mcq": "problems"}[cfg.suite]
+    layers, heads, width = work.shape
+    print(
+        f"\n{cfg.suite}: {cfg.init} ({layers} layers, {heads} heads, width {width}, "
+        f"{'random weights' if cfg.init in SHAPES else 'its weights'}), {cfg.pairs} {unit} "
+        f"after a warm-up of {n - cfg.pairs}, {'' if cfg.suite == 'mcq' else f'batch {cfg.batch_size}, '}{rate['said']}\n"
+        f"data: {work.said}; {tokens:,} useful tokens, {sum(i.completion_tokens for i in timed):,} of them to predict"
+    )
+    print(f"\n{'':28}{unit + '/s':>10}{'seconds':>10}{'tokens/s':>10}{'peak MB':>10}{'x floor':>9}{'runs':>6}")
+    for r in rows:
+        print(
+            f"{r['name']:28}{r['per_s']:10.3f}{r['seconds']:10.2f}{r['tokens_per_s']:10.0f}{r['peak_mb']:10.0f}"
+            f"{r['floors']:9.2f}{r['runs']:6}"
+        )
+    for name, found in results.items():
+        if found and "error" in found[0]:
+            print(f"{name:28}failed: {found[0]['error']}")
+    print(f"floor: {cost / 1e12:.2f} TFLOP at {rate['flops_per_s'] / 1e9:.0f} GFLOP/s (matrix product) = {floor:.2f} s")
+    report = {"rows": rows, "floor_s": floor, "flops": cost, "matmul": rate, "data": work.said, "results": results}
+    if len(rows) > 1:
+        best = min(rows[1:], key=lambda r: r["seconds"])
+        report["speed_ratio"] = rows[0]["per_s"] / best["per_s"]
+        report["memory_ratio"] = rows[0]["peak_mb"] / best["peak_mb"]
+        speed, memory = report["speed_ratio"], report["memory_ratio"]
+        print(f"\nours is {speed:.2f}x as fast as {best['name']}, with {memory:.2f}x its peak memory")
+        a, b = results["ours"][0], results[best["name"]][0]
+        report["same_work"] = same_options(work.items[warmup:], a, b) if cfg.suite == "mcq" else same_steps(a, b)
+    return report
+
+
+def same_steps(ours: dict, theirs: dict) -> dict:
+    """Losses (and what else both logged) side by side, a line a step; the largest differences."""
+    names = [k for k in ("loss", "grad_norm", "logps/chosen", "logps/rejected") if k in ours["records"][0]]
+    print("\nstep" + "".join(f"{'ours ' + k:>22}{'theirs':>14}" for k in names))
+    gap = dict.fromkeys(names, 0.0)
+    for i, (a, b) in enumerate(zip(ours["records"], theirs["records"], strict=True), start=1):
+        print(f"{i:4}" + "".join(f"{a[k]:22.6f}{b[k]:14.6f}" for k in names))
+        gap = {k: max(gap[k], abs(a[k] - b[k])) for k in names}
+    first = {k: abs(ours["records"][0][k] - theirs["records"][0][k]) for k in names}
+    print("largest difference: " + ", ".join(f"{k} {v:.1e}" for k, v in gap.items()))
+    return {"largest": gap, "first_step": first}
+
+
+def same_options(items: list[Encoded], ours: dict, theirs: dict) -> dict:
+    """Accuracy on both sides, and the largest difference between their log-likelihoods of an option."""
+    gap = max(abs(x - y) for a, b in zip(ours["logps"], theirs["logps"], strict=True) for x, y in zip(a, b, strict=True))
+    right = {
+        side: sum(s.index(max(s)) == i.label for s, i in zip(r["logps"], items, strict=True)) / len(items)
+        for side, r in (("ours", ours), ("theirs", theirs))
+    }
+    print(f"accuracy {right['ours']:.4f} and {right['theirs']:.4f}; log-likelihoods differ by at most {gap:.1e}")
+    return {"largest": gap, "accuracy": right}
+
+
+# --- the GPU suite -------------------------------------------------------------------------------------------------------
+
+
+def gpu(cfg: Config, temp: Path) -> dict:
+    """Correct, then fast: every size, kind of data and setting until the time is up. Runs on a CPU too, to prove the path."""
+    end = time.monotonic() + 60 * cfg.minutes
+    peer = installed(cfg)
+    base, rate = base_job(cfg, temp, warmup=3)  # compiled forwards settle after a few shapes
+    on_cuda = base["device"] != "cpu"
+    print(f"{rate['said']}: matrix product {rate['flops_per_s'] / 1e12:.2f} TFLOP/s in {rate['dtype']}")
+    report = {"matmul": rate, "correct": correct() if on_cuda else "tests marked gpu: not run, no CUDA", "rows": []}
+    print(report["correct"], flush=True)
+    if not on_cuda:
+        report["note"] = "on a CPU: proves that the suite runs, says nothing about a GPU"
+        print(report["note"])
+    steps = -(-cfg.pairs // cfg.batch_size)
+    n = (steps + base["warmup"]) * cfg.batch_size
+    cases = [  # the most telling first: plain for every size, then the peer, then the settings
+        (kind, model, stage, name)
+        for kind in ("hh", "hellaswag")
+        for names in (["plain"], [k for k in TRL_SETTINGS if "one" not in k] if peer == "trl" else [], list(GPU_SETTINGS)[1:])
+        for model in cfg.models.split(",")
+        for stage in ("dpo", "sft")
+        for name in names
+    ]
+    print(f"\n{'':46}{'step s':>9}{'pairs/s':>10}{'tokens/s':>11}{'MFU':>7}{'peak MB':>10}")
+    left = []
+    for kind, model, stage, name in cases:
+        if time.monotonic() > end:
+            left.append(f"{stage} {kind} {model} {name}")
+            continue
+        more = GPU_SETTINGS.get(name, {})
+        if unknown := more.keys() - {f.name for f in dataclasses.fields(importlib.import_module(stage).Config)}:
+            left.append(f"{stage} {kind} {model} {name}: {stage}.py has no key {', '.join(unknown)}")
+            continue
+        work = prepare(cfg, temp, model, kind, stage, n)
+        if name in TRL_SETTINGS:
+            result = measure(temp, "trl_train", trl_job(cfg, work, temp, stage, base, TRL_SETTINGS[name]))
+        else:
+            result = measure(temp, "ours_train", train_job(cfg, work, temp, stage, base, more))
+        label = f"{stage} {kind} {model} {name}"
+        if "error" in result:
+            print(f"{label:46}failed: {result['error'][:100]}", flush=True)
+            report["rows"].append({"case": label, "error": result["error"]})
+            continue
+        timed = work.items[base["warmup"] * cfg.batch_size :]
+        seconds, tokens = result["seconds"], sum(i.row_tokens for i in timed)
+        row = {
+            "case": label, "step_s": seconds / result["steps"], "pairs_per_s": len(timed) / seconds,
+            "tokens_per_s": tokens / seconds, "mfu": flops(timed, work.shape, train=True) / seconds / rate["flops_per_s"],
+            "peak_mb": result["peak_mb"], "losses": result["losses"],
+        }  # fmt: skip
+        report["rows"].append(row)
+        print(
+            f"{label:46}{row['step_s']:9.3f}{row['pairs_per_s']:10.2f}{row['tokens_per_s']:11.0f}{row['mfu']:7.1%}"
+            f"{row['peak_mb']:10.0f}",
+            flush=True,
+        )
+    report["left_out"] = left
+    for line in left:
+        print(f"left out: {line}" + ("" if "no key" in line else f": the {cfg.minutes:g} minutes were up"))
+    print("MFU: useful operations (a prompt once, however many completions) over the matrix product's rate; data: " + work.said)
+    print("sampling is measured with sample.py, not here yet")
+    return report
+
+
+def correct() -> str:
+    """pytest's own last line on the tests marked gpu."""
+    if not importlib.util.find_spec("pytest"):
+        return "tests marked gpu: not run, pytest is not installed"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], capture_output=True, text=True)
+    return "tests marked gpu: " + (done.stdout.strip().splitlines() or ["no output"])[-1]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--job"]:
+        return worker(sys.argv[2])
+    cfg = config.load(Config, prog="bench.py")
+    with tempfile.TemporaryDirectory(prefix="nanopref_bench_") as temp:
+        report = (gpu if cfg.suite == "gpu" else compare)(cfg, Path(temp))
+    report |= {"config": dataclasses.asdict(cfg), "commit": commit(), "versions": versions()}
+    if cfg.out:
+        Path(cfg.out).write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {cfg.out}")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def versions() -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "trl", "lm_eval"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    run(main)
