@@ -274,7 +274,7 @@ def describe(plan: BatchPlan, items: list[Encoded], most: int = 200) -> str:
         padded += max(i.longest for i in chosen) * sum(len(i.completions) for i in chosen)
     share = 100 * (1 - fed / positions)
     return (
-        f"{len(steps)} steps of {plan.batch_size}: {fed:,} tokens in {positions:,} positions ({share:.1f}% of a row is padding); "
+        f"{len(steps)} steps of {plan.batch_size}: {fed:,} tokens in {positions:,} positions ({share:.1f}% padding); "
         f"padded and unshared they would be {padded:,} ({padded / positions:.2f}x)"
     )
 

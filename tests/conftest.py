@@ -1,0 +1,137 @@
+"""Fixtures: tiny files of the toy task, and scripts called in this process."""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost
+SHARED = Path(__file__).parents[2] / "shared"
+if (SHARED / "tiktoken").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Paths of toy files in the user's formats: sft, pairs, mcq (48 examples each) and val_sft, val_pairs (16)."""
+    from data import question
+    from data.toy import problems
+
+    folder = tmp_path_factory.mktemp("files")
+    out = {}
+    for name, split, n in (("", "train", 48), ("val_", "val", 16)):
+        records: dict[str, list] = {"sft": [], "pairs": [], "mcq": []}
+        for p in problems(split, n):
+            prompt, endings = question(p.context, p.endings), [" " + e for e in p.endings]
+            right, wrong = endings[p.label], endings[(p.label + 1) % 4]
+            records["sft"].append({"prompt": prompt, "completion": right})
+            records["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
+            records["mcq"].append({"prompt": prompt, "choices": endings, "label": p.label})
+        for kind, rows in records.items():
+            path = folder / f"{name}{kind}.jsonl"
+            path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+            out[name + kind] = str(path)
+    return out
+
+
+SCRATCH = {"init_from": "scratch", "tokenizer": "toy", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128}
+
+
+def flags(**keys: object) -> list[str]:
+    """Keys as a command line; one that is None is left out."""
+    return [word for name, value in keys.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def sft_args(files, out_dir, **keys) -> list[str]:
+    """A run of 10 steps, with dropout, validated and saved along the way."""
+    data = {"data": files["sft"], "val_data": files["val_sft"], "out_dir": out_dir, "dropout": 0.1, "batch_size": 10}
+    return flags(**{**SCRATCH, **data, "epochs": 2, "lr": 1e-3, "eval_every": 4, "save_every": 3, **keys})
+
+
+def ref_args(files, sft_run, out, **keys) -> list[str]:
+    data = {"init_from": sft_run / "model", "data": files["pairs"], "val_data": files["val_pairs"], "out": out}
+    return flags(**{**data, **keys})
+
+
+def dpo_args(files, sft_run, reference, out_dir, **keys) -> list[str]:
+    """A run of 12 steps."""
+    data = {"init_from": sft_run / "model", "data": files["pairs"], "val_data": files["val_pairs"], "ref": reference}
+    return flags(**{**data, "out_dir": out_dir, "batch_size": 12, "lr": 1e-3, "epochs": 3, **keys})
+
+
+def script(name: str, *args: object) -> int:
+    """Run a stage script's main as the command line would; returns its exit status."""
+    from runtime.errors import run
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, [f"{name}.py", *map(str, args)]
+    try:
+        run(importlib.import_module(name).main)
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = argv
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@pytest.fixture
+def call(capsys):
+    """call("sft", "--data", …) -> (exit status, stdout, stderr)."""
+
+    def run(name: str, *args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = script(name, *args)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """refused("sft", …, says="…"): exit status 2 and one line on stderr that starts with error: and holds the text."""
+
+    def check(name: str, *args: object, says: str) -> str:
+        status, _, err = call(name, *args)
+        lines = err.strip().splitlines()
+        assert status == 2, err
+        assert lines and lines[-1].startswith("error: ") and "Traceback" not in err, err
+        assert sum(line.startswith("error: ") for line in lines) == 1
+        assert says in lines[-1], lines[-1]
+        return lines[-1]
+
+    return check
+
+
+def metrics(folder: Path | str, timeless: bool = True) -> list[dict]:
+    """A run's records; `timeless` leaves out what a clock decides."""
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    if timeless:
+        for record in records:
+            for name in ("tokens_per_s", "step_s"):
+                record.pop(name, None)
+    return records
+
+
+@pytest.fixture(scope="session")
+def sft_run(files, tmp_path_factory) -> Path:
+    """A finished tiny SFT run's folder; its model is in model/."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    with contextlib.redirect_stdout(None):
+        assert script("sft", *sft_args(files, folder, dropout=0, batch_size=16, epochs=4, lr=3e-3)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(files, sft_run) -> Path:
+    """The reference file of sft_run's model on pairs and val_pairs."""
+    out = sft_run.parent / "ref.safetensors"
+    with contextlib.redirect_stdout(None):
+        assert script("precompute_ref", *ref_args(files, sft_run, out)) == 0
+    return out
