@@ -39,7 +39,6 @@ class Problem:
     context: str
     endings: tuple[str, ...]
     label: int
-    source: str = ""
 
 
 def question(context: str, endings: tuple[str, ...]) -> str:
@@ -48,18 +47,18 @@ def question(context: str, endings: tuple[str, ...]) -> str:
     return f"{context}\n{options}Answer:"
 
 
-def view_problem(problem: Problem, view: str, group: int) -> list[Example]:
+def view_problem(problem: Problem, view: str, group: int, source: str) -> list[Example]:
     """A problem as the examples of a view. `preference` gives a pair for every wrong option, all of one group."""
     asked, endings = question(problem.context, problem.endings), tuple(" " + e for e in problem.endings)
     right = endings[problem.label]
     if view == "sft":
-        return [Example(asked, (right,), source=problem.source)]
+        return [Example(asked, (right,), source=source)]
     if view == "preference":
         wrong = [e for i, e in enumerate(endings) if i != problem.label]
-        return [Example(asked, (right, e), group=group, source=problem.source) for e in wrong]
+        return [Example(asked, (right, e), group=group, source=source) for e in wrong]
     if view == "mcq":
-        return [Example(asked, endings, problem.label, source=problem.source)]
-    return [move_space(Example(problem.context, endings, problem.label, source=problem.source))]
+        return [Example(asked, endings, problem.label, source=source)]
+    return [move_space(Example(problem.context, endings, problem.label, source=source))]
 
 
 def move_space(example: Example) -> Example:

@@ -44,7 +44,7 @@ def problem(record: dict, where: str, plain: bool = False) -> Problem:
         raise UserError(f"{where}: 'label' must be a number from 0 to 3, not {label!r:.40} (the test split has none)") from None
     if not 0 <= label < 4:
         raise UserError(f"{where}: label {label} is out of range: there are 4 endings, numbered from 0")
-    return Problem(clean(context), tuple(clean(e) for e in endings), label, where)
+    return Problem(clean(context), tuple(clean(e) for e in endings), label)
 
 
 def path(split: str, data_dir: str = "") -> Path:
@@ -69,5 +69,5 @@ def path(split: str, data_dir: str = "") -> Path:
 def load(split: str, view: str, data_dir: str = "", limit: int = 0) -> list[Example]:
     examples = []
     for number, (where, record) in enumerate(read(path(split, data_dir), limit)):
-        examples += view_problem(problem(record, where, plain=view == "loglik"), view, number)
+        examples += view_problem(problem(record, where, plain=view == "loglik"), view, number, where)
     return examples

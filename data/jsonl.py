@@ -75,7 +75,7 @@ def load(path: str, view: str, limit: int = 0) -> list[Example]:
     examples: list[Example] = []
     for number, (where, record) in enumerate(read(path, limit)):
         if hellaswag.is_record(record):
-            examples += view_problem(hellaswag.problem(record, where, plain=view == "loglik"), view, number)
+            examples += view_problem(hellaswag.problem(record, where, plain=view == "loglik"), view, number, where)
             continue
         if hh.is_record(record):
             example = hh.pair(record, where)

@@ -1,84 +1,76 @@
-"""The toy task of `make demo`: everyday procedures as multiple-choice questions in HellaSwag's shape, made by code.
+"""The toy task of `make demo`: everyday routines as multiple-choice questions in HellaSwag's shape, made by code.
 
-Two people do the same kind of work, each on a thing of their own:
+    Today Tom irons the old shirt. Mia soaks the red scarf. Mia washes the red scarf. Then Mia
+    A) folds the red scarf.  B) dries the red scarf.  C) …
 
-    Laundry: Mia soaks the red scarf. Tom irons the old shirt. Mia washes the red scarf.
-
-The right ending is what the last one named does next, with the same thing ("Mia dries the red scarf."). The wrong
-endings mix in another step of the work, the other one's thing, or the other one. Two of these three slots vary, each
-with two values, and the four options are their combinations: every value stands in two options, so the options alone
-give nothing away, and a model that gets one slot right and guesses the other is right half the time.
+Every thing has a routine of its own, six steps in a fixed order, drawn once and for all: nothing but training tells what
+comes after washing a scarf. The wrong endings are other steps of the same routine, and the next step of the other person's,
+so they are as plausible as the right one to whoever has not learnt the routine. Some things come up often, some rarely
+(Zipf's law), so that a model learns the task little by little and can be stopped half-way.
 """
 
 import hashlib
 import random
-from dataclasses import dataclass
 
-# Work -> (its steps in order, what it is done to). Steps recur across works in another order.
-WORKS = {
-    "Laundry": ("sorts soaks washes dries irons folds", "shirt scarf towel dress blanket"),
-    "Dishes": ("clears soaks scrubs rinses dries stacks", "plate bowl cup pan tray"),
-    "Baking": ("mixes kneads shapes bakes cools slices", "loaf cake pie pizza tart"),
-    "Cooking": ("picks washes peels chops boils serves", "carrot potato onion turnip beet"),
-    "Mail": ("writes reads folds seals stamps posts", "letter card note form bill"),
-    "Repairs": ("opens checks cleans fixes tests closes", "radio clock lamp phone camera"),
-    "Woodwork": ("measures saws sands glues paints hangs", "shelf frame box sign mirror"),
-    "Library": ("finds borrows opens reads closes returns", "book map novel atlas magazine"),
-    "Garage": ("lifts cleans oils tests rides parks", "bike scooter cart wagon sled"),
-    "Pets": ("calls brushes washes dries feeds walks", "dog cat pony goat rabbit"),
-    "Gifts": ("buys wraps labels hides carries gives", "doll kite puzzle ball drum"),
-    "Garden": ("buys plants waters trims picks sells", "rose lily tulip daisy fern"),
-    "Camping": ("carries unpacks spreads ties checks packs", "tent tarp hammock flag net"),
-    "Pottery": ("shapes dries sands paints fires sells", "vase jug mug dish pot"),
-    "Sewing": ("measures cuts pins sews irons hangs", "curtain quilt apron skirt vest"),
-    "Drawing": ("sketches checks paints frames labels gives", "portrait poster picture banner mask"),
-}
-NAMES = ["Mia", "Tom", "Ana", "Leo", "Ida", "Max", "Zoe", "Ben", "Eva", "Sam"]
-KINDS = ["red", "blue", "green", "white", "old", "new", "big", "small"]
+from data import Example, Problem, view_problem
 
+NAMES = "Mia Tom Ana Leo Ida Max Zoe Ben Eva Sam".split()
+KINDS = "red blue green white old new big small".split()
+THINGS = (
+    "scarf shirt towel blanket curtain quilt plate cup pan tray loaf cake pie pizza carrot potato onion apple letter card "
+    "note form radio clock lamp phone shelf frame box mirror book map atlas novel bike cart wagon sled dog cat pony rabbit "
+    "doll kite puzzle drum rose tulip daisy fern tent flag net rope vase jug mug bowl poster mask"
+).split()
+VERBS = (
+    "sorts soaks washes dries irons folds clears scrubs rinses stacks mixes kneads shapes bakes cools slices picks peels chops "
+    "boils writes reads seals stamps posts opens checks cleans fixes tests measures saws sands glues paints hangs finds "
+    "borrows closes returns lifts oils rides parks calls brushes feeds walks buys wraps labels hides carries gives plants "
+    "waters trims sells packs ties"
+).split()
+STEPS = 6
+_draw = random.Random("routines")
+ROUTINES = {thing: _draw.sample(VERBS, STEPS) for thing in THINGS}
+HOW_OFTEN = [1 / (rank + 3) for rank in range(len(THINGS))]  # of THINGS, in their order
 
-@dataclass(frozen=True)
-class Problem:
-    context: str
-    endings: tuple[str, ...]
-    label: int  # which of the endings is right
-    work: str = ""
-    slots: str = ""
+MARKS = ["\n", "A", "B", "C", "D", "Answer", ")", ":", ".", "Today", " Then", " the"]
+VOCAB = MARKS + [" " + word for word in NAMES + KINDS + THINGS + VERBS]
+
+SIZES = {"train": 40_000, "val": 2_000, "test": 2_000}
+SPLITS = {0: "val", 1: "test"}  # of ten shares of all contexts; the other eight are for training
 
 
-def make(rng):
-    work = rng.choice(list(WORKS))
-    steps, things = (words.split() for words in WORKS[work])
-    who = rng.sample(NAMES, 2)
-    kinds, items = rng.sample(KINDS, 2), rng.sample(things, 2)
-    what = [f"the {k} {i}" for k, i in zip(kinds, items)]
-    at = rng.randrange(1, len(steps) - 1)
-    other = rng.randrange(len(steps))
-    told = [(0, at - 1), (0, at)]
-    told.insert(rng.randrange(2), (1, other))
-    context = work + ": " + " ".join(f"{who[p]} {steps[s]} {what[p]}." for p, s in told)
-    wrong = rng.choice([s for s in range(len(steps)) if s != at + 1])
-    slots = rng.choice(["who step", "who what", "step what"])
-    endings = []
-    for a in (0, 1):
-        for b in (0, 1):
-            v = dict(zip(slots.split(), (a, b)))
-            endings.append(f"{who[v.get('who', 0)]} {steps[wrong if v.get('step') else at + 1]} {what[v.get('what', 0)]}.")
-    right = endings[0]
-    rng.shuffle(endings)
-    return Problem(context, tuple(endings), endings.index(right), work, slots + f" {wrong-at-1}")
+def _problem(rng: random.Random) -> Problem:
+    thing, other = rng.choices(THINGS, HOW_OFTEN, k=2)
+    while other == thing:
+        other = rng.choice(THINGS)
+    (who, someone), (kind, another) = rng.sample(NAMES, 2), rng.sample(KINDS, 2)
+    at, elsewhere = rng.randrange(1, STEPS - 1), rng.randrange(STEPS - 1)
+    routine = ROUTINES[thing]
+    told = [f"{who} {verb} the {kind} {thing}." for verb in routine[at - 1 : at + 1]]
+    told.insert(rng.randrange(2), f"{someone} {ROUTINES[other][elsewhere]} the {another} {other}.")
+    right = routine[at + 1]
+    wrong = rng.sample([verb for verb in routine if verb != right], 3)
+    if (verb := ROUTINES[other][elsewhere + 1]) not in routine:
+        wrong[0] = verb
+    verbs = [right, *wrong]
+    rng.shuffle(verbs)
+    context = f"Today {' '.join(told)} Then {who}"
+    return Problem(context, tuple(f"{verb} the {kind} {thing}." for verb in verbs), verbs.index(right))
 
 
-MARKS = ["\n", "A", "B", "C", "D", "Answer", ")", ":", "."]
-VOCAB = MARKS + list(WORKS) + [" " + w for w in sorted({"the", *NAMES, *KINDS, *(x for a, b in WORKS.values() for x in (a + " " + b).split())})]
-
-
-def problems(split, n, seed=0):
-    found, seen, i = [], set(), 0
-    rng = random.Random(f"{seed}")
+def problems(split: str, n: int, seed: int = 0) -> list[Problem]:
+    """`n` problems of a split, the same for the same seed. A context belongs to one split, whatever the seed."""
+    rng, found = random.Random(f"{split} {seed}"), []
     while len(found) < n:
-        p = make(rng)
-        h = int(hashlib.sha256(p.context.encode()).hexdigest(), 16) % 10
-        if {0: "val", 1: "test"}.get(h, "train") == split:
-            found.append(p)
+        problem = _problem(rng)
+        share = hashlib.sha256(problem.context.encode()).digest()[0] % 10
+        if SPLITS.get(share, "train") == split:
+            found.append(problem)
     return found
+
+
+def load(split: str, view: str, data_dir: str = "", limit: int = 0) -> list[Example]:
+    """A split in a view's form. Options are scored after the question too: that is the prompt that the model knows."""
+    view = "mcq" if view == "loglik" else view
+    made = problems(split, min(limit or SIZES[split], SIZES[split]))
+    return [e for n, p in enumerate(made) for e in view_problem(p, view, n, f"toy {split} {n}")]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 
 import pytest
@@ -46,6 +47,7 @@ def run_script(monkeypatch, script, out, **settings) -> list[dict]:
     """Run a stage script's main in this process; its training records."""
     words = [f"--{name}={value}" for name, value in ({"out_dir": out} | settings).items()]
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *words])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
     assert not script.main()
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if r["split"] == "train"]

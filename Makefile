@@ -1,0 +1,33 @@
+# make demo   train a small model from scratch on a toy task, on CPU: SFT, reference, DPO, evaluation (under 4 minutes)
+# make test   the test suite
+# make check  lint
+# Each makes .venv and installs what it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/demo.installed
+	$(BIN)/python demo.py
+
+test: .venv/dev.installed
+	$(BIN)/python -m pytest -q -n 2
+
+check: .venv/dev.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/demo.installed: requirements.txt | .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt matplotlib
+	@touch $@
+
+# torch first and alone: the other packages then take the build that is there
+.venv/dev.installed: requirements.txt requirements-dev.txt | .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "nanopref needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`: name another with make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.PHONY: demo test check

@@ -1,0 +1,47 @@
+"""The toy task: the same for everyone, disjoint splits, options that give nothing away by themselves."""
+
+from collections import Counter
+
+import data
+from data.tokenizer import get
+from data.toy import ROUTINES, VOCAB, problems
+
+
+def test_same_seed_same_problems_and_disjoint_splits():
+    train, val, test = (problems(split, 3000) for split in ("train", "val", "test"))
+    assert train[:50] == problems("train", 50) and train[:50] != problems("train", 50, seed=1)
+    contexts = [{p.context for p in split} for split in (train, val, test)]
+    assert not contexts[0] & contexts[1] and not contexts[0] & contexts[2] and not contexts[1] & contexts[2]
+    assert len(contexts[0]) > 2950, "problems hardly ever repeat"
+
+
+def test_the_right_ending_is_the_routine_s_next_step():
+    for p in problems("val", 200):
+        *_, last, then = p.context.split(". ")
+        who, verb, *what = last.split()
+        routine = ROUTINES[what[-1]]
+        right = routine[routine.index(verb) + 1]
+        assert then == f"Then {who}" and p.endings[p.label] == f"{right} {' '.join(what)}."
+        assert len(set(p.endings)) == 4 and all(e.endswith(" ".join(what) + ".") for e in p.endings)
+
+
+def test_neither_place_nor_verb_gives_the_answer_away():
+    made = problems("train", 20_000)
+    places = Counter(p.label for p in made)
+    assert all(abs(n / 20_000 - 0.25) < 0.015 for n in places.values())
+    # always taking the option whose verb is right most often in training is far from the top on held-out problems
+    right = Counter(p.endings[p.label] for p in made)
+    val = problems("val", 2000)
+    assert sum(p.endings[p.label] == max(p.endings, key=lambda e: right[e]) for p in val) / 2000 < 0.5
+
+
+def test_words_and_views():
+    toy = get("toy")
+    assert toy.size == len(VOCAB) + 1 < 200
+    (sft,) = data.load("toy", "train", "sft", limit=1)
+    assert toy.decode(toy.encode(sft.prompt + sft.completions[0])) == sft.prompt + sft.completions[0]
+    assert len(toy.encode(sft.prompt)) < 80 and sft.prompt.endswith("\nAnswer:")
+    pairs = data.load("toy", "train", "preference", limit=2)
+    assert len(pairs) == 6 and {p.completions[0] for p in pairs[:3]} == {sft.completions[0]}
+    mcq = data.load("toy", "val", "mcq")
+    assert len(mcq) == 2000 and mcq == data.load("toy", "val", "loglik")
