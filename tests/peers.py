@@ -81,6 +81,11 @@ def quiet():
         os.environ.pop("TQDM_DISABLE") if old is None else os.environ.update(TQDM_DISABLE=old)
 
 
+def now() -> tuple[float, float]:
+    """Seconds on the wall clock and of CPU time of this process (all its threads): the latter is what others cannot disturb."""
+    return time.perf_counter(), time.process_time()
+
+
 def _printer():
     from transformers import PrinterCallback
 
@@ -95,12 +100,12 @@ def _watch(sync):
 
         def __init__(self):
             self.logs: list[dict] = []
-            self.ends: list[float] = []
+            self.ends: list[tuple[float, float]] = []
 
         def on_step_end(self, args, state, control, **kwargs):
             if sync:
                 sync()
-            self.ends.append(time.perf_counter())
+            self.ends.append(now())
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs:
@@ -134,8 +139,8 @@ def _dataset(rows: list[dict] | Path, columns: tuple[str, ...], cache: str | Pat
 def dpo_trainer(folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, ref_model=None, sync=None, **settings):
     """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has model and tokenizer. -> (trainer, watch).
 
-    `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run, `watch.ends` the
-    time of each step's end, taken after `sync()`. The reference is `ref_model`, or the model itself, and always precomputed.
+    `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run, `watch.ends` each
+    step's end (`now()`, after `sync()`). The reference is `ref_model`, or the model itself, and precomputed.
     """
     from trl import DPOConfig, DPOTrainer
 

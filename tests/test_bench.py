@@ -168,7 +168,8 @@ def bench_example(row):
         (["--suite", "dpo", "--peer", "lm_eval"], "key peer"),
         (["--models", "gpt2,gpt3"], "key models"),
         (["--pairs", "7", "--peer", "none"], "no multiple"),
-        (["--init", "gpt7", "--peer", "none"], "key init"),
+        (["--batch_size", "12", "--pairs", "24"], "key batch_size"),
+        (["--init", "gpt7", "--peer", "none"], "did you mean gpt2"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, monkeypatch, small):
