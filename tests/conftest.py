@@ -26,7 +26,7 @@ def files(tmp_path_factory) -> dict[str, str]:
     out = {}
     for name, split, n in (("", "train", 48), ("val_", "val", 16)):
         records: dict[str, list] = {"sft": [], "pairs": [], "mcq": []}
-        for p in problems(split, n):
+        for p, _ in problems(split, n):
             prompt, endings = question(p.context, p.endings), [" " + e for e in p.endings]
             right, wrong = endings[p.label], endings[(p.label + 1) % 4]
             records["sft"].append({"prompt": prompt, "completion": right})

@@ -74,7 +74,7 @@ def test_pipeline(files, sft_run, reference, call, tmp_path):
     from data.toy import problems
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model").eval()
-    text = problems("val", 1)[0].context
+    text = problems("val", 1)[0][0].context
     ids = transformers.AutoTokenizer.from_pretrained(out / "model")(text)["input_ids"]
     assert ids == get("toy").encode(text)
     with torch.no_grad():

@@ -1,0 +1,180 @@
+"""`make demo`: the whole way on a toy task, from scratch, on a CPU, without a network. Each command is printed before it runs.
+
+SFT on demonstrations of which half skip a step; the reference pass; DPO. Beside it: as many tokens of further SFT, on the
+demonstrations and on the chosen endings, and DPO with the reference log-probs of the wrong model.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import load
+from plot import read_run
+from runtime import config
+from runtime.config import key
+from runtime.errors import UserError, run
+from runtime.files import write_whole
+
+LOSSES = {"sft": "SFT", "more": "further SFT", "chosen": "SFT on chosen", "dpo": "DPO", "wrong": "DPO, wrong reference"}
+
+
+@dataclass
+class Config:
+    """SFT, reference, DPO and evaluation of a small model on the toy task."""
+
+    out_dir: str = key("runs/demo", "folder for everything; what an earlier demo left there is deleted")
+    seed: int = key(0, "seed of weights and data order")
+    sft_steps: int = key(500, "steps of SFT")
+    dpo_steps: int = key(100, "steps of DPO")
+    problems: int = key(2000, "held-out problems to evaluate on, 2,000 at most")
+
+
+def step(name: str, **keys: object) -> str:
+    """Print a stage's command, run it in this process, and return what it printed."""
+    words = [word for k, v in keys.items() for word in (f"--{k}", str(v))]
+    print(f"\n$ python {name}.py {' '.join(words)}", flush=True)
+    sys.argv = [f"{name}.py", *words]
+    printed = Tee(sys.stdout)
+    with contextlib.redirect_stdout(printed):
+        status = importlib.import_module(name).main()
+    if status:  # Ctrl-C or SIGTERM: the stage has saved and said so
+        sys.exit(status)
+    return printed.getvalue()
+
+
+class Tee(io.StringIO):
+    def __init__(self, also):
+        super().__init__()
+        self.also = also
+
+    def write(self, text: str) -> int:
+        self.also.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.also.flush()
+
+
+def evaluate(folder: Path, n: int) -> dict:
+    """Accuracy by likelihood and by what the model writes, on `n` held-out problems of the test split."""
+    results = {}
+    for mode in ("loglik", "generate"):
+        out = folder / f"{mode}.json"
+        step("eval_mcq", model=folder / "model", data="toy", split="test", limit=n, mode=mode, out=out)
+        results[mode] = json.loads(out.read_text())
+    written = results["generate"]
+    return {
+        "n": results["loglik"]["n"],
+        "acc": results["loglik"]["acc"],
+        "acc_stderr": results["loglik"]["acc_stderr"],
+        "written_acc": written["acc"],
+        "written_acc_stderr": written["acc_stderr"],
+        "aligned": written["aligned"],
+    }
+
+
+def trained_tokens(folder: Path) -> int:
+    return sum(r["tokens"] for r in read_run(folder) if r["split"] == "train")
+
+
+def main() -> None:
+    cfg = config.load(Config, prog="demo.py")
+    if cfg.sft_steps < 1 or cfg.dpo_steps < 1 or not 1 <= cfg.problems <= 2000:
+        raise UserError("sft_steps and dpo_steps must be above 0, problems from 1 to 2000")
+    begin, out = time.monotonic(), Path(cfg.out_dir)
+    if out.exists() and not (out / "sft").exists() and any(out.iterdir()):
+        raise UserError(f"out_dir {out} holds something that no demo made: name another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    sft, dpo = {"config": "configs/toy_sft.toml", "seed": cfg.seed}, {"config": "configs/toy_dpo.toml", "seed": cfg.seed}
+    model, refs = out / "sft" / "model", {"dpo": out / "ref.safetensors", "wrong": out / "wrong_ref.safetensors"}
+    data = {"data": "toy", "limit": 6400, "val_limit": 300}
+
+    step("sft", **sft, max_steps=cfg.sft_steps, out_dir=out / "sft", samples=1)
+    step("precompute_ref", init_from=model, **data, out=refs["dpo"])
+    step("dpo", **dpo, max_steps=cfg.dpo_steps, init_from=model, ref=refs["dpo"], out_dir=out / "dpo", samples=1)
+
+    # the same number of tokens of further SFT, at DPO's learning rate: on more demonstrations, and on the chosen endings
+    chosen = out / "chosen.jsonl"
+    pairs = load("toy", "train", "preference")[::3]
+    write_whole(chosen, "".join(json.dumps({"prompt": p.prompt, "completion": p.completions[0]}) + "\n" for p in pairs))
+    per_step = trained_tokens(out / "sft") / cfg.sft_steps
+    further = {"max_steps": math.ceil(trained_tokens(out / "dpo") / per_step), "init_from": model, "warmup": 20, "samples": 0}
+    further |= {"lr": 5e-4, "min_lr": 0, "n_layer": 0, "n_head": 0, "n_embd": 0, "block_size": 0, "seed": cfg.seed + 1}
+    step("sft", **{**sft, **further}, out_dir=out / "more")
+    step("sft", **{**sft, **further}, data=chosen, val_data="toy", out_dir=out / "chosen")
+
+    # the source's failure, on purpose: the reference is the model before SFT. dpo.py refuses it unless told otherwise.
+    untrained = {"init_from": "scratch", "tokenizer": "toy", "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 128}
+    step("precompute_ref", **untrained, **data, seed=cfg.seed, out=refs["wrong"])
+    wrong = {"init_from": model, "ref": refs["wrong"], "allow_ref_mismatch": "true", "samples": 0}
+    step("dpo", **dpo, max_steps=cfg.dpo_steps, **wrong, out_dir=out / "wrong")
+
+    results = {"chance": 0.25, "seed": cfg.seed, **{name: evaluate(out / name, cfg.problems) for name in LOSSES}}
+    results["seconds"] = round(time.monotonic() - begin, 1)
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    draw(results, {name: read_run(out / name) for name in ("dpo", "wrong")}, out / "demo.png")
+    print("\n" + table(results))
+    print(f"\n{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png")
+
+
+def table(results: dict) -> str:
+    head = f"{'':24}{'accuracy':>16}{'written':>16}{'aligned':>10}"
+    lines = [head, f"{'chance':24}{results['chance']:>8.3f}"]
+    for name, label in LOSSES.items():
+        r = results[name]
+        scores = "".join(f"{r[k]:>8.3f} ± {r[k + '_stderr']:.3f}" for k in ("acc", "written_acc"))
+        lines.append(f"{label:24}{scores}{r['aligned']:>10.3f}")
+    n = results["sft"]["n"]
+    return "\n".join(
+        [*lines, f"accuracy: the likeliest option; written: the text it writes; {n:,} held-out problems, ± one standard error"]
+    )
+
+
+def draw(results: dict, runs: dict, path: Path) -> None:
+    """The table as bars, and DPO's margins on validation pairs with the right and with the wrong reference."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed (pip install matplotlib): no picture", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(3, 2))
+    for shift, field, label, colour in (
+        (-0.2, "acc", "likeliest option", "#0072B2"),
+        (0.2, "written_acc", "written", "#E69F00"),
+    ):
+        heights, errors = [results[n][field] for n in LOSSES], [results[n][field + "_stderr"] for n in LOSSES]
+        places = [i + shift for i in range(len(LOSSES))]
+        bars.bar(places, heights, 0.4, yerr=errors, capsize=3, label=label, color=colour)
+        for x, height in zip(places, heights, strict=True):
+            bars.text(x, height + 0.025, f"{height:.2f}", ha="center", fontsize=9)
+    bars.axhline(results["chance"], color="grey", linestyle=":", label="chance")
+    names = [label.replace(", ", ",\n").replace(" on ", "\non ") for label in LOSSES.values()]
+    bars.set_xticks(range(len(LOSSES)), names)
+    bars.set(ylim=(0, 1.09), ylabel="accuracy", title=f"{results['sft']['n']:,} held-out problems, ± one standard error")
+    bars.legend(loc="upper left")
+    for name, colour in (("dpo", "#009E73"), ("wrong", "#D55E00")):
+        val = [r for r in runs[name] if r["split"] == "val"]
+        for field, style in (("logps/chosen", "-"), ("logps/rejected", "--")):
+            label = f"{LOSSES[name]}: {field.split('/')[1]}"
+            lines.plot([r["step"] for r in val], [r[field] for r in val], style, marker="o", color=colour, label=label)
+    lines.set(xlabel="step", ylabel="log-probability of a completion (nats)", title="validation pairs during DPO")
+    lines.legend(fontsize=9)
+    temporary = path.with_name("tmp_" + path.name)
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run(main)
