@@ -1,12 +1,11 @@
 """The toy task of `make demo`: everyday routines as multiple-choice questions in HellaSwag's shape, made by code.
 
-    Today Tom irons the old shirt. Mia soaks the red scarf. Mia washes the red scarf. Then Mia
+    Today Tom bakes the old card. Mia soaks the red scarf. Mia washes the red scarf. Then Mia
     A) folds the red scarf.  B) dries the red scarf.  C) …
 
-Every thing has a routine of its own, six steps in a fixed order, drawn once and for all: nothing but training tells what
-comes after washing a scarf. The wrong endings are other steps of the same routine, the one after next among them, and the
-next step of the other person's: as plausible as the right one to whoever has not learnt the routine. Some things come up
-often, some rarely (Zipf's law).
+Every thing has a routine of its own, six steps that go round in a circle, drawn once and for all: nothing but training tells
+what comes after washing a scarf. The options are the four steps that were not told, so they are equally plausible to whoever
+has not learnt the order, and every step of a routine is right as often as any other.
 
 The demonstrations that SFT learns from are careless: half of them skip a step. SFT imitates what it is shown, so it stops
 short of the top, however long it runs. The preference pairs say which of two endings is better: that is what DPO is for.
@@ -20,21 +19,12 @@ from data import Example, Problem, view_problem
 
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Ida", "Max", "Zoe", "Ben", "Eva", "Sam"]
 KINDS = ["red", "blue", "green", "white", "old", "new", "big", "small"]
-THINGS = (
-    "scarf plate loaf carrot letter radio shelf book bike dog doll rose tent vase shirt cup cake potato card clock frame map "
-    "cart cat"
-).split()
-VERBS = (
-    "sorts soaks washes dries irons folds clears scrubs rinses stacks mixes kneads shapes bakes cools slices picks peels chops "
-    "boils writes reads seals stamps posts opens checks cleans fixes tests measures saws sands glues paints hangs finds "
-    "borrows closes returns lifts oils rides parks calls brushes feeds walks buys wraps labels hides carries gives plants "
-    "waters trims sells packs ties"
-).split()  # fmt: skip
+THINGS = "scarf plate loaf carrot letter radio shelf book bike dog doll rose tent vase card clock".split()
+VERBS = "soaks washes dries folds bakes cuts peels writes opens cleans fixes paints hangs lifts buys wraps hides sells".split()
 STEPS = 6
 CARELESS = 0.5  # share of demonstrations that skip a step
 _draw = random.Random("routines")
 ROUTINES = {thing: _draw.sample(VERBS, STEPS) for thing in THINGS}
-HOW_OFTEN = [1 / (rank + 3) for rank in range(len(THINGS))]  # of THINGS, in their order
 
 MARKS = ["\n", "A", "B", "C", "D", "Answer", ")", ":", ".", "Today", " Then", " the"]
 VOCAB = MARKS + [" " + word for word in NAMES + KINDS + THINGS + VERBS]
@@ -45,19 +35,12 @@ SPLITS = {0: "val", 1: "test"}  # of ten shares of all contexts; the other eight
 
 def _problem(rng: random.Random) -> tuple[Problem, int]:
     """A problem and the ending that its demonstration shows."""
-    thing, other = rng.choices(THINGS, HOW_OFTEN, k=2)
-    while other == thing:
-        other = rng.choice(THINGS)
-    (who, someone), (kind, another) = rng.sample(NAMES, 2), rng.sample(KINDS, 2)
-    at, elsewhere = rng.randrange(1, STEPS - 2), rng.randrange(STEPS - 1)
-    routine = ROUTINES[thing]
-    told = [f"{who} {verb} the {kind} {thing}." for verb in routine[at - 1 : at + 1]]
-    told.insert(rng.randrange(2), f"{someone} {ROUTINES[other][elsewhere]} the {another} {other}.")
-    right, skipping = routine[at + 1], routine[at + 2]
-    wrong = rng.sample([verb for verb in routine if verb not in (right, skipping)], 2)
-    if (verb := ROUTINES[other][elsewhere + 1]) not in routine:
-        wrong[0] = verb
-    verbs = [right, skipping, *wrong]
+    (thing, other), (who, someone), (kind, another) = rng.sample(THINGS, 2), rng.sample(NAMES, 2), rng.sample(KINDS, 2)
+    at = rng.randrange(STEPS)
+    routine = ROUTINES[thing][at:] + ROUTINES[thing][:at]  # it goes round: the first two are told, the third is right
+    told = [f"{who} {verb} the {kind} {thing}." for verb in routine[:2]]
+    told.insert(rng.randrange(2), f"{someone} {rng.choice(ROUTINES[other])} the {another} {other}.")
+    right, skipping, *_ = verbs = routine[2:]
     shown = skipping if rng.random() < CARELESS else right
     rng.shuffle(verbs)
     context = f"Today {' '.join(told)} Then {who}"

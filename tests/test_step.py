@@ -90,7 +90,7 @@ def compare(records, logs, names, model, peer, start):
         q, before = peer[name], start[name]
         if name.endswith("qkv.bias"):  # softmax does not see the keys' bias: its gradient is rounding, and Adam magnifies it
             p, q, before = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (p, q, before))
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=5e-6, msg=lambda m, name=name: f"{name}: {m}")
         assert (p - before).abs().max() > 1e-4, f"{name} has not moved"
 
 
@@ -131,7 +131,7 @@ SFT_CASES = {  # our settings, how TRL splits the batch
     "one forward": ({}, 4),
     "micro-batches of unequal length": ({"micro_tokens": 1}, 1),
     "packed rows": ({"row_len": 200}, 2),
-    "weight decay": ({"weight_decay": 0.5, "lr": 1e-2}, 4),
+    "weight decay": ({"weight_decay": 50.0}, 4),  # times lr: half a per cent a step
 }
 
 
@@ -144,7 +144,7 @@ def test_sft_steps_equal_trl(case, work, monkeypatch, tmp_path):
     rows = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in in_our_order(pairs)]
     trainer, watch = peers.sft_trainer(
         folder / "policy", rows, tmp_path / "o", per_device_train_batch_size=per_forward,
-        gradient_accumulation_steps=BATCH // per_forward, learning_rate=our_settings.get("lr", 1e-4),
+        gradient_accumulation_steps=BATCH // per_forward, learning_rate=1e-4,
         weight_decay=our_settings.get("weight_decay", 0.0),
     )  # fmt: skip
     logs, peer = theirs(trainer, watch, tmp_path)
