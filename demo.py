@@ -32,7 +32,7 @@ class Config:
 
     out_dir: str = key("runs/demo", "folder for everything; what an earlier demo left there is deleted")
     seed: int = key(0, "seed of weights and data order")
-    sft_steps: int = key(500, "steps of SFT")
+    sft_steps: int = key(450, "steps of SFT")
     dpo_steps: int = key(100, "steps of DPO")
     problems: int = key(2000, "held-out problems to evaluate on, 2,000 at most")
 
@@ -107,7 +107,7 @@ def main() -> None:
     write_whole(chosen, "".join(json.dumps({"prompt": p.prompt, "completion": p.completions[0]}) + "\n" for p in pairs))
     per_step = trained_tokens(out / "sft") / cfg.sft_steps
     further = {"max_steps": math.ceil(trained_tokens(out / "dpo") / per_step), "init_from": model, "warmup": 20, "samples": 0}
-    further |= {"lr": 5e-4, "min_lr": 0, "n_layer": 0, "n_head": 0, "n_embd": 0, "block_size": 0, "seed": cfg.seed + 1}
+    further |= {"lr": 3e-4, "min_lr": 0, "n_layer": 0, "n_head": 0, "n_embd": 0, "block_size": 0, "seed": cfg.seed + 1}
     step("sft", **{**sft, **further}, out_dir=out / "more")
     step("sft", **{**sft, **further}, data=chosen, val_data="toy", out_dir=out / "chosen")
 

@@ -41,8 +41,9 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, rows: int, room: int, like: Tensor):
         shape = (rows, config.n_head, room, config.n_embd // config.n_head)
-        self.keys = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.values = [like.new_empty(shape) for _ in range(config.n_layer)]
+        # zeros, not empty: a masked position weighs 0, but 0 times a stray nan in unwritten memory is nan
+        self.keys = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.values = [like.new_zeros(shape) for _ in range(config.n_layer)]
 
     def append(self, layer: int, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (rows, heads, 1, head_dim) at `position` (rows,); returns all keys and values so far."""

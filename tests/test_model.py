@@ -188,6 +188,17 @@ def test_generate_equals_transformers(gpt, tmp_path):
     assert small.training
 
 
+def test_generate_does_not_read_unwritten_memory(gpt):
+    """Unwritten memory, filled with nan as torch does on request, must not change what is written."""
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
+    want = gpt.generate(prompts, 20, stop=-1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert gpt.generate(prompts, 20, stop=-1) == want
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_flex_rows_equal_the_boolean_mask(dtype):
