@@ -23,6 +23,7 @@ from runtime.config import key
 from runtime.errors import UserError, run
 from runtime.files import write_whole
 
+MARK = ".demo"  # tells a folder that may be deleted from one of the user's
 LOSSES = {"sft": "SFT", "more": "further SFT", "chosen": "SFT on chosen", "dpo": "DPO", "wrong": "DPO, wrong reference"}
 
 
@@ -90,9 +91,10 @@ def main() -> None:
     if cfg.sft_steps < 1 or cfg.dpo_steps < 1 or not 1 <= cfg.problems <= 2000:
         raise UserError("sft_steps and dpo_steps must be above 0, problems from 1 to 2000")
     begin, out = time.monotonic(), Path(cfg.out_dir)
-    if out.exists() and not (out / "sft").exists() and any(out.iterdir()):
-        raise UserError(f"out_dir {out} holds something that no demo made: name another folder")
+    if out.exists() and not (out / MARK).exists():
+        raise UserError(f"out_dir {out} is there and was not made by a demo: name another folder")
     shutil.rmtree(out, ignore_errors=True)
+    write_whole(out / MARK, "made by demo.py, which deletes this folder when it runs again\n")
     sft, dpo = {"config": "configs/toy_sft.toml", "seed": cfg.seed}, {"config": "configs/toy_dpo.toml", "seed": cfg.seed}
     model, refs = out / "sft" / "model", {"dpo": out / "ref.safetensors", "wrong": out / "wrong_ref.safetensors"}
     data = {"data": "toy", "limit": 6400, "val_limit": 300}

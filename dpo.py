@@ -170,7 +170,7 @@ def main() -> int | None:
     reference = Reference.open(cfg, model, tokenizer, max_len, train, val)
     model.to(compute.device)
     ref, val_ref = reference.logps.to(compute.device), reference.val_logps.to(compute.device)
-    data = data_hash(train + val)
+    binding = {"data": data_hash(train), "val_data": data_hash(val), "reference": reference.hash}
     if cfg.pairs_per_example:  # validation draws once, the same pairs every time
         drawn = sorted(epoch_order([item.group for item in val], cfg.seed, 0, cfg.pairs_per_example))
         val, val_ref = [val[i] for i in drawn], val_ref[drawn]
@@ -190,7 +190,6 @@ def main() -> int | None:
     steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     torch.manual_seed(cfg.seed)  # dropout
-    binding = {"data_hash": data, "reference": reference.hash}
     this_run = Run(cfg, steps, compute, binding, "pairs")
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))

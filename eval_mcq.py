@@ -21,7 +21,7 @@ from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.errors import UserError, run
-from runtime.files import write_whole
+from runtime.files import check_file, write_whole
 from runtime.log import Progress
 from runtime.run import ModelKeys, Timer, build_model
 
@@ -49,6 +49,8 @@ class Config:
         for name, least in {"limit": 0, "micro_tokens": 1, "batch_size": 1, "max_new_tokens": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
+        for name in ("out", "details"):
+            check_file(name, getattr(self, name))
 
 
 @torch.no_grad()
@@ -78,7 +80,7 @@ def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_
         group = order[at : at + batch_size]
         new = max_new_tokens or max(len(c) for item in group for c in item.completions)
         with compute.autocast():
-            written = model.generate([item.prompt.tolist() for item in group], new, tokenizer.eot)
+            written = model.generate([item.prompt.tolist() for item in group], new, tokenizer.eot, tokenizer.size)
         answers |= {id(item): tokenizer.decode(ids) for item, ids in zip(group, written, strict=True)}
         progress.add(len(group))
     progress.close()

@@ -143,11 +143,12 @@ class GPT(nn.Module):
         return self.ln_f(x) @ self.wte.weight.T
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int) -> list[list[int]]:
-        """Greedy continuations of prompts of unlike length, up to and without the token `stop`.
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None):
+        """Greedy continuations (token lists) of prompts of unlike length, up to and without the token `stop`.
 
         The prompts go through once, then one token a row a step with cached keys and values; a row that has stopped leaves
-        the batch. No branch grows past `block_size` tokens.
+        the batch. No branch grows past `block_size` tokens. Compiled blocks run eagerly here: each length would compile anew.
+        `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
         """
         device, was_training = self.wte.weight.device, self.training
         self.eval()
@@ -160,12 +161,12 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe.weight[:longest]
         cache = KVCache(self.config, len(prompts), room, self.blocks[0].attn.qkv(x[:1, :1]))
         for layer, block in enumerate(self.blocks):
-            x = block(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
+            x = block.forward(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
         x = x[torch.arange(len(prompts), device=device), lengths - 1]  # (rows, n_embd)
         out: list[list[int]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # the rows still going, as numbers into `out`
         for _ in range(max_new_tokens):
-            token = (self.ln_f(x) @ self.wte.weight.T).argmax(-1)  # (rows,)
+            token = (self.ln_f(x) @ self.wte.weight[:n_ids].T).argmax(-1)  # (rows,)
             going = token.ne(stop)
             for row, t in zip(rows[going].tolist(), token[going].tolist(), strict=True):
                 out[row].append(t)
@@ -179,7 +180,7 @@ class GPT(nn.Module):
             x = (self.wte(token) + self.wpe(lengths)).unsqueeze(1)  # (rows, 1, n_embd)
             mask = torch.arange(room, device=device).le(lengths.unsqueeze(1))[:, None, None]  # (rows, 1, 1, room)
             for layer, block in enumerate(self.blocks):
-                x = block(x, mask, cache, layer, lengths)
+                x = block.forward(x, mask, cache, layer, lengths)
             x, lengths = x[:, 0], lengths + 1
         self.train(was_training)
         return out
@@ -238,7 +239,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float) -> Tensor:
 class _TargetLogps(torch.autograd.Function):
     """log softmax(x w^T)[target] in chunks of rows, without autograd's three copies of the logits.
 
-    Kept for backward: nothing but x and the log-normaliser, or, while they fit LOGITS_BUDGET, the probabilities too.
+    Kept for backward: nothing but x and the log-normaliser, or, while they fit LOGITS_BUDGET, the logits too. Products are in
+    the dtype of x, sums and logits in float32: GPT-2's logits lie near -100, where bfloat16 steps by half a nat.
     """
 
     @staticmethod
@@ -246,15 +248,16 @@ class _TargetLogps(torch.autograd.Function):
         logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
         lse = torch.empty_like(logps)
         kept = []
+        cast = w.to(x.dtype)
         for i in range(0, len(x), chunk):
-            logits = x[i : i + chunk] @ w.T  # (chunk, vocab)
-            at = logits.gather(1, target[i : i + chunk, None])[:, 0].float()
-            lse[i : i + chunk] = torch.logsumexp(logits.float(), 1)
+            logits = _float32_product(x[i : i + chunk], cast.T)  # (chunk, vocab)
+            at = logits.gather(1, target[i : i + chunk, None])[:, 0]
+            lse[i : i + chunk] = torch.logsumexp(logits, 1)
             logps[i : i + chunk] = at - lse[i : i + chunk]
             if keep:
                 kept.append(logits)
-        ctx.save_for_backward(x, w, target, lse, *kept)
-        ctx.chunk = chunk
+        ctx.save_for_backward(x, cast, target, lse, *kept)
+        ctx.chunk, ctx.w_dtype = chunk, w.dtype
         return logps
 
     @staticmethod
@@ -263,21 +266,33 @@ class _TargetLogps(torch.autograd.Function):
         dx, dw = torch.empty_like(x), None
         for n, i in enumerate(range(0, len(x), ctx.chunk)):
             part = slice(i, i + ctx.chunk)
-            logits = kept[n] if kept else x[part] @ w.T
+            logits = kept[n] if kept else _float32_product(x[part], w.T)
             # d logp_t / d logits = onehot(target) - softmax(logits), times the incoming gradient
-            d = logits.float().sub_(lse[part, None]).exp_().mul_(-grad[part, None])
+            d = logits.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
             d.scatter_add_(1, target[part, None], grad[part, None])
             d = d.to(x.dtype)
             dx[part] = d @ w
-            dw = d.T @ x[part] if dw is None else dw.addmm_(d.T, x[part])
-        return dx, dw, None, None, None
+            if dw is None:
+                dw = _float32_product(d.T, x[part])
+            elif x.dtype == torch.float32:
+                dw.addmm_(d.T, x[part])
+            else:
+                dw += _float32_product(d.T, x[part])
+        return dx, None if dw is None else dw.to(ctx.w_dtype), None, None, None
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of float32 or bfloat16 matrices, added up and returned in float32, autocast or not."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def target_logps(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """log softmax(x w^T) at the target tokens. x: (n, n_embd), w: (vocab, n_embd), target: (n,) -> (n,) float32."""
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w = x.to(dtype), w.to(dtype)
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     row_bytes = 4 * len(w)
     keep = torch.is_grad_enabled() and len(x) * row_bytes <= LOGITS_BUDGET
     return _TargetLogps.apply(x, w, target, max(1, LOGITS_CHUNK // row_bytes), keep)

@@ -18,7 +18,7 @@ from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.errors import UserError, run
-from runtime.files import write_whole
+from runtime.files import check_file, write_whole
 from runtime.log import Progress
 from runtime.run import DataKeys, ModelKeys, build_model, context
 
@@ -32,6 +32,12 @@ class Config(ModelKeys, DataKeys):
     seed: int = key(0, "seed of scratch weights")
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
     dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+
+    def check(self) -> None:
+        super().check()
+        if not self.out.endswith(".safetensors"):
+            raise UserError(f"key out: {self.out} must end in .safetensors")
+        check_file("out", self.out)
 
 
 def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[int, int]]]]:
@@ -78,8 +84,6 @@ def reference_logps(model, items: list[Encoded], compute, micro_tokens: int) -> 
 
 def main() -> None:
     cfg = config.load(Config, prog="precompute_ref.py")
-    if not cfg.out.endswith(".safetensors"):
-        raise UserError(f"key out: {cfg.out} must end in .safetensors")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
     tokenizer = choose(cfg.tokenizer, cfg.init_from)

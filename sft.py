@@ -66,7 +66,7 @@ def main() -> int | None:
     steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     torch.manual_seed(cfg.seed)  # dropout
-    this_run = Run(cfg, steps, compute, {"data_hash": data_hash(train + val)}, "examples")
+    this_run = Run(cfg, steps, compute, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
     if cfg.compile:

@@ -38,10 +38,10 @@ def problem(record: dict, where: str, plain: bool = False) -> Problem:
     endings, label = get(record, "endings", list, where), record.get("label")
     if len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
         raise UserError(f"{where}: 'endings' must be a list of four texts")
-    try:
-        label = int(label)  # the published file has a number, the hub's copy a text
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: 'label' must be a number from 0 to 3, not {label!r:.40} (the test split has none)") from None
+    if isinstance(label, str) and label.isdigit():  # the published file has a number, the hub's copy a text
+        label = int(label)
+    if type(label) is not int:
+        raise UserError(f"{where}: 'label' must be a number from 0 to 3, not {label!r:.40} (the test split has none)")
     if not 0 <= label < 4:
         raise UserError(f"{where}: label {label} is out of range: there are 4 endings, numbered from 0")
     return Problem(clean(context), tuple(clean(e) for e in endings), label)
@@ -49,6 +49,8 @@ def problem(record: dict, where: str, plain: bool = False) -> Problem:
 
 def path(split: str, data_dir: str = "") -> Path:
     """The split's file: in `data_dir` (plain or .gz), or downloaded once into the cache and checked for its line count."""
+    if split not in FILES:
+        raise UserError(f"hellaswag has no {split} split with labels: use train or val")
     name, lines = FILES[split]
     if data_dir:
         for candidate in (Path(data_dir) / name, Path(data_dir) / (name + ".gz")):

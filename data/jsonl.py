@@ -28,22 +28,23 @@ def read(path: str | Path, limit: int = 0) -> Iterator[tuple[str, dict]]:
     opener = gzip.open if path.suffix == ".gz" else open
     number = count = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}:{number}: not UTF-8 text") from None
+                except (ValueError, RecursionError) as error:
+                    what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                    raise UserError(f"{path}:{number}: not JSON: {what}") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{path}:{number}: a {type(record).__name__} where a JSON object {{…}} was expected")
                 yield f"{path}:{number}", record
                 count += 1
                 if count == limit:
                     return
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{number + 1}: not UTF-8 text") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: damaged or cut-off gzip file ({error})") from None
     if not count:
@@ -59,6 +60,9 @@ def get(record: dict, field: str, kind: type, where: str):
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {str: "text", int: "a whole number", list: "a list"}
         raise UserError(f"{where}: the field {field!r} must be {names[kind]}, not {value!r:.60}")
+    for text in value if kind is list else [value]:
+        if isinstance(text, str) and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"{where}: the field {field!r} holds half a surrogate pair (\\ud800…): no Unicode text")
     return value
 
 
@@ -73,13 +77,15 @@ def load(path: str, view: str, limit: int = 0) -> list[Example]:
     from data import hellaswag, hh
 
     examples: list[Example] = []
+    unlike = 0
     for number, (where, record) in enumerate(read(path, limit)):
         if hellaswag.is_record(record):
             examples += view_problem(hellaswag.problem(record, where, plain=view == "loglik"), view, number, where)
             continue
         if hh.is_record(record):
             example = hh.pair(record, where)
-            if example is None:  # not a pair: the two dialogues differ before the last answer
+            if example is None:
+                unlike += 1
                 continue
             record = {"prompt": example.prompt, "chosen": example.completions[0], "rejected": example.completions[1]}
         prompt = get(record, "prompt", str, where)
@@ -93,6 +99,8 @@ def load(path: str, view: str, limit: int = 0) -> list[Example]:
         else:
             example = _options(record, prompt, where)
             examples.append(move_space(example) if view == "loglik" else example)
+    if unlike:
+        print(f"{path}: {unlike:,} lines left out: their dialogues differ before the last answer, or one answer is empty")
     if not examples:
         raise UserError(f"{path}: no usable example: {view} needs {FIELDS[view]}")
     return examples

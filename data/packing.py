@@ -135,7 +135,9 @@ def data_hash(items: list[Encoded]) -> str:
         for ids in (item.prompt, *item.completions):
             digest.update(len(ids).to_bytes(4, "little"))
             digest.update(ids.tobytes())
-        digest.update(len(item.completions).to_bytes(4, "little"))
+        digest.update(
+            len(item.completions).to_bytes(4, "little") + (item.group - items[0].group).to_bytes(8, "little", signed=True)
+        )
     return digest.hexdigest()
 
 

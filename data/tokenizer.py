@@ -16,6 +16,7 @@ import requests
 import tiktoken
 
 from data.toy import VOCAB
+from model import SIZES
 from runtime.errors import UserError
 
 EOT = "<|endoftext|>"
@@ -164,7 +165,8 @@ def choose(name: str, init_from: str) -> Tokenizer:
     """The tokenizer `name`, or for "auto" the one that belongs to the weights `init_from` (gpt2 where they are no folder)."""
     if name != "auto":
         return get(name)
-    return get(init_from if Path(init_from).is_dir() else "gpt2")
+    folder = Path(init_from).expanduser()
+    return get(folder if init_from not in (*SIZES, "scratch") and folder.is_dir() else "gpt2")
 
 
 @functools.cache

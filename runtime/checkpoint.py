@@ -30,8 +30,12 @@ def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: 
     final, folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    device = next(model.parameters()).device
     try:
-        tensors = _tensors(model) | {"optimizer": sd.get_optimizer_state_dict(model, optimizer), "random": _random_state()}
+        tensors = _tensors(model) | {
+            "optimizer": sd.get_optimizer_state_dict(model, optimizer),
+            "random": _random_state(device),
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, thread_count=1), no_dist=True)
@@ -51,9 +55,9 @@ def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Read model (and, if given, optimizer and random state) from a checkpoint folder that `newest` has found whole."""
-    tensors = _tensors(model)
+    tensors, device = _tensors(model), next(model.parameters()).device
     if optimizer is not None:
-        tensors |= {"optimizer": sd.get_optimizer_state_dict(model, optimizer), "random": _random_state()}
+        tensors |= {"optimizer": sd.get_optimizer_state_dict(model, optimizer), "random": _random_state(device)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
@@ -62,7 +66,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
         sd.set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         torch.set_rng_state(tensors["random"]["cpu"])
         if "cuda" in tensors["random"]:
-            torch.cuda.set_rng_state(tensors["random"]["cuda"])
+            torch.cuda.set_rng_state(tensors["random"]["cuda"], device)
 
 
 def newest(root: Path) -> tuple[Path, dict] | None:
@@ -98,6 +102,13 @@ def steps(root: Path) -> list[Path]:
     return sorted(named, key=lambda f: int(f.name.removeprefix("step_")))
 
 
+def drop_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`."""
+    for folder in steps(root):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+
+
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the one of step `best`; and what a kill left half-written."""
     for folder in steps(root)[: -max(1, keep)]:
@@ -111,10 +122,10 @@ def _tensors(model: torch.nn.Module) -> dict:
     return {"model": sd.get_model_state_dict(model)}
 
 
-def _random_state() -> dict:
+def _random_state(device: torch.device) -> dict:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 

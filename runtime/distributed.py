@@ -49,8 +49,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         where = torch.device(name)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=where).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
     if dtype == "float16":
         raise UserError("dtype float16 is refused: its range is too small for log-probs and gradients; use bfloat16 or float32")

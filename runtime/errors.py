@@ -4,6 +4,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT}
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what, where (file:line or key), what to do."""
@@ -21,10 +23,16 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         status = 0  # `… | head` closed our stdout: not an error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
         where = f" while writing {error.filename}" if error.filename else ""
-        status = fail(f"no space left on the disk{where}: free some and start the same command again")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            status = fail(f"no space left on the disk{where}: free some and start the same command again")
+        elif error.errno in PATHS and error.filename:
+            status = fail(f"{error.filename}: {error.strerror}: name another path or change its permissions")
+        else:
+            raise
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,9 @@ class Metrics:
     @property
     def size(self) -> int:
         return self.file.tell()
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

@@ -48,6 +48,20 @@ class DataKeys:
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context")
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
 
+    def check(self) -> None:
+        """Raise UserError for values that no run can have. Runs before anything is loaded."""
+        if not self.data:
+            raise UserError("key data: empty: name a recipe (toy, hellaswag) or a .jsonl file")
+        self.at_least(0, "limit val_limit max_len n_layer n_head n_embd block_size seed")
+        self.at_least(1, "micro_tokens")
+        if self.seed >= 2**63:
+            raise UserError(f"key seed: {self.seed} is too large, the most is 2**63 - 1")
+
+    def at_least(self, least: float, names: str) -> None:
+        for name in names.split():
+            if not getattr(self, name) >= least:
+                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
+
 
 @dataclass
 class TrainKeys(ModelKeys, DataKeys):
@@ -81,15 +95,12 @@ class TrainKeys(ModelKeys, DataKeys):
     wandb: str = key("", "wandb project to log to, empty = none")
 
     def check(self) -> None:
-        """Raise UserError for values that no run can have. Runs before anything is loaded."""
-        at_least = {"batch_size": 1, "micro_tokens": 1, "keep": 1, "adam_beta1": 0.0, "adam_beta2": 0.0}
-        not_negative = (
-            "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples limit val_limit "
-            "max_len n_layer n_head n_embd block_size dropout seed"
-        )
-        for name, least in {**dict.fromkeys(not_negative.split(), 0), **at_least}.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
+        super().check()
+        self.at_least(1, "batch_size keep")
+        self.at_least(0, "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples dropout")
+        self.at_least(0, "adam_beta1 adam_beta2")
+        if not self.out_dir:
+            raise UserError("key out_dir: empty: name the folder of the run")
         for name in ("dropout", "adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise UserError(f"key {name}: {getattr(self, name)} must be below 1")
@@ -109,7 +120,8 @@ class Run:
     """
 
     def __init__(self, cfg: TrainKeys, steps: int, compute, binding: dict, unit: str):
-        self.cfg, self.steps, self.compute, self.binding = cfg, steps, compute, binding
+        self.cfg, self.steps, self.compute = cfg, steps, compute
+        self.binding = {**binding, "device": compute.device.type, "dtype": str(compute.dtype).removeprefix("torch.")}
         self.folder = Path(cfg.out_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.best: dict | None = None  # {"step", "loss"} of the best validation so far
@@ -126,7 +138,7 @@ class Run:
         lock = open(self.folder / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder") from None
         return lock
 
@@ -139,9 +151,13 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
         found = checkpoint.newest(self.checkpoints)
         done, seen = 0, 0
+        if not found and (self.folder / "config.toml").exists():
+            self._same_settings()  # what an earlier run left is not wiped for another one
         if found:
             folder, state = found
-            self._same_run(state)
+            self._same_settings()
+            self._same_data(state)
+            checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
             checkpoint.load(folder, model, optimizer)
             done, seen, self.best = state["step"], state["metrics_bytes"], state["best"]
             self.saved_at = done
@@ -153,15 +169,14 @@ class Run:
                 )
         elif checkpoint.steps(self.checkpoints):
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
-        write_whole(self.folder / "config.toml", config.to_toml(self.cfg))
+        write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))
         self.metrics = Metrics(self.folder / "metrics.jsonl", seen, self.cfg.wandb, dataclasses.asdict(self.cfg))
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._on_signal)
+        self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
 
-    def _same_run(self, state: dict) -> None:
-        """Refuse to go on with other settings or other data than the run was begun with."""
+    def _same_settings(self) -> None:
+        """Refuse to go on with other settings than the run was begun with."""
         path = self.folder / "config.toml"
         try:
             before = tomllib.loads(path.read_text())
@@ -173,6 +188,9 @@ class Run:
                     f"out_dir {self.folder} holds a run with {name} = {before[name]!r}, not {now!r}: resume it with the same "
                     "settings, name another out_dir, or start anew with --overwrite"
                 )
+
+    def _same_data(self, state: dict) -> None:
+        """Refuse to go on with other data, another reference, or where the numbers would be others."""
         for name, now in self.binding.items():
             if state.get(name) != now:
                 raise UserError(f"out_dir {self.folder}: the {name} differs from when its run was begun: name another out_dir")
@@ -200,7 +218,8 @@ class Run:
     def log_val(self, step: int, record: dict) -> bool:
         """Record a validation; True if its loss is the best so far (of a trained model: step 0 does not count)."""
         self.metrics.write({"step": step, "split": "val", **record})
-        better = step > 0 and (self.best is None or record["loss"] < self.best["loss"])
+        finite = math.isfinite(record["loss"])
+        better = step > 0 and finite and (self.best is None or record["loss"] < self.best["loss"])
         if better:
             self.best = {"step": step, "loss": record["loss"]}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in record.items())
@@ -212,6 +231,7 @@ class Run:
 
     def save(self, step: int, model, optimizer) -> None:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
+        self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
         state = {"metrics_bytes": self.metrics.size, "best": self.best, **self.binding}
         checkpoint.save(self.checkpoints, step, state, model, optimizer)
         checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
@@ -223,9 +243,16 @@ class Run:
             return False
         if self.saved_at != step:
             self.save(step, model, optimizer)
-        self.metrics.close()
-        print(f"stopped at step {step} of {self.steps}, saved in {self.checkpoints}: the same command goes on from there")
+        self._end()
+        how = "the same command without --overwrite" if self.cfg.overwrite else "the same command"
+        print(f"stopped at step {step} of {self.steps}, saved in {self.checkpoints}: {how} goes on from there")
         return True
+
+    def _end(self) -> None:
+        self.metrics.close()
+        self._lock.close()
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
 
     def finish(self, model, tokenizer) -> None:
         """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated."""
@@ -234,11 +261,14 @@ class Run:
             best = self.checkpoints / f"step_{self.best['step']}"
             _, damage = checkpoint.inspect(best)
             if damage:
-                raise UserError(f"{best}, the best checkpoint, is damaged ({damage}): no model was written")
-            checkpoint.load(best, model)
-            which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
+                print(
+                    f"warning: {best}, the best checkpoint, is damaged ({damage}): the last weights are used", file=sys.stderr
+                )
+            else:
+                checkpoint.load(best, model)
+                which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
         weights.save(model, tokenizer, self.folder / "model")
-        self.metrics.close()
+        self._end()
         print(f"wrote {self.folder / 'model'}: {which}", flush=True)
 
 
@@ -292,7 +322,7 @@ def print_samples(model, tokenizer, items: list, new_tokens: int = 48) -> None:
     items = [item for item in items if len(item.prompt) < model.config.block_size]
     if not items:
         return
-    written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot)
+    written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot, tokenizer.size)
     for item, ids in zip(items, written, strict=True):
         tail = tokenizer.decode(item.prompt.tolist())[-100:]
         wanted = tokenizer.decode(item.completions[0].tolist()[:-1])
