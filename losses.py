@@ -136,8 +136,9 @@ def apo_down(p: Pairs, o) -> Tensor:
 def discopop(p: Pairs, o) -> Tensor:
     """DiscoPOP (log-ratio modulated loss), Lu et al. 2024 (arXiv 2406.08414), eq. 5, temperature `discopop_tau`."""
     z = o.beta * p.h
-    blend = torch.sigmoid(z / o.discopop_tau)
-    return -F.logsigmoid(z) * (1 - blend) + torch.exp(-z) * blend
+    blend = z / o.discopop_tau
+    # exp(-z) sigmoid(blend) in one exponent: apart they are inf times 0 far from the reference
+    return -F.logsigmoid(z) * torch.sigmoid(-blend) + torch.exp(F.logsigmoid(blend) - z)
 
 
 def aot(p: Pairs, o) -> Tensor:
