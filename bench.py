@@ -76,6 +76,7 @@ class Config:
     pairs: int = key(0, "pairs (sft: examples, mcq: problems) to time after a warm-up, 0 = 8 steps (mcq: 100)")
     batch_size: int = key(0, "pairs or examples an optimizer step, 0 = 4, on CUDA 64")
     micro_tokens: int = key(0, "most tokens in one forward of ours, 0 = the script's own default")
+    peer_setting: str = key("", "try only the peer's settings whose name holds this, empty = all of them")
     repeats: int = key(3, "measurements of each side, taken in turns")
     threads: int = key(0, "CPU threads, 0 = one a core")
     device: str = key("auto", "auto, cpu or cuda")
@@ -445,6 +446,9 @@ def compare(cfg: Config, temp: Path) -> dict:
     else:
         ours, few = ("ours_train", train_job(cfg, work, temp, cfg.suite, base)), {"settings": {"max_steps": warmup + 2}}
         theirs = {n: ("trl_train", trl_job(cfg, work, temp, cfg.suite, base, s)) for n, s in TRL_SETTINGS.items()}
+    theirs = {name: job for name, job in theirs.items() if cfg.peer_setting in name}
+    if not theirs:
+        raise UserError(f"key peer_setting: no setting of the peer has {cfg.peer_setting!r} in its name")
 
     # ours and the peer's fastest setting in turns, the peer as it comes once
     results, tried, jobs = {"ours": []}, {}, {"ours": ours}
