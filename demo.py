@@ -4,9 +4,7 @@ SFT on demonstrations of which half skip a step; the reference pass; DPO. Beside
 demonstrations and on the chosen endings, and DPO with the reference log-probs of the wrong model.
 """
 
-import contextlib
 import importlib
-import io
 import json
 import math
 import os
@@ -24,7 +22,7 @@ from runtime.errors import UserError, run
 from runtime.files import write_whole
 
 MARK = ".demo"  # tells a folder that may be deleted from one of the user's
-LOSSES = {"sft": "SFT", "more": "further SFT", "chosen": "SFT on chosen", "dpo": "DPO", "wrong": "DPO, wrong reference"}
+LABELS = {"sft": "SFT", "more": "further SFT", "chosen": "SFT on chosen", "dpo": "DPO", "wrong": "DPO, wrong reference"}
 
 
 @dataclass
@@ -38,30 +36,14 @@ class Config:
     problems: int = key(2000, "held-out problems to evaluate on, 2,000 at most")
 
 
-def step(name: str, **keys: object) -> str:
-    """Print a stage's command, run it in this process, and return what it printed."""
+def step(name: str, **keys: object) -> None:
+    """Print a stage's command and run it in this process."""
     words = [word for k, v in keys.items() for word in (f"--{k}", str(v))]
     print(f"\n$ python {name}.py {' '.join(words)}", flush=True)
     sys.argv = [f"{name}.py", *words]
-    printed = Tee(sys.stdout)
-    with contextlib.redirect_stdout(printed):
-        status = importlib.import_module(name).main()
+    status = importlib.import_module(name).main()
     if status:  # Ctrl-C or SIGTERM: the stage has saved and said so
         sys.exit(status)
-    return printed.getvalue()
-
-
-class Tee(io.StringIO):
-    def __init__(self, also):
-        super().__init__()
-        self.also = also
-
-    def write(self, text: str) -> int:
-        self.also.write(text)
-        return super().write(text)
-
-    def flush(self) -> None:
-        self.also.flush()
 
 
 def evaluate(folder: Path, n: int) -> dict:
@@ -119,7 +101,7 @@ def main() -> None:
     wrong = {"init_from": model, "ref": refs["wrong"], "allow_ref_mismatch": "true", "samples": 0}
     step("dpo", **dpo, max_steps=cfg.dpo_steps, **wrong, out_dir=out / "wrong")
 
-    results = {"chance": 0.25, "seed": cfg.seed, **{name: evaluate(out / name, cfg.problems) for name in LOSSES}}
+    results = {"chance": 0.25, "seed": cfg.seed, **{name: evaluate(out / name, cfg.problems) for name in LABELS}}
     results["seconds"] = round(time.monotonic() - begin, 1)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     draw(results, {name: read_run(out / name) for name in ("dpo", "wrong")}, out / "demo.png")
@@ -130,7 +112,7 @@ def main() -> None:
 def table(results: dict) -> str:
     head = f"{'':24}{'accuracy':>16}{'written':>16}{'aligned':>10}"
     lines = [head, f"{'chance':24}{results['chance']:>8.3f}"]
-    for name, label in LOSSES.items():
+    for name, label in LABELS.items():
         r = results[name]
         scores = "".join(f"{r[k]:>8.3f} ± {r[k + '_stderr']:.3f}" for k in ("acc", "written_acc"))
         lines.append(f"{label:24}{scores}{r['aligned']:>10.3f}")
@@ -155,20 +137,20 @@ def draw(results: dict, runs: dict, path: Path) -> None:
         (-0.2, "acc", "likeliest option", "#0072B2"),
         (0.2, "written_acc", "written", "#E69F00"),
     ):
-        heights, errors = [results[n][field] for n in LOSSES], [results[n][field + "_stderr"] for n in LOSSES]
-        places = [i + shift for i in range(len(LOSSES))]
+        heights, errors = [results[n][field] for n in LABELS], [results[n][field + "_stderr"] for n in LABELS]
+        places = [i + shift for i in range(len(LABELS))]
         bars.bar(places, heights, 0.4, yerr=errors, capsize=3, label=label, color=colour)
         for x, height in zip(places, heights, strict=True):
             bars.text(x, height + 0.025, f"{height:.2f}", ha="center", fontsize=9)
     bars.axhline(results["chance"], color="grey", linestyle=":", label="chance")
-    names = [label.replace(", ", ",\n").replace(" on ", "\non ") for label in LOSSES.values()]
-    bars.set_xticks(range(len(LOSSES)), names)
+    names = [label.replace(", ", ",\n").replace(" on ", "\non ") for label in LABELS.values()]
+    bars.set_xticks(range(len(LABELS)), names)
     bars.set(ylim=(0, 1.09), ylabel="accuracy", title=f"{results['sft']['n']:,} held-out problems, ± one standard error")
     bars.legend(loc="upper left")
     for name, colour in (("dpo", "#009E73"), ("wrong", "#D55E00")):
         val = [r for r in runs[name] if r["split"] == "val"]
         for field, style in (("logps/chosen", "-"), ("logps/rejected", "--")):
-            label = f"{LOSSES[name]}: {field.split('/')[1]}"
+            label = f"{LABELS[name]}: {field.split('/')[1]}"
             lines.plot([r["step"] for r in val], [r[field] for r in val], style, marker="o", color=colour, label=label)
     lines.set(xlabel="step", ylabel="log-probability of a completion (nats)", title="validation pairs during DPO")
     lines.legend(fontsize=9)
