@@ -9,22 +9,22 @@ The losses are in losses.py. The loss is the mean over the global batch's pairs,
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import losses
+import weights
 from data import RECIPES
 from data.packing import BatchPlan, Encoded, collate, data_hash, describe, epoch_order, load_encoded, plan_once
 from data.tokenizer import choose
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from runtime import config, distributed, optim
 from runtime.config import key
-from runtime.errors import UserError, run
+from runtime.errors import UserError, run, warn
 from runtime.reference import Reference
-from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, summary
+from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, seed_dropout, summary
 
 
 @dataclass
@@ -79,8 +79,8 @@ def objective(p: Pairs, cfg: Config, n_pairs: int, chosen_tokens: int) -> Tensor
     return loss + cfg.sft_weight * losses.sft(p.chosen, chosen_tokens) if cfg.sft_weight else loss
 
 
-def reward_metrics(p: Pairs, beta: float) -> dict:
-    """Sums over pairs of what is reported, under TRL's names. Rewards are beta * log-ratio, in nats."""
+def reward_metrics(p: Pairs, beta: float) -> dict[str, float]:
+    """Means over pairs of what is reported, under TRL's names. Rewards are beta * log-ratio, in nats."""
     chosen, rejected = beta * p.ratio_chosen.detach(), beta * p.ratio_rejected.detach()
     values = {
         "rewards/chosen": chosen,
@@ -90,39 +90,43 @@ def reward_metrics(p: Pairs, beta: float) -> dict:
         "logps/chosen": p.chosen.detach(),
         "logps/rejected": p.rejected.detach(),
     }
-    return {name: value.double().sum().item() for name, value in values.items()}
-
-
-def add(total: dict, part: dict) -> None:
-    for name, value in part.items():
-        total[name] = total.get(name, 0.0) + value
+    means = torch.stack([value.double().mean() for value in values.values()]).tolist()
+    return dict(zip(values, means, strict=True))
 
 
 @torch.no_grad()
-def all_sums(model, micros, compute) -> tuple[Tensor, list[Encoded]]:
-    """log pi(y|x) of every pair of some micro-batches, (pairs, 2), and the pairs in that order. No gradients."""
-    sums, items = [], []
+def all_sums(model, items: list[Encoded], micros, compute) -> Tensor:
+    """log pi(y|x) of every pair of `items`, (pairs, 2), in their order, on every rank. No gradients.
+
+    micros: this rank's micro-batches, [micro-batch][row][number into items].
+    """
+    sums = torch.zeros(len(items), 2)
     for rows in micros:
-        batch = collate(rows, compute.row_multiple).to(compute.device)
+        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
         with compute.autocast():
-            sums.append(pair_sums(model(batch), batch))
-        items += batch.items
-    return torch.cat(sums), items
+            sums[[i for row in rows for i in row]] = pair_sums(model(batch), batch).cpu()
+    return compute.total(sums).to(compute.device)
 
 
 def lengths_of(items: list[Encoded], device: torch.device) -> Tensor:
     return torch.tensor([[len(c) for c in item.completions] for item in items], device=device)
 
 
-def validate(model, items: list[Encoded], ref: Tensor, places: dict, cfg: Config, compute) -> dict:
-    """The loss and the rewards over all validation pairs."""
+def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
+    """`all_sums` without dropout, the work split over all ranks."""
     model.eval()
-    sums, order = all_sums(model, plan_once(items, cfg.micro_tokens, compute.spare_padding), compute)
+    micros = plan_once(items, cfg.micro_tokens, compute.spare_padding, compute.world)[compute.rank]
+    sums = all_sums(model, items, micros, compute)
     model.train()
-    p = as_pairs(sums, ref[[places[id(i)] for i in order]], lengths_of(order, sums.device))
+    return sums
+
+
+def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> dict:
+    """The loss and the rewards over all validation pairs."""
+    p = as_pairs(measure(model, items, cfg, compute), ref, lengths_of(items, compute.device))
     chosen_tokens = sum(len(item.completions[0]) for item in items)
     loss = objective(p, cfg, len(items), chosen_tokens).item()
-    return {"loss": loss, **{name: value / len(items) for name, value in reward_metrics(p, cfg.beta).items()}}
+    return {"loss": loss, **reward_metrics(p, cfg.beta)}
 
 
 def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Reference, cfg: Config, compute) -> None:
@@ -130,26 +134,22 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
 
     Raises UserError if they differ by more than rounding can explain: 1e-3 nats a token if both ran in float32, else 0.05.
     """
-    model.eval()
-    sums, order = all_sums(model, plan_once(items, cfg.micro_tokens, compute.spare_padding), compute)
-    model.train()
-    places = {id(item): n for n, item in enumerate(items)}
-    ref = ref[[places[id(i)] for i in order]]
+    sums = measure(model, items, cfg, compute)
     exact = compute.dtype == torch.float32 and reference.metadata.get("dtype") == "float32"
-    gap = (sums.cpu() - ref.cpu()).abs() / lengths_of(order, torch.device("cpu"))
-    p = as_pairs(sums, ref, lengths_of(order, sums.device))
-    loss = LOSSES[cfg.loss](p, cfg).mean().item()
+    lengths = lengths_of(items, compute.device)
+    gap = ((sums - ref).abs() / lengths).max().item()
+    loss = LOSSES[cfg.loss](as_pairs(sums, ref, lengths), cfg).mean().item()
     expected = ", ln 2 = 0.6931 if they were the same" if cfg.loss == "sigmoid" else ""
-    said = f"policy and reference differ by at most {gap.max().item():.2e} nats a token on the first batch; loss {loss:.4f}"
-    if not gap.max().item() <= (1e-3 if exact else 0.05):
-        if not cfg.allow_ref_mismatch:
-            raise UserError(
-                f"{cfg.ref}: {said}{expected}: the reference is not the model that this run starts from; make it anew with "
-                "precompute_ref.py from the same weights, or insist with --allow_ref_mismatch true"
-            )
-        print(f"warning: {said}{expected}", file=sys.stderr)
-    else:
+    said = f"policy and reference differ by at most {gap:.2e} nats a token on the first batch; loss {loss:.4f}"
+    if gap <= (1e-3 if exact else 0.05):
         print(said)
+    elif cfg.allow_ref_mismatch:
+        warn(f"{said}{expected}")
+    else:
+        raise UserError(
+            f"{cfg.ref}: {said}{expected}: the reference is not the model that this run starts from; make it anew with "
+            "precompute_ref.py from the same weights, or insist with --allow_ref_mismatch true"
+        )
 
 
 def main() -> int | None:
@@ -159,22 +159,23 @@ def main() -> int | None:
 
     # text -> tokens -> which pairs each step takes
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    model = build_model(cfg, tokenizer, cfg.dropout, cfg.seed)
+    model = build_model(cfg, tokenizer, compute, cfg.dropout, cfg.seed)
     max_len = context(cfg.max_len, model)
     policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
-    train = load_encoded(cfg.data, "train", "preference", tokenizer, limit=cfg.limit, **policy)
+    train = compute.once(lambda: load_encoded(cfg.data, "train", "preference", tokenizer, limit=cfg.limit, **policy))
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
-    val = load_encoded(val_source, "val", "preference", tokenizer, limit=cfg.val_limit, **policy) if val_source else []
+    val = []
+    if val_source:
+        val = compute.once(lambda: load_encoded(val_source, "val", "preference", tokenizer, limit=cfg.val_limit, **policy))
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
-    reference = Reference.open(cfg, model, tokenizer, max_len, train, val)
-    model.to(compute.device)
+    fingerprint = weights.fingerprint(model)
+    reference = compute.once(lambda: Reference.open(cfg, fingerprint, tokenizer, max_len, train, val))
     ref, val_ref = reference.logps.to(compute.device), reference.val_logps.to(compute.device)
     binding = {"data": data_hash(train), "val_data": data_hash(val), "reference": reference.hash}
     if cfg.pairs_per_example:  # validation draws once, the same pairs every time
         drawn = sorted(epoch_order([item.group for item in val], cfg.seed, 0, cfg.pairs_per_example))
         val, val_ref = [val[i] for i in drawn], val_ref[drawn]
-    val_places = {id(item): n for n, item in enumerate(val)}
     plan = BatchPlan(
         train,
         cfg.batch_size,
@@ -182,6 +183,7 @@ def main() -> int | None:
         row_len=cfg.row_len,
         micro_tokens=cfg.micro_tokens,
         spare_padding=compute.spare_padding,
+        world=compute.world,
         per_group=cfg.pairs_per_example,
     )
     print(describe(plan, train))
@@ -189,72 +191,66 @@ def main() -> int | None:
     # model, optimizer, run folder
     steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
-    torch.manual_seed(cfg.seed)  # dropout
     this_run = Run(cfg, steps, compute, binding, "pairs")
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
     model.train()
     if start == 0:
         first = plan.examples(0)
         if cfg.loss not in REFERENCE_FREE:
             check_first_batch(model, [train[i] for i in first], ref[first], reference, cfg, compute)
         if val and cfg.eval_every:
-            this_run.log_val(0, validate(model, val, val_ref, val_places, cfg, compute))
+            this_run.log_val(0, validate(model, val, val_ref, cfg, compute))
 
     timer = Timer(compute.device)
     for step in range(start, steps):
         lr = optim.learning_rate(cfg, step, steps)
         optim.set_lr(optimizer, lr)
         numbers = plan.examples(step)
-        chosen_tokens = sum(len(train[i].completions[0]) for i in numbers)
         micros = plan[step][compute.rank]
+        seed_dropout(cfg.seed, step, compute)
+
+        pairs = [train[i] for i in numbers]
+        chosen_tokens = sum(len(item.completions[0]) for item in pairs)
+        place = {i: n for n, i in enumerate(numbers)}
+        batch_ref, batch_lengths = ref[numbers], lengths_of(pairs, compute.device)
 
         gradient = None  # of the loss by each pair's sums, for losses that couple the pairs of a batch
-        if cfg.loss in WHOLE_BATCH and len(micros) > 1:
+        if cfg.loss in WHOLE_BATCH and (len(micros) > 1 or compute.world > 1):
             with torch.random.fork_rng():  # the same dropout in both passes
-                sums, _ = all_sums(model, [[[train[i] for i in row] for row in rows] for rows in micros], compute)
-            flat = [i for rows in micros for row in rows for i in row]
-            sums.requires_grad_(True)
-            whole = as_pairs(sums, ref[flat], lengths_of([train[i] for i in flat], sums.device))
-            loss = objective(whole, cfg, len(numbers), chosen_tokens)
-            total = {"loss": check_finite(loss, "loss", step, [train[i] for i in numbers])}
+                local = [[[place[i] for i in row] for row in rows] for rows in micros]
+                sums = all_sums(model, pairs, local, compute).requires_grad_(True)
+            loss = objective(as_pairs(sums, batch_ref, batch_lengths), cfg, len(pairs), chosen_tokens)
             (gradient,) = torch.autograd.grad(loss, sums)
-        else:
-            total = {"loss": 0.0}
 
-        seen = 0
-        rewards: dict = {}
-        for rows in micros:
-            here = [i for row in rows for i in row]
+        parts, found = [], torch.zeros(len(pairs), 2, device=compute.device)
+        for n, rows in enumerate(micros, start=1):
+            at = [place[i] for row in rows for i in row]
             batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            distributed.sync_gradients(model, n == len(micros))
             with compute.autocast():
                 logps = model(batch)
             sums = pair_sums(logps, batch)
-            p = as_pairs(sums, ref[here], batch.completion_lengths)
             if gradient is None:
-                part = objective(p, cfg, len(numbers), chosen_tokens)
-                total["loss"] += check_finite(part, "loss", step, batch.items)
+                loss = objective(as_pairs(sums, batch_ref[at], batch_lengths[at]), cfg, len(pairs), chosen_tokens)
             else:
-                part = (sums * gradient[seen : seen + len(here)]).sum()
-            part.backward()
-            seen += len(here)
-            add(rewards, reward_metrics(p, cfg.beta))
-        grad_norm = check_finite(optim.clip(model, cfg.grad_clip), "gradient norm", step, [train[i] for i in numbers])
+                loss = (sums * gradient[at]).sum()
+            loss.backward()
+            parts.append((loss, batch.items))
+            found[at] = sums.detach()
+        _, grad_norm = check_finite(parts, optim.clip(model, cfg.grad_clip), step, compute)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        tokens = sum(train[i].row_tokens for i in numbers)
-        record = {**total, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-        record |= {name: value / len(numbers) for name, value in rewards.items()}
-        predicted = sum(train[i].completion_tokens for i in numbers)
-        this_run.log_step(done, record, timer.lap(), len(numbers), model, predicted)
+        p = as_pairs(compute.total(found.cpu()).to(compute.device), batch_ref, batch_lengths)
+        loss = objective(p, cfg, len(pairs), chosen_tokens).item()
+        tokens, predicted = (sum(getattr(item, name) for item in pairs) for name in ("row_tokens", "completion_tokens"))
+        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **reward_metrics(p, cfg.beta)}
+        this_run.log_step(done, record, timer.lap(), len(pairs), model, predicted)
         best = False
         if val and this_run.due(cfg.eval_every, done):
-            best = this_run.log_val(done, validate(model, val, val_ref, val_places, cfg, compute))
+            best = this_run.log_val(done, validate(model, val, val_ref, cfg, compute))
             print_samples(model, tokenizer, val[: cfg.samples])
         if best or this_run.due(cfg.save_every, done):
             this_run.save(done, model, optimizer)

@@ -11,6 +11,7 @@ among the options (`acc`; `aligned` is the share of answers that are one of the 
 import json
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ from runtime.errors import UserError, run
 from runtime.files import check_file, write_whole
 from runtime.log import Progress
 from runtime.run import ModelKeys, Timer, build_model
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,33 +61,41 @@ def score(model, items: list[Encoded], compute, micro_tokens: int) -> list[list[
     """log p(option | prompt) of every option of every item, in nats; the prompt goes through the model once an item."""
     model.eval()
     logps: dict[int, list[float]] = {}
-    progress = Progress("scoring", len(items), "examples")
-    for rows in plan_once(items, micro_tokens, compute.spare_padding):
-        batch = collate(rows, compute.row_multiple).to(compute.device)
+    micros = plan_once(items, micro_tokens, compute.spare_padding, compute.world)[compute.rank]
+    progress = Progress("scoring", sum(map(len, micros)), "examples", compute.rank)
+    for rows in filter(None, micros):
+        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
         with compute.autocast():
             token_logps = model(batch)
         sums = losses.completion_sums(token_logps, batch.completion, batch.n_completions).tolist()
-        for item in batch.items:
-            logps[id(item)], sums = sums[: len(item.completions)], sums[len(item.completions) :]
+        for i in (i for row in rows for i in row):
+            k = len(items[i].completions)
+            logps[i], sums = sums[:k], sums[k:]
         progress.add(len(batch.items))
     progress.close()
-    return [logps[id(item)] for item in items]
+    return in_order(logps, compute)
 
 
 def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_new_tokens: int) -> list[str]:
     """A greedy answer to every item's prompt. Prompts of like length go together."""
     answers: dict[int, str] = {}
-    progress = Progress("writing", len(items), "examples")
-    order = sorted(items, key=lambda item: -len(item.prompt))
-    for at in range(0, len(order), batch_size):
-        group = order[at : at + batch_size]
-        new = max_new_tokens or max(len(c) for item in group for c in item.completions)
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt))
+    groups = [order[at : at + batch_size] for at in range(0, len(order), batch_size)][compute.rank :: compute.world]
+    progress = Progress("writing", sum(map(len, groups)), "examples", compute.rank)
+    for group in groups:
+        new = max_new_tokens or max(len(c) for i in group for c in items[i].completions)
         with compute.autocast():
-            written = model.generate([item.prompt.tolist() for item in group], new, tokenizer.eot, tokenizer.size)
-        answers |= {id(item): tokenizer.decode(ids) for item, ids in zip(group, written, strict=True)}
+            written = model.generate([items[i].prompt.tolist() for i in group], new, tokenizer.eot, tokenizer.size)
+        answers |= {i: tokenizer.decode(ids) for i, ids in zip(group, written, strict=True)}
         progress.add(len(group))
     progress.close()
-    return [answers[id(item)] for item in items]
+    return in_order(answers, compute)
+
+
+def in_order(found: dict[int, T], compute) -> list[T]:
+    """The findings of all ranks, by their items' numbers."""
+    everything = {i: value for part in compute.gather(found) for i, value in part.items()}
+    return [everything[i] for i in range(len(everything))]
 
 
 def option_bytes(option: str) -> int:
@@ -153,18 +164,18 @@ def main() -> None:
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
     tokenizer = choose(cfg.tokenizer, cfg.model)
-    model = build_model(ModelKeys(init_from=cfg.model), tokenizer).to(compute.device)
+    model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     view = "loglik" if cfg.mode == "loglik" else "mcq"
-    examples = load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit)
+    examples = compute.once(lambda: load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
     settings = {name: getattr(cfg, name) for name in ("micro_tokens", "batch_size", "max_new_tokens")}
     result, details, seconds = evaluate(model, tokenizer, examples, cfg.mode, compute, **settings)
 
     chance = sum(1 / len(e.completions) for e in examples) / len(examples)
     if cfg.details:
-        write_whole(cfg.details, "".join(json.dumps(d) + "\n" for d in details).encode())
+        compute.once(lambda: write_whole(cfg.details, "".join(json.dumps(d) + "\n" for d in details)))
     if cfg.out:
         settings = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "mode": cfg.mode, "chance": chance}
-        write_whole(cfg.out, (json.dumps({**result, **settings}, indent=1) + "\n").encode())
+        compute.once(lambda: write_whole(cfg.out, json.dumps({**result, **settings}, indent=1) + "\n"))
     print(f"{len(examples) / seconds:.1f} examples/s, {seconds:.1f} s; chance is {chance:.3f}")
     print(json.dumps(result))
 

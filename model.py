@@ -8,11 +8,13 @@ Architecture: Radford et al. 2019; parameter shapes are those of the released ch
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**28  # bytes of probabilities a forward may keep for backward; past it they are computed again
 LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
@@ -90,8 +92,14 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
+        self.recompute = False  # activation checkpointing: keep only the block's input, compute the rest again in backward
 
     def forward(self, x: Tensor, mask, *cache) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, mask, use_reentrant=False)
+        return self._forward(x, mask, *cache)
+
+    def _forward(self, x: Tensor, mask, *cache) -> Tensor:
         x = x + self.drop(self.attn(self.ln1(x), mask, *cache))
         return x + self.drop(self.mlp(self.ln2(x)))
 
@@ -106,19 +114,22 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> "GPT":
-        """GPT-2's initialisation (Radford et al. 2019, 2.3): N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer)."""
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """GPT-2's initialisation (Radford et al. 2019, 2.3): N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer).
+
+        (name, tensor) of every parameter, made one at a time, on the CPU.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
-                p.zero_()
+                value = torch.zeros(p.shape)
             elif p.dim() == 1:
-                p.fill_(1.0)  # layer-norm scales
+                value = torch.ones(p.shape)  # layer-norm scales
             else:
                 residual = name.endswith("proj.weight")
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator)
-        return self
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                value = torch.empty(p.shape).normal_(0.0, std, generator=generator)
+            yield name, value
 
     def forward(self, batch) -> Tensor:
         """Log-probability of every completion token of a batch of rows.
@@ -129,7 +140,8 @@ class GPT(nn.Module):
         Returns (completion tokens,) float32, natural logarithm.
         """
         mask = None if batch.plain else attention_mask(batch.example, batch.branch)
-        x = self.drop(self.wte(batch.tokens) + self.wpe(batch.positions))  # (rows, row_len, n_embd)
+        # float32 also where the embeddings were gathered in bfloat16: so is what the blocks add to
+        x = self.drop((self.wte(batch.tokens) + self.wpe(batch.positions)).float())  # (rows, row_len, n_embd)
         for block in self.blocks:
             x = block(x, mask)
         x = self.ln_f(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
@@ -142,12 +154,13 @@ class GPT(nn.Module):
             x = block(x, None)
         return self.ln_f(x) @ self.wte.weight.T
 
+    @torch.compiler.set_stance("force_eager")  # each length would compile compiled blocks anew
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None):
         """Greedy continuations (token lists) of prompts of unlike length, up to and without the token `stop`.
 
         The prompts go through once, then one token a row a step with cached keys and values; a row that has stopped leaves
-        the batch. No branch grows past `block_size` tokens. Compiled blocks run eagerly here: each length would compile anew.
+        the batch. No branch grows past `block_size` tokens. Of a sharded model every rank must ask for the same.
         `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
         """
         device, was_training = self.wte.weight.device, self.training
@@ -158,10 +171,11 @@ class GPT(nn.Module):
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
         room = min(longest + max_new_tokens, self.config.block_size)
-        x = self.wte(tokens) + self.wpe.weight[:longest]
-        cache = KVCache(self.config, len(prompts), room, self.blocks[0].attn.qkv(x[:1, :1]))
+        x = (self.wte(tokens) + self.wpe.weight[:longest]).float()
+        autocast = torch.is_autocast_enabled(device.type)
+        cache = KVCache(self.config, len(prompts), room, x.to(torch.get_autocast_dtype(device.type)) if autocast else x)
         for layer, block in enumerate(self.blocks):
-            x = block.forward(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
+            x = block(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
         x = x[torch.arange(len(prompts), device=device), lengths - 1]  # (rows, n_embd)
         out: list[list[int]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # the rows still going, as numbers into `out`
@@ -177,10 +191,10 @@ class GPT(nn.Module):
                 rows, lengths, token = rows[going], lengths[going], token[going]
                 cache.keys = [k[going] for k in cache.keys]
                 cache.values = [v[going] for v in cache.values]
-            x = (self.wte(token) + self.wpe(lengths)).unsqueeze(1)  # (rows, 1, n_embd)
+            x = (self.wte(token) + self.wpe(lengths)).float().unsqueeze(1)  # (rows, 1, n_embd)
             mask = torch.arange(room, device=device).le(lengths.unsqueeze(1))[:, None, None]  # (rows, 1, 1, room)
             for layer, block in enumerate(self.blocks):
-                x = block.forward(x, mask, cache, layer, lengths)
+                x = block(x, mask, cache, layer, lengths)
             x, lengths = x[:, 0], lengths + 1
         self.train(was_training)
         return out

@@ -5,6 +5,8 @@
 The file carries what it was made from (weights, tokenized data, tokenizer, lengths), so that dpo.py can refuse a wrong one.
 """
 
+import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -62,24 +64,28 @@ def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[
 
 @torch.no_grad()
 def reference_logps(model, items: list[Encoded], compute, micro_tokens: int) -> torch.Tensor:
-    """Log-probability of each item's completions, (n_items, 2) float32, in nats, on the CPU."""
+    """Log-probability of each item's completions, (n_items, 2) float32, in nats, on the CPU of every rank."""
     model.eval()
     shared, where = share_prompts(items)
-    places = {id(item): n for n, item in enumerate(shared)}
-    sums: list[torch.Tensor] = [torch.empty(0)] * len(shared)
-    progress = Progress("reference", sum(item.row_tokens for item in shared), "tok")
-    for rows in plan_once(shared, micro_tokens, compute.spare_padding):
-        batch = collate(rows, compute.row_multiple).to(compute.device)
+    counts = [len(item.completions) for item in shared]
+    first = [0, *itertools.accumulate(counts)]  # shared item -> the number of its first completion
+    sums = torch.zeros(first[-1])
+    micros = plan_once(shared, micro_tokens, compute.spare_padding, compute.world)[compute.rank]
+    total = sum(shared[i].row_tokens for rows in micros for row in rows for i in row)
+    progress = Progress("reference", total, "tok", compute.rank)
+    for rows in filter(None, micros):
+        batch = collate([[shared[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
         with compute.autocast():
             logps = model(batch)
-        batch_sums = losses.completion_sums(logps, batch.completion, batch.n_completions).cpu()
-        if not batch_sums.isfinite().all():
-            raise UserError(f"the reference's log-probs are not finite (pair {batch.items[0].number}): no file was written")
-        for item, part in zip(batch.items, batch_sums.split([len(i.completions) for i in batch.items]), strict=True):
-            sums[places[id(item)]] = part
+        at = [n for row in rows for i in row for n in range(first[i], first[i + 1])]
+        sums[at] = losses.completion_sums(logps, batch.completion, batch.n_completions).cpu()
         progress.add(sum(item.row_tokens for item in batch.items))
     progress.close()
-    return torch.stack([torch.stack([sums[i][j] for i, j in pair]) for pair in where])
+    sums = compute.total(sums)[torch.tensor([[first[i] + j for i, j in pair] for pair in where])]
+    for item, found in zip(items, sums.isfinite().all(1).tolist(), strict=True):
+        if not found:
+            raise UserError(f"the reference's log-probs are not finite (pair {item.number}): no file was written")
+    return sums
 
 
 def main() -> None:
@@ -87,9 +93,7 @@ def main() -> None:
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    model = build_model(cfg, tokenizer, seed=cfg.seed)
-    weights_hash = weights.fingerprint(model)
-    model.to(compute.device)
+    model = build_model(cfg, tokenizer, compute, seed=cfg.seed)
     max_len = context(cfg.max_len, model)
 
     tensors, hashes = {}, {}
@@ -98,11 +102,12 @@ def main() -> None:
         if not source:
             continue
         policy = {"data_dir": cfg.data_dir, "limit": limit}
-        items = load_encoded(source, split, "preference", tokenizer, max_len, cfg.truncation, **policy)
+        read = functools.partial(load_encoded, source, split, "preference", tokenizer, max_len, cfg.truncation, **policy)
+        items = compute.once(read)
         tensors[prefix + "logps"] = reference_logps(model, items, compute, cfg.micro_tokens)
         hashes[prefix + "data_sha256"] = data_hash(items)
     metadata = {
-        "weights_sha256": weights_hash,
+        "weights_sha256": weights.fingerprint(model),
         **hashes,
         "init_from": cfg.init_from,
         "data": cfg.data,
@@ -112,7 +117,7 @@ def main() -> None:
         "truncation": cfg.truncation,
         "dtype": str(compute.dtype).removeprefix("torch."),
     }
-    write_whole(cfg.out, save(tensors, metadata))
+    compute.once(lambda: write_whole(cfg.out, save(tensors, metadata)))
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
     print(f"wrote {cfg.out}: {shapes}; mean log-prob chosen, rejected {tensors['logps'].mean(0).tolist()}")
 

@@ -17,7 +17,7 @@ from data.packing import BatchPlan, Encoded, collate, data_hash, describe, load_
 from data.tokenizer import choose
 from runtime import config, distributed, optim
 from runtime.errors import run
-from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, summary
+from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, seed_dropout, summary
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Config(TrainKeys):
 def validate(model, items: list[Encoded], compute, micro_tokens: int) -> dict:
     """Mean negative log-likelihood a completion token, in nats, over all items; and its perplexity."""
     model.eval()
-    total = 0.0
-    for rows in plan_once(items, micro_tokens, compute.spare_padding):
-        batch = collate(rows, compute.row_multiple).to(compute.device)
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in plan_once(items, micro_tokens, compute.spare_padding, compute.world)[compute.rank]:
+        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
         with compute.autocast():
-            total -= model(batch).double().sum().item()
+            total -= model(batch).double().sum().cpu()
     model.train()
-    loss = total / sum(item.completion_tokens for item in items)
+    loss = compute.total(total).item() / sum(item.completion_tokens for item in items)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
 
@@ -46,12 +46,14 @@ def main() -> int | None:
 
     # text -> tokens -> which examples each step takes
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    model = build_model(cfg, tokenizer, cfg.dropout, cfg.seed).to(compute.device)
+    model = build_model(cfg, tokenizer, compute, cfg.dropout, cfg.seed)
     max_len = context(cfg.max_len, model)
     policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
-    train = load_encoded(cfg.data, "train", "sft", tokenizer, limit=cfg.limit, **policy)
+    train = compute.once(lambda: load_encoded(cfg.data, "train", "sft", tokenizer, limit=cfg.limit, **policy))
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
-    val = load_encoded(val_source, "val", "sft", tokenizer, limit=cfg.val_limit, **policy) if val_source else []
+    val = []
+    if val_source:
+        val = compute.once(lambda: load_encoded(val_source, "val", "sft", tokenizer, limit=cfg.val_limit, **policy))
     plan = BatchPlan(
         train,
         cfg.batch_size,
@@ -59,19 +61,16 @@ def main() -> int | None:
         row_len=cfg.row_len,
         micro_tokens=cfg.micro_tokens,
         spare_padding=compute.spare_padding,
+        world=compute.world,
     )
     print(describe(plan, train))
 
     # model, optimizer, run folder
     steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
-    torch.manual_seed(cfg.seed)  # dropout
     this_run = Run(cfg, steps, compute, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
     model.train()
     if val and start == 0 and cfg.eval_every:
         this_run.log_val(0, validate(model, val, compute, cfg.micro_tokens))
@@ -82,15 +81,18 @@ def main() -> int | None:
         optim.set_lr(optimizer, lr)
         numbers = plan.examples(step)
         predicted = sum(train[i].completion_tokens for i in numbers)
-        loss = 0.0
-        for rows in plan[step][compute.rank]:
+        micros = plan[step][compute.rank]
+        parts = []
+        seed_dropout(cfg.seed, step, compute)
+        for n, rows in enumerate(micros, start=1):
             batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            distributed.sync_gradients(model, n == len(micros))
             with compute.autocast():
                 logps = model(batch)
-            part = losses.sft(logps, predicted)
-            loss += check_finite(part, "loss", step, batch.items)
-            part.backward()
-        grad_norm = check_finite(optim.clip(model, cfg.grad_clip), "gradient norm", step, [train[i] for i in numbers])
+            loss = losses.sft(logps, predicted)
+            loss.backward()
+            parts.append((loss, batch.items))
+        loss, grad_norm = check_finite(parts, optim.clip(model, cfg.grad_clip), step, compute)
         optimizer.step()
         optimizer.zero_grad()
 

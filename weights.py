@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from data.download import hub_endpoint, hub_find
 from model import GPT, SIZES, GPTConfig
+from runtime.distributed import whole
 from runtime.errors import UserError
 
 CONFIG = "config.json"
@@ -46,7 +47,15 @@ FIXED = {
 DIMENSIONS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_positions": "block_size"}
 
 
-def load(
+def load(init_from: str | Path, **options) -> GPT:
+    """The model that `init_from` names, float32, on the CPU. Options and errors are those of `source`."""
+    config, tensors = source(init_from, **options)
+    model = empty(config)
+    model.load_state_dict(dict(tensors), assign=True)
+    return model
+
+
+def source(
     init_from: str | Path,
     *,
     dropout: float = 0.0,
@@ -56,15 +65,15 @@ def load(
     block_size: int = 0,
     vocab_size: int = 50257,
     seed: int = 0,
-) -> GPT:
-    """The model that `init_from` names, float32, on the CPU.
+) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
+    """The config of the model that `init_from` names, and its weights: (name, float32 tensor), one read at a time.
 
     init_from: "scratch" (n_layer, n_head, n_embd, block_size, vocab_size and seed say which), a name on the hub (gpt2,
     gpt2-medium, gpt2-large, gpt2-xl), or a folder in Hugging Face's layout: config.json with model.safetensors or
     pytorch_model.bin, in one file or in shards. A folder of such a name is written ./gpt2.
 
-    Raises UserError for what is missing, damaged, or not the GPT-2 of model.py; and for sizes (0 = not given) that are
-    not those of the weights.
+    Raises UserError for what is missing, damaged, or not the GPT-2 of model.py (in part only while the weights are read, to
+    their end); and for sizes (0 = not given) that are not those of the weights.
     """
     sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
     name = str(init_from)
@@ -74,7 +83,7 @@ def load(
                 raise UserError(f"init_from is scratch, but {key} is {size}: set it to a positive number")
         config = GPTConfig(**sizes, vocab_size=vocab_size, dropout=dropout)
         _check_heads(config, "the command line or config")
-        return _empty(config, "cpu").init_weights(seed)
+        return config, empty(config).initial_weights(seed)
 
     if name in SIZES:
         find = _hub(name)
@@ -87,9 +96,7 @@ def load(
     for key, size in sizes.items():
         if size and size != getattr(config, key):
             raise UserError(f"{key} is {size}, but {path} has {getattr(config, key)}: leave it out or use scratch")
-    model = _empty(config, "meta")  # shapes without memory
-    model.load_state_dict(_read(find, name, model), assign=True)
-    return model
+    return config, _read(find, name, empty(config))
 
 
 class _NoInit(TorchFunctionMode):
@@ -104,9 +111,9 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _empty(config: GPTConfig, device: str) -> GPT:
-    """A GPT whose parameters hold nothing yet."""
-    with torch.device(device), _NoInit():
+def empty(config: GPTConfig) -> GPT:
+    """A GPT on the meta device: shapes without memory."""
+    with torch.device("meta"), _NoInit():
         return GPT(config)
 
 
@@ -172,12 +179,13 @@ def transposed(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and ".ln" not in name
 
 
-def _read(find: Find, name: str, model: GPT) -> dict[str, Tensor]:
-    """The state dict for `model` (on the meta device) out of the first weight files that are there."""
+def _read(find: Find, name: str, model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of `model`, out of the first weight files that are there."""
     ours = {hf_name(key): key for key, _ in model.named_parameters()}
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
-    state: dict[str, Tensor] = {}
-    head, path = None, None
+    seen: set[str] = set()
+    tied: dict[str, Tensor] = {}  # the embedding, and the output projection where the file has it too
+    path = None
     for path, theirs, tensor in _tensors(find, name):
         short = theirs.removeprefix("transformer.")
         if IGNORED.fullmatch(short):
@@ -192,16 +200,16 @@ def _read(find: Find, name: str, model: GPT) -> dict[str, Tensor]:
             raise UserError(f"{path}: tensor {theirs} is {tensor.dtype}, not float32, float16 or bfloat16")
         # A copy of our own in any case: what the file gives may be a view of the file.
         value = torch.empty(shapes[key]).copy_(tensor.t() if transposed(key) else tensor)
-        if short == "lm_head.weight":
-            head = value
-        else:
-            state[key] = value
-    if missing := [theirs for theirs, key in ours.items() if key not in state]:
+        if key == "wte.weight":
+            tied[short] = value
+        if short != "lm_head.weight":
+            seen.add(key)
+            yield key, value
+    if missing := [theirs for theirs, key in ours.items() if key not in seen]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{path}: tensor transformer.{missing[0]}{more} missing; copy the weights again")
-    if head is not None and not torch.equal(head, state["wte.weight"]):
+    if len(tied) == 2 and not torch.equal(*tied.values()):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 here has the two tied")
-    return state
 
 
 def _tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
@@ -256,12 +264,17 @@ def _read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
         yield key, state.pop(key)
 
 
-def save(model: GPT, tokenizer, folder: Path | str) -> None:
+def save(model: GPT, tokenizer, folder: Path | str, rank: int = 0) -> None:
     """Write model and tokenizer as a folder that AutoModelForCausalLM, AutoTokenizer and `load` take. float32.
 
+    Of a sharded model every rank must call this: a tensor at a time is gathered, rank 0 writes.
     Whole or absent: written beside `folder` and renamed into its place; an old model there is kept until then. Raises
     UserError where `folder` is something other than a model's, OSError where the disk is full (the old one stands).
     """
+    if rank:
+        for p in model.parameters():
+            whole(p)
+        return
     folder = Path(os.path.realpath(folder))
     new, old = (folder.with_name(folder.name + end) for end in (".saving", ".old"))
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
@@ -298,7 +311,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(p.shape)}\n".encode())
-        digest.update(_bytes(p))
+        digest.update(_bytes(whole(p)))
     return digest.hexdigest()
 
 
@@ -336,7 +349,7 @@ def _write_safetensors(model: GPT, path: Path) -> None:
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     parameters = dict(model.named_parameters())
-    plain = {name for name, _ in _empty(model.config, "meta").named_parameters()}
+    plain = {name for name, _ in empty(model.config).named_parameters()}
     if parameters.keys() != plain:
         raise ValueError(f"not a plain GPT's parameters, merge or unwrap: {sorted(parameters.keys() ^ plain)[:3]}")
     for name, p in parameters.items():
@@ -348,6 +361,7 @@ def _write_safetensors(model: GPT, path: Path) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, p in parameters.items():
+            p = whole(p)
             file.write(_bytes(p.t() if transposed(name) else p))
 
 

@@ -254,30 +254,37 @@ class BatchPlan:
         return plan_step(self.examples(step), self.lengths, self.row_len, self.micro_tokens, self.spare_padding, self.world)
 
 
-def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64) -> list[list[list[Encoded]]]:
-    """Every example once, longest first, rows of like length together: [micro-batch][row][one example]. For validation, the
-    reference pass and scoring."""
+def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64, world: int = 1) -> list[list[list[list[int]]]]:
+    """Every example once, longest first, rows of like length together: [rank][micro-batch][row][one example]. For validation,
+    the reference pass and scoring.
+
+    Micro-batches are the same for every `world`; ranks take them in turns, and those that get one less an empty one.
+    """
     lengths = [item.row_tokens for item in items]
-    plan = micro_batches(pack(list(range(len(items))), lengths, 0), lengths, micro_tokens, spare_padding)
-    return [[[items[i] for i in row] for row in rows] for rows in plan]
+    micros = micro_batches(pack(list(range(len(items))), lengths, 0), lengths, micro_tokens, spare_padding)
+    micros += [[]] * (-len(micros) % world)
+    return [micros[rank::world] for rank in range(world)]
 
 
 def describe(plan: BatchPlan, items: list[Encoded], most: int = 200) -> str:
     """What the layout costs, from the first epoch (its first `most` steps): tokens, padding, and the unshared alternative."""
-    fed = positions = padded = 0
+    fed = positions = padded = n_rows = forwards = 0
     steps = range(min(plan.steps_per_epoch, most))
     for step in steps:
-        for rank in plan[step]:
-            for rows in filter(None, rank):
-                widths = [sum(plan.lengths[i] for i in row) for row in rows]
-                fed += sum(widths)
-                positions += max(widths) * len(rows)
+        ranks = plan[step]
+        forwards += len(ranks[0])
+        for rows in (rows for rank in ranks for rows in rank if rows):
+            widths = [sum(plan.lengths[i] for i in row) for row in rows]
+            n_rows += len(rows)
+            fed += sum(widths)
+            positions += max(widths) * len(rows)
         chosen = [items[i] for i in plan.examples(step)]
         padded += max(i.longest for i in chosen) * sum(len(i.completions) for i in chosen)
     share = 100 * (1 - fed / positions)
     return (
         f"{len(steps)} steps of {plan.batch_size}: {fed:,} tokens in {positions:,} positions ({share:.1f}% padding); "
-        f"padded and unshared they would be {padded:,} ({padded / positions:.2f}x)"
+        f"padded and unshared they would be {padded:,} ({padded / positions:.2f}x)\n"
+        f"a step: {fed / len(steps):,.0f} tokens in {n_rows / len(steps):.1f} rows, {forwards / len(steps):.1f} forwards a rank"
     )
 
 
@@ -316,12 +323,17 @@ class Batch:
 
 
 def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
-    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`."""
-    width = max(sum(item.row_tokens for item in row) for row in rows)
+    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`.
+
+    No rows: a row of padding without completions, for a rank that has to run the forward of a sharded model with the others.
+    """
+    width = max((sum(item.row_tokens for item in row) for row in rows), default=1)
     width = -(-width // multiple) * multiple
+    rows = rows or [[]]
     tokens, positions, branch = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
     example = np.full((len(rows), width), PADDING, dtype=np.int64)
-    source, target, completion = [], [], []
+    none = np.zeros(0, dtype=np.int64)
+    source, target, completion = [none], [none], [none]
     items = []
     n = 0
     for r, row in enumerate(rows):

@@ -4,6 +4,7 @@ A checkpoint is written under another name, synced, and renamed; state.json hold
 that was damaged later is noticed and passed over for the one before.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -22,30 +23,39 @@ from runtime.files import write_whole
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 
 
-def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write root/step_N with the model, the optimizer, the random state and `state` (JSON), and return its path.
+def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compute) -> Path:
+    """Write root/step_N with the model, the optimizer and `state` (JSON), and return its path. Every rank writes its shards.
 
-    Raises OSError when it cannot be written; nothing of it is left then, and the checkpoints before it are untouched.
+    Nothing else is needed to go on: the data's order and dropout's random numbers follow from seed and step. Raises OSError,
+    on all ranks, when it cannot be written; nothing of it is left then, and the checkpoints before it are untouched.
     """
     final, folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    device = next(model.parameters()).device
-    try:
-        tensors = _tensors(model) | {
-            "optimizer": sd.get_optimizer_state_dict(model, optimizer),
-            "random": _random_state(device),
-        }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, thread_count=1), no_dist=True)
-        files = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(folder.iterdir())}
-        write_whole(folder / "state.json", json.dumps({"step": step, **state, "files": files}, indent=1))
+
+    def make_room() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def complete() -> None:
+        everything = {name: entry for part in hashes for name, entry in part.items()}
+        write_whole(folder / "state.json", json.dumps({"step": step, **state, "files": everything}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(folder, final)
         _sync_folder(root)
+
+    compute.once(make_room)
+    try:
+        writer = dcp.FileSystemWriter(folder, thread_count=1)
+        with _quiet():
+            dcp.save(
+                _tensors(model, optimizer), storage_writer=writer, process_group=compute.control, no_dist=compute.world == 1
+            )
+        names = (f"__{compute.rank}_", ".metadata") if compute.rank == 0 else f"__{compute.rank}_"  # the shards are __RANK_N
+        mine = [f for f in sorted(folder.iterdir()) if f.name.startswith(names)]
+        hashes = compute.gather({f.name: [f.stat().st_size, _sha256(f)] for f in mine})
+        compute.once(complete)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if compute.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         cause = _os_error(error)
         if cause is not None and cause is not error:
             raise OSError(cause.errno, cause.strerror, str(final)) from error
@@ -53,20 +63,16 @@ def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: 
     return final
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read model (and, if given, optimizer and random state) from a checkpoint folder that `newest` has found whole."""
-    tensors, device = _tensors(model), next(model.parameters()).device
-    if optimizer is not None:
-        tensors |= {"optimizer": sd.get_optimizer_state_dict(model, optimizer), "random": _random_state(device)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, compute) -> None:
+    """Read model (and, if given, optimizer) from a checkpoint folder that `newest` has found whole, saved by any number of
+    processes. Every rank reads its shards."""
+    tensors = _tensors(model, optimizer)
+    with _quiet():
+        reader = dcp.FileSystemReader(folder)
+        dcp.load(tensors, storage_reader=reader, process_group=compute.control, no_dist=compute.world == 1)
     sd.set_model_state_dict(model, tensors["model"])
     if optimizer is not None:
         sd.set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
-        torch.set_rng_state(tensors["random"]["cpu"])
-        if "cuda" in tensors["random"]:
-            torch.cuda.set_rng_state(tensors["random"]["cuda"], device)
 
 
 def newest(root: Path) -> tuple[Path, dict] | None:
@@ -118,15 +124,19 @@ def prune(root: Path, keep: int, best: int | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _tensors(model: torch.nn.Module) -> dict:
-    return {"model": sd.get_model_state_dict(model)}
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
+    tensors = {"model": sd.get_model_state_dict(model)}
+    if optimizer is not None:
+        tensors["optimizer"] = sd.get_optimizer_state_dict(model, optimizer)
+    return tensors
 
 
-def _random_state(device: torch.device) -> dict:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+@contextlib.contextmanager
+def _quiet():
+    """Without torch's warning that one process saves alone: it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+        yield
 
 
 def _sha256(file: Path) -> str:

@@ -1,24 +1,43 @@
-"""Where a run computes and in which precision. One process for now: many come with the sharding layer."""
+"""Where a run computes, in which precision, and with how many processes: everything that torchrun's workers must agree on.
+
+The model is sharded with FSDP2 (`fully_shard`): a block at a time is gathered, used and let go. Which examples a step takes
+does not depend on the number of processes, gradients are summed and not averaged, and what is reported is global, so the
+curve is the same for every number of them.
+"""
 
 import ctypes
 import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from runtime.errors import UserError
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL = 20_000_000  # parameters: below, sharding saves less than 0.3 GB a process and costs a wait a block
+STUCK = timedelta(minutes=10)  # a collective of training that takes longer will never end
+PATIENCE = timedelta(hours=24)  # while rank 0 downloads, tokenizes, or saves, the others wait
 
 
 @dataclass(frozen=True)
 class Compute:
-    """The device, the dtype of matrix products (weights and optimizer stay float32), and this process's place."""
+    """The device, the dtype of matrix products (master weights and optimizer stay float32), and this process's place.
+
+    `control` is a group on the CPU for what the processes tell each other; None where there is only one.
+    """
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    control: Any = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -36,17 +55,55 @@ class Compute:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        return f"{self.device} ({name}), {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}"
+        many = f", {self.world} processes" if self.world > 1 else ""
+        return f"{self.device} ({name}), {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}{many}"
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 and hand its result (pickled) to all; a UserError or OSError of it is raised on all."""
+        if self.world == 1:
+            return work()
+        box: list = [None]
+        if self.rank == 0:
+            try:
+                box = [(work(), None)]
+            except (UserError, OSError) as error:
+                box = [(None, error)]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (pickled), in the order of ranks, on all of them."""
+        if self.world == 1:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a CPU tensor of one shape, the same to the bit on all of them."""
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values, group=self.control)
+        return torch.stack(parts).sum(0)
 
 
 def setup(device: str = "auto", dtype: str = "auto") -> Compute:
-    """Choose device and dtype. `auto`: CUDA where there is one, bfloat16 on CUDA that has it, else float32.
+    """Choose device and dtype, and join the other processes where torchrun started several.
 
-    Raises UserError for a device that is not there, for float16, and for more than one process.
+    `auto`: CUDA where there is one (under torchrun the one of this process's local rank), bfloat16 on CUDA that has it,
+    else float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there, and for
+    float16.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("this version runs in one process: start it with plain python, or torchrun --nproc_per_node 1")
+    rank, world, local = (_number(name, least) for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if world > 1 and name.startswith("cuda:"):
+        raise UserError(f"device {device}: with several processes each takes its own: use --device cuda")
+    if world > 1 and name == "cuda":
+        name = f"cuda:{local}"
     try:
         where = torch.device(name)
         torch.zeros(1, device=where).item()
@@ -60,7 +117,25 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         raise UserError(f"dtype {dtype!r}: use auto, float32 or bfloat16")
     if where.type == "cpu":
         keep_freed_memory()
-    return Compute(where, DTYPES[dtype])
+    if world == 1:
+        return Compute(where, DTYPES[dtype])
+
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"WORLD_SIZE is {world} but MASTER_ADDR is not set: start with torchrun --nproc_per_node {world}")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STUCK)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _number(name: str, least: int) -> int:
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"environment variable {name}: {text!r} is no number from {least} up: unset it, or let torchrun set it")
+    return int(text)
 
 
 def keep_freed_memory() -> None:
@@ -74,3 +149,88 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 64 << 20)
     except (OSError, AttributeError):
         pass  # another C library: only slower
+
+
+# --- the model over several processes -----------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, compute: Compute, replicate: int = 0) -> None:
+    """Shard a model (on the meta device, with `.blocks`) over all processes: each block, then the rest, is gathered when used.
+
+    Parameters are gathered in `compute.dtype`; shards, gradients' sums and the optimizer are float32. `replicate` copies of
+    the sharded model share the work (hybrid sharding: make it the number of nodes); 0 = one, or, for a model of fewer than
+    `SMALL` parameters, one a process, so that nothing but gradients travels. Raises UserError if it does not divide the
+    number of processes. One process: does nothing.
+    """
+    if compute.world % (replicate or 1):
+        raise UserError(f"key replicate: {compute.world} processes cannot hold {replicate} copies of equal size")
+    if compute.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    if not replicate:
+        replicate = compute.world if sum(p.numel() for p in model.parameters()) < SMALL else 1
+    sizes = (replicate, compute.world // replicate)
+    mesh = init_device_mesh(compute.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if replicate > 1 else mesh["shard"]
+    # activations keep the dtypes that autocast gives them, as in one process
+    policy = MixedPrecisionPolicy(param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # every rank's loss is its share of the global mean: sum, do not average
+        module.set_force_sum_reduction_for_comms(True)  # … in a way that gloo knows too
+    register_fsdp_forward_method(model, "generate")
+
+
+def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], compute: Compute) -> None:
+    """Give a model on the meta device its memory, on `compute.device`, and its weights, which only rank 0 reads.
+
+    tensors: on rank 0 (name, whole float32 tensor) of every parameter, in any order; nothing is read from it elsewhere. A
+    tensor at a time travels, so that a rank never holds more than its own part and that tensor.
+    """
+    if compute.world == 1:
+        model.load_state_dict(dict(tensors), assign=True)
+        model.to(compute.device)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    model.to_empty(device=compute.device)
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
+    here: list[Tensor] = []  # on rank 0 the tensor whose name the others are told
+
+    def read_next() -> str | None:
+        name, tensor = next(tensors, (None, None))
+        if name is not None:
+            here.append(tensor)
+        return name
+
+    while (name := compute.once(read_next)) is not None:
+        p = parameters[name]
+        # memory that nobody writes to takes no room
+        whole = here.pop().to(compute.device) if here else torch.empty(p.shape, device=compute.device)
+        with torch.no_grad():
+            if isinstance(p, DTensor):
+                p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements).to_local())
+            else:
+                dist.broadcast(whole, 0)
+                p.copy_(whole)
+        missing.discard(name)
+    assert not missing, f"no weights for {missing}"
+
+
+def whole(p: Tensor) -> Tensor:
+    """A parameter as one tensor on every rank that takes part, whether it is sharded or not."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def own(p: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def sync_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass adds up the gradients of all ranks: worth it only in a step's last micro-batch."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)

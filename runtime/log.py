@@ -136,10 +136,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 class Progress:
-    """A line of progress on stderr for work of a known size: live on a terminal, every ten seconds elsewhere."""
+    """A line of progress on stderr for work of a known size: live on a terminal, every ten seconds elsewhere.
 
-    def __init__(self, name: str, total: int, unit: str):
-        self.name, self.total, self.unit = name, total, unit
+    Of several processes each counts its own share, and only rank 0 says so.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, rank: int = 0):
+        self.name, self.total, self.unit, self.silent = name, total, unit, rank > 0
         self.start = self.last = time.monotonic()
         self.done = 0
 
@@ -151,6 +154,8 @@ class Progress:
             self._write("\r" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
 
     def _write(self, before: str, after: str) -> None:
+        if self.silent:
+            return
         rate = self.done / max(time.monotonic() - self.start, 1e-9)
         left = duration((self.total - self.done) / max(rate, 1e-9))
         text = f"{self.name} {100 * self.done / self.total:3.0f}%  {rate:,.1f} {self.unit}/s  {left} left"

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from runtime.distributed import whole
+
 
 def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """The optimizer that `cfg` names. Matrices and embeddings decay by `weight_decay`, biases and layer-norm scales do not.
@@ -51,4 +53,4 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def clip(model: nn.Module, grad_clip: float) -> Tensor:
     """Scale the gradients down to a global norm of `grad_clip` (0 = leave them); returns the norm before that, a scalar."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))

@@ -5,7 +5,6 @@ every DPO run but the last of the HellaSwag experiment in docs/recipes.md was lo
 """
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import weights
 from data.packing import Encoded, data_hash
 from losses import REFERENCE_FREE
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 
 
 @dataclass
@@ -29,8 +27,9 @@ class Reference:
     hash: str
 
     @classmethod
-    def open(cls, cfg, model, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded]) -> "Reference":
-        """Read `cfg.ref` and refuse it (UserError) if it does not fit the data, or the model before its first step."""
+    def open(cls, cfg, fingerprint: str, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded]) -> "Reference":
+        """Read `cfg.ref` and refuse it (UserError) if it does not fit the data, or the weights that the run starts from
+        (`fingerprint`: their SHA-256)."""
         if cfg.loss in REFERENCE_FREE:
             return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
         path = Path(cfg.ref)
@@ -68,12 +67,12 @@ class Reference:
             refuse("validation data", f"{len(val_logps)} pairs", f"{len(val)} pairs")
         if not val:
             val_logps = torch.zeros(0, 2)
-        if metadata["weights_sha256"] != (here := weights.fingerprint(model)):
+        if metadata["weights_sha256"] != fingerprint:
             message = (
                 f"key ref: {path} holds the log-probs of other weights ({metadata.get('init_from')}, SHA-256 "
-                f"{metadata['weights_sha256'][:12]}…) than this run starts from ({cfg.init_from}, {here[:12]}…)"
+                f"{metadata['weights_sha256'][:12]}…) than this run starts from ({cfg.init_from}, {fingerprint[:12]}…)"
             )
             if not cfg.allow_ref_mismatch:
                 raise UserError(f"{message}: make it anew from {cfg.init_from}, or insist with --allow_ref_mismatch true")
-            print(f"warning: {message}", file=sys.stderr)
+            warn(message)
         return cls(logps, val_logps, metadata, hashlib.sha256(path.read_bytes()).hexdigest())

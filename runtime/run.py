@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import math
+import os
 import shutil
 import signal
 import sys
@@ -11,17 +12,29 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import weights
-from runtime import checkpoint, config, optim
+from runtime import checkpoint, config, distributed, optim
 from runtime.config import REQUIRED, key
-from runtime.errors import UserError
+from runtime.errors import UserError, warn
 from runtime.files import write_whole
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
 
 # keys that a resumed run may change: they do not touch the curve
-FREE = {"keep", "save_every", "wandb", "device", "compile", "overwrite", "samples", "out_dir"}
+FREE = {
+    "keep",
+    "save_every",
+    "wandb",
+    "device",
+    "compile",
+    "overwrite",
+    "samples",
+    "out_dir",
+    "replicate",
+    "activation_checkpointing",
+}
 
 
 @dataclass
@@ -92,12 +105,18 @@ class TrainKeys(ModelKeys, DataKeys):
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
     dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
     compile: bool = key(False, "torch.compile each block")
+    activation_checkpointing: bool = key(
+        False, "keep only each block's input for the backward pass: less memory, 1/3 more time"
+    )
+    replicate: int = key(0, "copies of the sharded model (the number of nodes, say), 0 = 1, or one a process if it is small")
     wandb: str = key("", "wandb project to log to, empty = none")
 
     def check(self) -> None:
         super().check()
         self.at_least(1, "batch_size keep")
-        self.at_least(0, "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples dropout")
+        self.at_least(
+            0, "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples dropout replicate"
+        )
         self.at_least(0, "adam_beta1 adam_beta2")
         if not self.out_dir:
             raise UserError("key out_dir: empty: name the folder of the run")
@@ -116,7 +135,8 @@ class TrainKeys(ModelKeys, DataKeys):
 class Run:
     """The folder of a run and its life: begin or resume, log, validate, save, stop cleanly, finish.
 
-    `binding` is what must be the same when the run is resumed (the data's hash, …); `unit` names what a batch holds.
+    `binding` is what must be the same when the run is resumed (the data's hash, …); `unit` names what a batch holds. Every
+    rank makes one and calls the same methods; only rank 0 touches the folder, apart from the shards of a checkpoint.
     """
 
     def __init__(self, cfg: TrainKeys, steps: int, compute, binding: dict, unit: str):
@@ -127,11 +147,12 @@ class Run:
         self.best: dict | None = None  # {"step", "loss"} of the best validation so far
         self.saved_at = -1
         self.console = Console(steps, unit)
-        self.metrics: Metrics | None = None
+        self.metrics: Metrics | None = None  # on rank 0
         self.stop_signal = 0
-        self._lock = self._take()
+        self._lock = None
+        compute.once(self._take)
 
-    def _take(self):
+    def _take(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out_dir {self.folder} is a file: name a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,40 +161,49 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder") from None
-        return lock
+        self._lock = lock
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
-        if self.cfg.overwrite:
+        found = self.compute.once(self._find)
+        done, seen = 0, 0
+        if found:
+            folder, state = found
+            checkpoint.load(folder, model, optimizer, self.compute)
+            done, seen, self.best = state["step"], state["metrics_bytes"], state["best"]
+            self.saved_at = done
+            print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
+        self.compute.once(lambda: self._open(seen))
+        self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
+        self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
+        return done
+
+    def _find(self) -> tuple[Path, dict] | None:
+        """The checkpoint to go on from, or None; refuses a folder that holds another run."""
+        if self.cfg.overwrite and not restarted():
             for name in ("checkpoints", "model", "adapter"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in ("metrics.jsonl", "config.toml", "wandb_id"):
                 (self.folder / name).unlink(missing_ok=True)
         found = checkpoint.newest(self.checkpoints)
-        done, seen = 0, 0
-        if not found and (self.folder / "config.toml").exists():
+        if not found and checkpoint.steps(self.checkpoints):
+            raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
+        if found or (self.folder / "config.toml").exists():
             self._same_settings()  # what an earlier run left is not wiped for another one
         if found:
             folder, state = found
-            self._same_settings()
             self._same_data(state)
-            checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
-            checkpoint.load(folder, model, optimizer)
-            done, seen, self.best = state["step"], state["metrics_bytes"], state["best"]
-            self.saved_at = done
-            print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
             metrics = self.folder / "metrics.jsonl"
-            if not metrics.exists() or metrics.stat().st_size < seen:
+            if not metrics.exists() or metrics.stat().st_size < state["metrics_bytes"]:
                 raise UserError(
                     f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite"
                 )
-        elif checkpoint.steps(self.checkpoints):
-            raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
+            checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
+        return found
+
+    def _open(self, seen: int) -> None:
         write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))
         self.metrics = Metrics(self.folder / "metrics.jsonl", seen, self.cfg.wandb, dataclasses.asdict(self.cfg))
-        self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
-        self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
-        return done
 
     def _same_settings(self) -> None:
         """Refuse to go on with other settings than the run was begun with."""
@@ -199,11 +229,15 @@ class Run:
         if self.stop_signal:
             raise KeyboardInterrupt
         self.stop_signal = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
+        if self.compute.rank == 0:
+            name = signal.Signals(number).name
+            print(f"\n{name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
 
     def log_step(self, step: int, record: dict, seconds: float, examples: int, model, completion_tokens: int) -> None:
         """Record a finished training step: `record` with loss, lr, grad_norm, tokens, and whatever the stage adds."""
-        flops = step_flops(model, record["tokens"], completion_tokens)
+        if not self.metrics:
+            return
+        flops = step_flops(model, record["tokens"], completion_tokens) / self.compute.world
         record = {
             "step": step,
             "split": "train",
@@ -217,7 +251,8 @@ class Run:
 
     def log_val(self, step: int, record: dict) -> bool:
         """Record a validation; True if its loss is the best so far (of a trained model: step 0 does not count)."""
-        self.metrics.write({"step": step, "split": "val", **record})
+        if self.metrics:
+            self.metrics.write({"step": step, "split": "val", **record})
         finite = math.isfinite(record["loss"])
         better = step > 0 and finite and (self.best is None or record["loss"] < self.best["loss"])
         if better:
@@ -231,14 +266,19 @@ class Run:
 
     def save(self, step: int, model, optimizer) -> None:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
-        self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
-        state = {"metrics_bytes": self.metrics.size, "best": self.best, **self.binding}
-        checkpoint.save(self.checkpoints, step, state, model, optimizer)
-        checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
+        state = {"metrics_bytes": self.compute.once(self._synced), "best": self.best, **self.binding}
+        best = self.best["step"] if self.best else None
+        checkpoint.save(self.checkpoints, step, state, model, optimizer, self.compute)
+        self.compute.once(lambda: checkpoint.prune(self.checkpoints, self.cfg.keep, best))
         self.saved_at = step
 
+    def _synced(self) -> int:
+        self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
+        return self.metrics.size
+
     def stopped(self, step: int, model, optimizer) -> bool:
-        """True after Ctrl-C or SIGTERM: the step is saved, and the user told how to go on."""
+        """True after Ctrl-C or SIGTERM on any rank: the step is saved, and the user told how to go on."""
+        self.stop_signal = max(self.compute.gather(self.stop_signal))
         if not self.stop_signal or step == self.steps:
             return False
         if self.saved_at != step:
@@ -249,8 +289,9 @@ class Run:
         return True
 
     def _end(self) -> None:
-        self.metrics.close()
-        self._lock.close()
+        if self.metrics:
+            self.metrics.close()
+            self._lock.close()
         for name, handler in self.handlers.items():
             signal.signal(name, handler)
 
@@ -259,17 +300,20 @@ class Run:
         which = f"step {self.steps}"
         if self.best and self.best["step"] != self.steps:
             best = self.checkpoints / f"step_{self.best['step']}"
-            _, damage = checkpoint.inspect(best)
+            _, damage = self.compute.once(lambda: checkpoint.inspect(best))
             if damage:
-                print(
-                    f"warning: {best}, the best checkpoint, is damaged ({damage}): the last weights are used", file=sys.stderr
-                )
+                warn(f"{best}, the best checkpoint, is damaged ({damage}): the last weights are used")
             else:
-                checkpoint.load(best, model)
+                checkpoint.load(best, model, None, self.compute)
                 which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
-        weights.save(model, tokenizer, self.folder / "model")
+        weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
         self._end()
         print(f"wrote {self.folder / 'model'}: {which}", flush=True)
+
+
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started this process again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 class Timer:
@@ -286,15 +330,30 @@ class Timer:
         return seconds
 
 
-def build_model(cfg: ModelKeys, tokenizer, dropout: float = 0.0, seed: int = 0):
-    """The model that `init_from` names, in float32 on the CPU; UserError if the tokenizer has more ids than it."""
+def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: int = 0):
+    """The model that `init_from` names, in float32 on this process's device: for training sharded over all processes, else
+    (a `cfg` that is no TrainKeys) whole on each. Rank 0 reads the weights. UserError if the tokenizer has more ids than it."""
     sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    model = weights.load(cfg.init_from, dropout=dropout, vocab_size=tokenizer.size, seed=seed, **sizes)
-    if tokenizer.size > model.config.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
-            f"{model.config.vocab_size}: give the --tokenizer that it was trained with"
-        )
+    tensors = iter(())
+
+    def find():
+        nonlocal tensors
+        shape, tensors = weights.source(cfg.init_from, dropout=dropout, vocab_size=tokenizer.size, seed=seed, **sizes)
+        if tokenizer.size > shape.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
+                f"{shape.vocab_size}: give the --tokenizer that it was trained with"
+            )
+        return shape
+
+    model = weights.empty(compute.once(find))
+    if isinstance(cfg, TrainKeys):
+        for block in model.blocks:
+            block.recompute = cfg.activation_checkpointing
+            if cfg.compile:
+                block.forward = torch.compile(block.forward, dynamic=True)
+        distributed.shard(model, compute, cfg.replicate)
+    distributed.fill(model, tensors, compute)
     return model
 
 
@@ -305,16 +364,29 @@ def context(max_len: int, model) -> int:
     return max_len or model.config.block_size
 
 
-def check_finite(value: torch.Tensor, what: str, step: int, items: list) -> float:
-    """The value as a number; UserError naming the step and the examples if it is not finite, before weights are touched."""
-    number = value.item()
-    if not math.isfinite(number):
-        numbers = ", ".join(str(item.number) for item in items[:20]) + (", …" if len(items) > 20 else "")
-        raise UserError(
-            f"the {what} is {number} at step {step + 1}, in the micro-batch with examples {numbers} (numbered from 0 in the "
-            "data): the weights were not touched; look at those examples, lower lr, or set grad_clip"
-        )
-    return number
+def seed_dropout(seed: int, step: int, compute) -> None:
+    """Make dropout's random numbers follow from seed, step and rank: a resumed run draws those of one never killed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, compute.rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def check_finite(losses: list[tuple[torch.Tensor, list]], grad_norm: torch.Tensor, step: int, compute) -> tuple[float, float]:
+    """The losses of this rank's micro-batches (with their examples) and the global gradient norm -> global loss and norm.
+
+    UserError, on every rank, naming the step and the examples if one is not finite: before the weights are touched.
+    """
+    parts = torch.stack([loss.detach().double() for loss, _ in losses]).cpu()
+    loss, norm = compute.total(parts.sum()).item(), grad_norm.item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        return loss, norm
+    guilty = [items for part, (_, items) in zip(parts.tolist(), losses, strict=True) if not math.isfinite(part)]
+    guilty = guilty or [items for _, items in losses]  # the norm alone: it may be any of them
+    found = sorted({item.number for rank in compute.gather(guilty) for items in rank for item in items})
+    numbers = ", ".join(map(str, found[:20])) + (", …" if len(found) > 20 else "")
+    what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    raise UserError(
+        f"the {what} at step {step + 1}, in the micro-batch with examples {numbers} (numbered from 0 in the "
+        "data): the weights were not touched; look at those examples, lower lr, or set grad_clip"
+    )
 
 
 def print_samples(model, tokenizer, items: list, new_tokens: int = 48) -> None:
@@ -331,14 +403,17 @@ def print_samples(model, tokenizer, items: list, new_tokens: int = 48) -> None:
 
 def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     """Every derived number, before the first step."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
     blocks, head = sum(p.numel() for p in model.blocks.parameters()), model.wte.weight.numel()
     state = {"adamw": 2, "rmsprop": 1, "sgd": 0}[cfg.optimizer]
-    memory = 4 * (total + (1 + state) * trained) / 1e9
+    here = [distributed.own(p) for p in parameters]
+    memory = 4 * sum(p.numel() * (2 + state if p.requires_grad else 1) for p in here) / 1e9
+    part = f"; {sum(p.numel() for p in here):,} of them on this rank" if plan.world > 1 else ""
     return (
-        f"{model.config}: {total:,} parameters, {trained:,} trained; weights, gradients and optimizer take {memory:.2f} GB; "
-        f"{6 * blocks / 1e6:,.0f} MFLOP a token and {6 * head / 1e6:,.0f} more a predicted one\n"
+        f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
+        f"{memory:.2f} GB a rank; {6 * blocks / 1e6:,.0f} MFLOP a token and {6 * head / 1e6:,.0f} more a predicted one\n"
         f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
     )

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import weights
 from data import tokenizer
 from data.packing import Encoded, collate, encode, epoch_order
-from model import GPT, GPTConfig
 from runtime.run import Run
 from tests import peers
 
@@ -58,7 +58,8 @@ def item(p, *completions):
 def test_flops_are_what_torch_counts():
     """Against torch's own count of a forward's matrix products; attention apart, where torch counts every key of a row."""
     shape, one = (3, 2, 32), item(17, 9)
-    model = GPT(GPTConfig(*shape, vocab_size=bench.VOCAB)).init_weights(0)
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape, strict=True))
+    model = weights.load("scratch", block_size=64, vocab_size=bench.VOCAB, **sizes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(collate([[one]]))
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}

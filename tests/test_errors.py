@@ -209,6 +209,11 @@ def test_out_dir_that_is_a_file(files, refused, tmp_path):
     refused("sft", *sft_args(files, tmp_path / "run"), says="is a file: name a folder")
 
 
-def test_many_processes_are_refused_for_now(files, refused, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("sft", *sft_args(files, tmp_path / "run"), says="runs in one process")
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("WORLD_SIZE", "2", "start with torchrun --nproc_per_node 2"), ("WORLD_SIZE", "abc", "WORLD_SIZE: 'abc' is no number")],
+)
+def test_an_environment_that_torchrun_did_not_make(files, refused, tmp_path, monkeypatch, name, value, says):
+    monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refused("sft", *sft_args(files, tmp_path / "run"), says=says)

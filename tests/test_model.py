@@ -1,11 +1,14 @@
 """The one forward against transformers' GPT-2, and rows that share a prompt against one plain sequence a completion."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model as model_file
+import weights
 from data.packing import Encoded, collate
 from losses import completion_sums
 from model import GPT, GPTConfig, attention_mask, may_attend, target_logps
@@ -15,7 +18,7 @@ CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=32, block_size=48, vocab_size=101
 
 @pytest.fixture(scope="module")
 def gpt() -> GPT:
-    model = GPT(CONFIG).init_weights(1)
+    model = weights.load("scratch", seed=1, **asdict(CONFIG))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -164,7 +167,7 @@ def test_generate_equals_transformers(gpt, tmp_path):
     from data.tokenizer import get
 
     toy = get("toy")
-    small = GPT(GPTConfig(2, 2, 32, block_size=24, vocab_size=toy.size)).init_weights(3)
+    small = weights.load("scratch", seed=3, n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=toy.size)
     with torch.no_grad():
         small.wte.weight.mul_(20)
     weights.save(small, toy, tmp_path / "model")
@@ -203,7 +206,7 @@ def test_gpu_flex_rows_equal_the_boolean_mask(dtype):
     """On CUDA: FlexAttention rows against the CPU path; bfloat16 within 2e-2 a token."""
     rng = np.random.default_rng(0)
     config = GPTConfig(n_layer=3, n_head=4, n_embd=128, block_size=256, vocab_size=101)
-    model = GPT(config).init_weights(1).eval()
+    model = weights.load("scratch", seed=1, **asdict(config)).eval()
     items = [example(rng, 40, 30, 50), example(rng, 100, 20, 9), example(rng, 7, 90, 3)]
     batch = collate([items[:2], items[2:]], multiple=128)
     with torch.no_grad():
@@ -217,7 +220,7 @@ def test_gpu_flex_rows_equal_the_boolean_mask(dtype):
 @pytest.mark.gpu
 def test_gpu_compiled_blocks_equal_eager():
     rng = np.random.default_rng(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=128, block_size=256, vocab_size=101)).init_weights(1).cuda()
+    model = weights.load("scratch", seed=1, n_layer=2, n_head=4, n_embd=128, block_size=256, vocab_size=101).cuda()
     batch = collate([[example(rng, 40, 30, 50)]], multiple=128).to(torch.device("cuda"))
     want = model(batch)
     for block in model.blocks:

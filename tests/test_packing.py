@@ -68,8 +68,14 @@ def test_an_epoch_draws_some_of_every_group():
 
 def test_plan_once_has_everything_once():
     items = items_of([9, 3, 7, 30, 2])
-    seen = [item for rows in plan_once(items, 40) for row in rows for item in row]
-    assert sorted(i.number for i in seen) == [0, 1, 2, 3, 4] and seen[0].number == 3
+    alone = plan_once(items, 12)[0]
+    seen = [i for rows in alone for row in rows for i in row]
+    assert sorted(seen) == [0, 1, 2, 3, 4] and seen[0] == 3
+    for world in (2, 3, 7):
+        ranks = plan_once(items, 12, world=world)
+        assert len(ranks) == world and len({len(micros) for micros in ranks}) == 1
+        turns = [rows for turn in zip(*ranks, strict=True) for rows in turn if rows]
+        assert turns == alone, "the micro-batches do not depend on the number of processes"
 
 
 def test_length_policies():
