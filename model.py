@@ -55,6 +55,13 @@ class KVCache:
         return self.keys[layer], self.values[layer]
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32, also where its parameters were gathered in bfloat16: as autocast has it on CUDA, not on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -87,9 +94,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln1 = LayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ln2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
         self.recompute = False  # activation checkpointing: keep only the block's input, compute the rest again in backward
@@ -112,7 +119,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """GPT-2's initialisation (Radford et al. 2019, 2.3): N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer).
