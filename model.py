@@ -219,7 +219,7 @@ def may_attend(example: Tensor, branch: Tensor, row, query, key):
 
 
 def attention_mask(example: Tensor, branch: Tensor):
-    """The rule for rows (rows, row_len): on CUDA a FlexAttention BlockMask, elsewhere a boolean (rows, 1, row_len, row_len).
+    """The rule for rows (rows, row_len): on CUDA a FlexAttention BlockMask, elsewhere 0 or -inf, (rows, 1, row_len, row_len).
 
     Padding carries an example number of its own, so that a padded position sees itself and no row of the mask is empty.
     """
@@ -233,14 +233,15 @@ def attention_mask(example: Tensor, branch: Tensor):
         return create_block_mask(rule, rows, None, length, length, device=example.device)
     at = torch.arange(length, device=example.device)
     row = torch.arange(rows, device=example.device).view(-1, 1, 1)
-    return may_attend(example, branch, row, at[:, None], at[None, :]).unsqueeze(1)
+    allowed = may_attend(example, branch, row, at[:, None], at[None, :]).unsqueeze(1)
+    return torch.where(allowed, 0.0, -math.inf)  # from booleans every layer would make such a tensor and keep it
 
 
 _compiled_flex = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal), a boolean tensor, or a FlexAttention BlockMask.
+    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal), a tensor, or a FlexAttention BlockMask.
 
     q, k, v: (rows, heads, length, head_dim). FlexAttention has no dropout on the weights, so there only the residual one acts.
     """

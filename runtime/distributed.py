@@ -30,7 +30,8 @@ PATIENCE = timedelta(hours=24)  # while rank 0 downloads, tokenizes, or saves, t
 class Compute:
     """The device, the dtype of matrix products (master weights and optimizer stay float32), and this process's place.
 
-    `control` is a group on the CPU for what the processes tell each other; None where there is only one.
+    `control` is a group on the CPU for what the processes tell each other, `background` one for the thread that saves; None
+    where there is only one process.
     """
 
     device: torch.device
@@ -38,6 +39,7 @@ class Compute:
     rank: int = 0
     world: int = 1
     control: Any = None
+    background: Any = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -128,7 +130,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STUCK)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
+    control, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    return Compute(where, DTYPES[dtype], rank, world, control, background)
 
 
 def _number(name: str, least: int) -> int:

@@ -99,6 +99,7 @@ class TrainKeys(ModelKeys, DataKeys):
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)")
     eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end")
     save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end")
+    async_save: bool = key(False, "write checkpoints in a thread while training goes on: takes memory for a copy")
     keep: int = key(2, "newest checkpoints to keep, beside the one with the best validation loss")
     samples: int = key(2, "validation prompts to complete and print at each validation")
     seed: int = key(0, "seed of data order, scratch weights and dropout")
@@ -146,6 +147,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.best: dict | None = None  # {"step", "loss"} of the best validation so far
         self.saved_at = -1
+        self.saving: checkpoint.Save | None = None  # not yet complete
         self.console = Console(steps, unit)
         self.metrics: Metrics | None = None  # on rank 0
         self.stop_signal = 0
@@ -265,24 +267,36 @@ class Run:
         return step == self.steps or (every > 0 and step % every == 0)
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
+        """Write a checkpoint of `step`, then delete those that `keep` does not cover; with async_save, begin to."""
+        self._complete_save()
         state = {"metrics_bytes": self.compute.once(self._synced), "best": self.best, **self.binding}
-        best = self.best["step"] if self.best else None
-        checkpoint.save(self.checkpoints, step, state, model, optimizer, self.compute)
-        self.compute.once(lambda: checkpoint.prune(self.checkpoints, self.cfg.keep, best))
+        self.saving = checkpoint.Save(self.checkpoints, step, state, model, optimizer, self.compute, self.cfg.async_save)
         self.saved_at = step
+        if not self.cfg.async_save:
+            self._complete_save()
+
+    def _complete_save(self) -> None:
+        if self.saving:
+            self.saving.complete()
+            self.saving = None
+            best = self.best["step"] if self.best else None
+            self.compute.once(lambda: checkpoint.prune(self.checkpoints, self.cfg.keep, best))
 
     def _synced(self) -> int:
         self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
         return self.metrics.size
 
     def stopped(self, step: int, model, optimizer) -> bool:
-        """True after Ctrl-C or SIGTERM on any rank: the step is saved, and the user told how to go on."""
-        self.stop_signal = max(self.compute.gather(self.stop_signal))
+        """True after Ctrl-C or SIGTERM on any rank: the step is saved, and the user told how to go on. Every step asks."""
+        said = self.compute.gather((self.stop_signal, self.saving is None or self.saving.written()))
+        self.stop_signal = max(signal for signal, _ in said)
+        if all(written for _, written in said):
+            self._complete_save()
         if not self.stop_signal or step == self.steps:
             return False
         if self.saved_at != step:
             self.save(step, model, optimizer)
+        self._complete_save()
         self._end()
         how = "the same command without --overwrite" if self.cfg.overwrite else "the same command"
         print(f"stopped at step {step} of {self.steps}, saved in {self.checkpoints}: {how} goes on from there")
@@ -297,6 +311,7 @@ class Run:
 
     def finish(self, model, tokenizer) -> None:
         """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated."""
+        self._complete_save()
         which = f"step {self.steps}"
         if self.best and self.best["step"] != self.steps:
             best = self.checkpoints / f"step_{self.best['step']}"

@@ -200,6 +200,20 @@ def test_two_processes_resume_to_the_bit(files, world, tmp_path):
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_saving_in_the_background(n, files, world, tmp_path):
+    """The same checkpoints, whole, and a run that goes on from one of them to the bit."""
+    args = sft_args(files, tmp_path / "run", keep=9, replicate=1, async_save="true")
+    good(world(n, "sft", args))
+    good(world(n, "sft", sft_args(files, tmp_path / "whole", keep=9, replicate=1)))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    kept = [sorted(f.name for f in (tmp_path / name / "checkpoints").iterdir()) for name in ("run", "whole")]
+    assert kept[0] == kept[1] and not any(name.endswith(".tmp") for name in kept[0])
+    cut_back(tmp_path / "run", 6)
+    good(world(n, "sft", args))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_a_damaged_shard_is_noticed(damage, files, world, tmp_path):
     args = sft_args(files, tmp_path / "run", replicate=1)
@@ -215,9 +229,10 @@ def test_a_damaged_shard_is_noticed(damage, files, world, tmp_path):
     assert metrics(tmp_path / "run") == whole
 
 
-def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(files, world, tmp_path):
+@pytest.mark.parametrize("later", ["false", "true"])
+def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(later, files, world, tmp_path):
     args = sft_args(files, tmp_path / "run", replicate=1, save_every=3)
-    full = sft_args(files, tmp_path / "run", replicate=1, save_every=3, n_embd=64, overwrite="true")
+    full = sft_args(files, tmp_path / "run", replicate=1, save_every=3, n_embd=64, overwrite="true", async_save=later)
     good(world(2, "sft", args))
     statuses, err = world(2, "sft", full, limits={1: 40_000})
     assert statuses == [2, 2], err
@@ -378,3 +393,28 @@ def test_two_nodes(replicate, alone, files, sft_run, reference, tmp_path):
         output, _ = job.communicate(timeout=120)
         assert job.returncode == 0, output
     equal_records(tmp_path / "run", alone["sigmoid"], 1e-5)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.skipif(not (SHARED / "tiktoken").is_dir(), reason="no shared vocabulary")
+def test_starting_takes_a_shard_and_a_tensor():
+    """Host memory that a rank gains while the model is made and handed out; for gpt2-large see docs/scaling.md."""
+    from model import GPTConfig
+    from runtime import memory
+
+    job = torchrun(
+        "--nproc_per_node", 4, "--master_port", free_port(), "tests/start_memory.py", "12,8,1024",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    found = json.loads(output.strip().splitlines()[-1])
+    config = GPTConfig(12, 8, 1024)
+    needed = memory.needed(config, 1, 1, processes=4, bfloat16=False)["weights"]
+    assert all(shard == pytest.approx(needed, rel=0.01) for shard in found["shards"])
+    assert sum(found["shards"]) == found["model"] == 4 * memory.parameters(config)
+    assert max(found["grown"][1:]) < 0.5 * found["model"], found
+    assert found["grown"][0] < 0.8 * found["model"], "rank 0 needs no whole copy: the embedding, a fourth, and its shard"
