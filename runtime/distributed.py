@@ -170,15 +170,19 @@ def shard(model: nn.Module, compute: Compute, replicate: int = 0) -> None:
     if compute.world == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if not replicate:
         replicate = compute.world if sum(p.numel() for p in model.parameters()) < SMALL else 1
     sizes = (replicate, compute.world // replicate)
     mesh = init_device_mesh(compute.device.type, sizes, mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if replicate > 1 else mesh["shard"]
-    # activations keep the dtypes that autocast gives them, as in one process
-    policy = MixedPrecisionPolicy(param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wrap(model, mesh if replicate > 1 else mesh["shard"], compute.dtype)
+
+
+def wrap(model: nn.Module, mesh, dtype: torch.dtype) -> None:
+    """fully_shard on every block and on the rest. Activations keep the dtypes that autocast gives them, as in one process."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # every rank's loss is its share of the global mean: sum, do not average

@@ -418,3 +418,55 @@ def test_starting_takes_a_shard_and_a_tensor():
     assert sum(found["shards"]) == found["model"] == 4 * memory.parameters(config)
     assert max(found["grown"][1:]) < 0.5 * found["model"], found
     assert found["grown"][0] < 0.8 * found["model"], "rank 0 needs no whole copy: the embedding, a fourth, and its shard"
+
+
+# --- precision, and on a GPU --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sharded_bfloat16_is_near_autocast(device, monkeypatch):
+    """One process, a group of one: gathered bfloat16 parameters give the log-probs and gradients of autocast over float32."""
+    import numpy as np
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import weights
+    from data.packing import Encoded, collate
+    from runtime.distributed import whole, wrap
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=0, world_size=1)
+    try:
+        rng = np.random.default_rng(0)
+        ids = [rng.integers(0, 101, n).astype(np.int32) for n in (60, 30, 20)]
+        batch = collate([[Encoded(ids[0], ids[1:], 0, 0)]], 128).to(torch.device(device))
+        found = []
+        for sharded in (False, True):
+            sizes = {"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 101}
+            model = weights.load("scratch", **sizes).to(device)
+            if sharded:
+                wrap(model, init_device_mesh(device, (1,)), torch.bfloat16)
+            with torch.autocast(device, torch.bfloat16):
+                logps = model(batch)
+            logps.mean().backward()
+            found.append((logps.detach(), {n: whole(p.grad) for n, p in model.named_parameters()}))
+        (a, grads), (b, sharded_grads) = found
+        assert (a - b).abs().max() < 2e-2
+        for name, grad in grads.items():
+            assert (grad - sharded_grads[name]).norm() <= 0.05 * grad.norm() + 1e-6, name
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 2])
+def test_gpu_torchrun_equals_plain(n, files, call, tmp_path):
+    if torch.cuda.device_count() < n:
+        pytest.skip(f"{n} GPUs needed")
+    keys = {"device": "cuda", "dtype": "float32", "dropout": 0}
+    assert call("sft", *sft_args(files, tmp_path / "plain", **keys))[0] == 0
+    job = torchrun("--nproc_per_node", n, "sft.py", *sft_args(files, tmp_path / "run", replicate=1, **keys))
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    for ours, plain in zip(metrics(tmp_path / "run"), metrics(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-3)
