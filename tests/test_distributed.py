@@ -420,7 +420,7 @@ def test_starting_takes_a_shard_and_a_tensor():
     assert found["grown"][0] < 0.8 * found["model"], "rank 0 needs no whole copy: the embedding, a fourth, and its shard"
 
 
-# --- precision, and on a GPU --------------------------------------------------------------------------------------------------------------
+# --- precision, and on a GPU ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
