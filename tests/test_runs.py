@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -181,11 +182,14 @@ def test_optimizers_and_schedules(files, call, tmp_path):
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
 
 
+# ruins the model late
+LATE = {"epochs": 8, "schedule": "constant", "lr": 0.5, "warmup": 40, "grad_clip": 0, "dropout": 0}
+
+
 def test_best_checkpoint_is_kept_and_becomes_the_model(files, call, tmp_path):
     """A rate that ruins the model late: the folder model/ has the weights of the best validation, not the last."""
     run = tmp_path / "run"
-    late = {"epochs": 8, "schedule": "constant", "lr": 0.5, "warmup": 40, "grad_clip": 0, "dropout": 0}
-    args = sft_args(files, run, **late, keep=1, save_every=2)
+    args = sft_args(files, run, **LATE, keep=1, save_every=2)
     assert call("sft", *args)[0] == 0
     val = {r["step"]: r["loss"] for r in metrics(run) if r["split"] == "val" and r["step"]}
     best = min(val, key=val.get)
@@ -383,3 +387,102 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, sft_run, refused, tmp_pa
     args = ref_args(files, sft_run, tmp_path / "nan.safetensors", init_from=tmp_path / "nan")
     refused("precompute_ref", *args, says="not finite (pair ")
     assert not (tmp_path / "nan.safetensors").exists()
+
+
+# --- what a reader of the code once found wrong ----------------------------------------------------------------------------
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(files, call, tmp_path, monkeypatch):
+    import sft
+
+    validate = sft.validate
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        return {"loss": float("nan"), "perplexity": float("nan")} if len(calls) == 2 else validate(*args)
+
+    monkeypatch.setattr(sft, "validate", broken)
+    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
+    state = json.loads((tmp_path / "run/checkpoints/step_10/state.json").read_text())
+    assert math.isfinite(state["best"]["loss"]) and state["best"]["step"] in (8, 10)
+
+
+def test_damaged_newer_checkpoints_do_not_outlive_the_resume(files, call, tmp_path):
+    """They would count as the newest ones, and `keep` would spare them instead of whole ones."""
+    assert call("sft", *sft_args(files, tmp_path / "run", keep=9))[0] == 0
+    checkpoints = tmp_path / "run/checkpoints"
+    for step in (9, 10):
+        (checkpoints / f"step_{step}" / "state.json").write_text("{")
+    (checkpoints / "step_99").mkdir()
+    assert call("sft", *sft_args(files, tmp_path / "run", keep=9))[0] == 0
+    assert not (checkpoints / "step_99").exists()
+    assert json.loads((checkpoints / "step_10/state.json").read_text())["step"] == 10
+
+
+def test_a_damaged_best_checkpoint_gives_the_last_weights(files, call, tmp_path):
+    args = sft_args(files, tmp_path / "run", **LATE, save_every=0)
+    assert call("sft", *args)[0] == 0
+    best = json.loads((tmp_path / "run/checkpoints/step_40/state.json").read_text())["best"]["step"]
+    assert best < 40, "the rate did not ruin the model: choose another"
+    (tmp_path / f"run/checkpoints/step_{best}/state.json").unlink()
+    status, printed, err = call("sft", *args)
+    assert status == 0 and "the last weights are used" in err and "model: step 40\n" in printed
+
+
+def test_overwrite_is_not_part_of_the_run(files, call, tmp_path, monkeypatch):
+    """It is not stored, so that a copy of config.toml does not delete the run; and a stopped run says to leave it out."""
+    from runtime.run import Run
+
+    log_step = Run.log_step
+
+    def interrupt(self, step, *args):
+        log_step(self, step, *args)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log_step", interrupt)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    import sft
+
+    monkeypatch.setattr(sys, "argv", ["sft.py", *sft_args(files, tmp_path / "run", overwrite="true")])
+    assert sft.main() == 128 + signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before, "handlers are put back"
+    assert "overwrite = false" in (tmp_path / "run/config.toml").read_text()
+    monkeypatch.undo()
+    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
+
+
+def test_a_run_without_a_checkpoint_is_not_wiped_by_another(files, call, refused, tmp_path, monkeypatch):
+    """Killed before its first save, its metrics are still somebody's: other settings are refused."""
+    from runtime.run import Run
+
+    class Killed(Exception):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr(Run, "save", die)
+    with pytest.raises(Killed):
+        call("sft", *sft_args(files, tmp_path / "run"))
+    monkeypatch.undo()
+    lines = (tmp_path / "run/metrics.jsonl").read_text()
+    assert lines
+    refused("sft", *sft_args(files, tmp_path / "run", lr=5e-4), says="holds a run with lr = 0.001")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == lines
+    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(files, sft_run, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, says in ((tmp_path, "is a folder"), (tmp_path / "file/x.json", "cannot be written")):
+        refused("eval_mcq", *flags(model=sft_run / "model", data=files["mcq"], out=out), says=says)
+    refused("precompute_ref", *ref_args(files, sft_run, tmp_path / "file/x.safetensors"), says="cannot be written")
+
+
+def test_the_demo_deletes_only_what_it_made(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years")
+    refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years"
