@@ -53,14 +53,12 @@ def _wandb(project: str, folder: Path, settings: dict):
     except ImportError:
         raise UserError("key wandb: the package is not installed: pip install wandb, or leave the key empty") from None
     note = folder / "wandb_id"  # the same run goes on after a resume
-    run = wandb.init(
-        project=project,
-        dir=folder,
-        config=settings,
-        name=folder.name,
-        id=note.read_text().strip() if note.exists() else None,
-        resume="allow",
-    )
+    known = note.read_text().strip() if note.exists() else None
+    try:
+        run = wandb.init(project=project, dir=folder, config=settings, name=folder.name, id=known, resume="allow")
+    except wandb.Error as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"key wandb: {said[0]}: mend that, set WANDB_MODE=offline, or leave the key empty") from None
     note.write_text(run.id)
     return run
 

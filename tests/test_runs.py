@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -486,3 +487,48 @@ def test_the_demo_deletes_only_what_it_made(refused, tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("years")
     refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
+
+
+# --- wandb, by a stand-in: the package is optional ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module that notes what it is told."""
+    fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+    fake.inits, fake.logged, fake.finished = [], [], []
+    run = types.SimpleNamespace(
+        id="abc", log=lambda r, step: fake.logged.append((step, r)), finish=lambda: fake.finished.append(1)
+    )
+
+    def init(**keys):
+        fake.inits.append(keys)
+        return run
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_every_record_and_a_resumed_run_goes_on(wandb, files, call, tmp_path):
+    args = sft_args(files, tmp_path / "run", wandb="p")
+    assert call("sft", *args)[0] == 0
+    assert wandb.inits[0]["project"] == "p" and wandb.inits[0]["id"] is None and wandb.finished == [1]
+    assert wandb.inits[0]["config"]["lr"] == 1e-3
+    records = metrics(tmp_path / "run")
+    assert [step for step, _ in wandb.logged] == [r["step"] for r in records]
+    first_train = next(r for r in records if r["split"] == "train")
+    assert any(r.get("train/loss") == first_train["loss"] for _, r in wandb.logged)
+    assert call("sft", *args)[0] == 0
+    assert wandb.inits[1]["id"] == "abc"
+
+
+def test_wandb_that_fails_or_is_missing(wandb, files, refused, tmp_path, monkeypatch):
+    def fail(**_):
+        raise wandb.Error("api_key not configured\nand more")
+
+    wandb.init = fail
+    refused("sft", *sft_args(files, tmp_path / "run", wandb="p"), says="key wandb: api_key not configured")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused("sft", *sft_args(files, tmp_path / "run", wandb="p"), says="pip install wandb")
