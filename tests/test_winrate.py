@@ -877,3 +877,61 @@ def test_standard_errors_count_a_group_once():
         assert grouped[name] == pytest.approx(single[name]) and grouped[f"{name}_stderr"] == pytest.approx(
             single[f"{name}_stderr"]
         )
+
+
+# --- win rate against model size --------------------------------------------------------------------------------------
+
+
+def test_size_of_a_model(sft_run):
+    from eval_winrate import parameters_of
+
+    assert parameters_of("gpt2") == 124_439_808 and parameters_of("gpt2-large") == 774_030_080
+    state = (sft_run / "model" / "model.safetensors").stat().st_size
+    assert abs(4 * parameters_of(str(sft_run / "model")) / state - 1) < 0.1
+
+
+def test_picture_of_win_rates(server, call, refused, tmp_path, monkeypatch):
+    """From the judge to the picture: a line a label, a point a size, bars as long as the interval."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    import plot
+
+    made = []
+    for label, model, wins in (("SFT", "gpt2-medium", 4), ("SFT", "gpt2", 2), ("DPO", "gpt2", 6)):
+        made.append(tmp_path / f"{label}-{model}.json")
+        keys = {"label": label, "model": model, "out": made[-1], "cache": tmp_path / "cache.jsonl"}
+        assert call("eval_winrate", *args(server, tmp_path, pairs(tmp_path / f"{wins}.jsonl", 10, wins), **keys))[0] == 0
+    drawn, errorbar = {}, Axes.errorbar
+    monkeypatch.setattr(
+        Axes,
+        "errorbar",
+        lambda self, x, y, bars, **k: (drawn.update({k["label"]: (x, y, bars)}), errorbar(self, x, y, bars, **k))[1],
+    )
+    status, printed, err = call("plot", *made, "--out", tmp_path / "w.png")
+    assert status == 0, err
+    assert (tmp_path / "w.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list(drawn) == ["SFT", "DPO"] and drawn["SFT"][1] == pytest.approx([20, 40])
+    low, high = (100 * p for p in result(tmp_path, "SFT-gpt2.json")["ci95"])
+    assert [bar[0] for bar in drawn["SFT"][2]] == pytest.approx([20 - low, high - 20])
+    assert "| SFT | 124M | 20.0 |" in printed and "| SFT | 355M | 40.0 |" in printed and plot.size(2.8e9) == "2.8B"
+
+    for name, content, says in (
+        ("bare.json", {**result(tmp_path, "DPO-gpt2.json"), "parameters": None}, "judge again with --model"),
+        ("none.json", {**result(tmp_path, "DPO-gpt2.json"), "win_rate": None, "ci95": None}, "holds no verdict"),
+        ("mcq.json", {"n": 3, "acc": 0.5}, "no result of eval_winrate.py"),
+        ("list.json", [], "no result of eval_winrate.py"),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        refused("plot", made[0], tmp_path / name, "--out", tmp_path / "x.png", says=says)
+    refused("plot", tmp_path / "no.json", "--out", tmp_path / "x.png", says="cannot read")
+    refused("plot", *made, "--out", tmp_path / "x.png", "--labels", "a,b", says="--labels has 2 names for 3 results")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_under_torchrun_one_process_asks(server, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval_winrate.py"]
+    command = [*launch, *args(server, tmp_path, pairs(tmp_path / "r.jsonl", 5, 2))]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(n for n, _ in server.asked) == [0, 1, 2, 3, 4] and result(tmp_path)["wins"] == 2
