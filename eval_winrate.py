@@ -170,7 +170,7 @@ def read_items(responses: str, against: str, trials: int, limit: int) -> list[It
     """The responses and what they are held against. UserError, naming file and line, for whatever does not fit."""
     ours = list(jsonl.read(responses))
     theirs = ours
-    from_file = against.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) or Path(against).is_file()
+    from_file = against.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz"))
     if from_file:
         theirs = list(jsonl.read(against))
         if len(ours) != len(theirs):

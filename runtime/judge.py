@@ -329,6 +329,8 @@ class Judge:
                 if asked_to_wait:  # of all of us, and not all at the same moment again
                     with self.lock:
                         self.not_before = max(self.not_before, time.monotonic() + asked_to_wait)
+                    if asked_to_wait > 10:
+                        print(f"the judge asks to wait {asked_to_wait:.0f} s ({problem})", file=sys.stderr)
                     wait = asked_to_wait + 0.1 * wait
                 if self.stop.wait(wait):
                     raise Stopped
@@ -393,39 +395,46 @@ class Judge:
                 text = f"insufficient_quota: {text}"
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             pass
-        return " ".join(SECRETS.sub("***", self._clean(str(text))).split())[:300]
+        text = SECRETS.sub("***", self._clean(str(text)))
+        if self._secret():
+            text = re.sub(re.escape(self.key[:6]) + r"[\w*.…-]*", "***", text)
+        return " ".join(text.split())[:300]
 
     def _clean(self, text: str) -> str:
         """`text` without the API key, should the server quote it."""
-        return text.replace(self.key, "***") if self.key else text
+        return text.replace(self.key, "***") if self._secret() else text
+
+    def _secret(self) -> bool:
+        return len(self.key) > 5  # local servers are given a word like EMPTY
 
     def _read(self, content: bytes) -> Reply | None:
         """A 200's body as a Reply; None if it is not of the form that the API promises."""
         try:
             said = json.loads(content)
-            if self.gemini:
-                used = said.get("usageMetadata") or {}
-                thought = used.get("thoughtsTokenCount") or 0
-                tokens = used.get("promptTokenCount"), (used.get("candidatesTokenCount") or 0) + thought
-                blocked = (said.get("promptFeedback") or {}).get("blockReason")
-                if blocked and not said.get("candidates"):
-                    return Reply("", tokens[0] or 0, tokens[1], f"blocked: {blocked}")
-                best = said["candidates"][0]
-                parts = (best.get("content") or {}).get("parts") or []
-                text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-                end = best.get("finishReason") or ""
-            else:
-                used = said.get("usage") or {}
-                tokens = used.get("prompt_tokens"), used.get("completion_tokens")
-                best = said["choices"][0]
-                text = best["message"].get("content") or best["message"].get("refusal") or ""
-                if isinstance(text, list):  # some servers send parts
-                    text = "".join(part.get("text", "") for part in text)
-                end = best.get("finish_reason") or ""
-            end = f"ended by {end}" if end and end.lower() != "stop" else ""
-            return Reply(self._clean(text), int(tokens[0] or 0), int(tokens[1] or 0), end)
+            text, tokens_in, tokens_out, end = (read_gemini if self.gemini else read_openai)(said)
+            end = "" if end.lower() in ("", "stop") else self._clean(f"ended by {end}")
+            return Reply(self._clean(text), int(tokens_in or 0), int(tokens_out or 0), end)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return None
+
+
+def read_openai(said: dict) -> tuple[str, int | None, int | None, str]:
+    """A chat completion -> text, tokens in, tokens out, why it ended."""
+    used, best = said.get("usage") or {}, said["choices"][0]
+    text = best["message"].get("content") or best["message"].get("refusal") or ""
+    if isinstance(text, list):  # some servers send parts
+        text = "".join(part.get("text", "") for part in text)
+    return text, used.get("prompt_tokens"), used.get("completion_tokens"), best.get("finish_reason") or ""
+
+
+def read_gemini(said: dict) -> tuple[str, int | None, int | None, str]:
+    """The same of a GenerateContentResponse; a blocked prompt has no candidate, and an empty text here."""
+    used, blocked = said.get("usageMetadata") or {}, (said.get("promptFeedback") or {}).get("blockReason")
+    best = {"finishReason": f"block, {blocked}"} if blocked and not said.get("candidates") else said["candidates"][0]
+    parts = (best.get("content") or {}).get("parts") or []
+    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+    written = (used.get("candidatesTokenCount") or 0) + (used.get("thoughtsTokenCount") or 0)
+    return text, used.get("promptTokenCount"), written, best.get("finishReason") or ""
 
 
 def address(judge: str, model: str, api: str) -> tuple[str, bool]:

@@ -78,7 +78,8 @@ def side(reply: str) -> str | None:
 
 
 def _plain(reply: str) -> str:
-    """Without markdown's marks and quotation marks; apostrophes inside words stay."""
+    """Without what a reasoning model thought aloud, markdown's marks and quotation marks; apostrophes inside words stay."""
+    reply = re.sub(r"(?is)<think>.*?(</think>|$)", "", reply)
     return re.sub(r"[*_`#\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)", "", reply).strip()
 
 

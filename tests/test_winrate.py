@@ -411,6 +411,13 @@ def test_the_key_goes_into_the_header_and_nowhere_else(server, call, tmp_path, m
     assert "You sent ***. Verdict" in (folder / "d.jsonl").read_text()
 
 
+def test_a_word_that_is_no_secret_is_not_cut_out(server, call, tmp_path, monkeypatch):
+    """Local servers are given keys like A or EMPTY."""
+    monkeypatch.setenv("OPENAI_API_KEY", "A")
+    assert call("eval_winrate", *args(server, tmp_path, pairs(tmp_path / "r.jsonl", 4, 3)))[0] == 0
+    assert result(tmp_path)["wins"] == 3
+
+
 def test_without_a_key_none_is_sent_not_even_from_netrc(server, call, tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("default login me password other\n")
@@ -465,7 +472,7 @@ def test_gemini(server, call, tmp_path, monkeypatch):
     again = [body for n, body in server.asked if n == 3][1]
     assert [c["role"] for c in again["contents"]] == ["user", "model", "user"]
     assert again["generationConfig"] == {"maxOutputTokens": 1024, "temperature": 0.0}
-    assert "(blocked: SAFETY)" in (tmp_path / "d.jsonl").read_text()
+    assert "(ended by block, SAFETY)" in (tmp_path / "d.jsonl").read_text()
     assert found["usage"] == {"calls": 9, "tokens_in": 600, "tokens_out": 42}
 
 
@@ -659,7 +666,9 @@ SIDES = {
     "<verdict>A</verdict>": "A", "Verdict: 'A'": "A", "Verdict: A. I say it again: verdict: A": "A",
     "Answer A lists facts. Answer B refuses. Final answer: B": "B",
 }  # fmt: skip
+SIDES["<think>Perhaps verdict: A? No.</think>\nVerdict: B"] = "B"
 NO_SIDE = [
+    "<think>Perhaps verdict: A",
     "", "hm", "A or B", "A\nB", "Verdict: A/B", "Verdict: A\nor\nVerdict: B", "Verdict: A or Verdict: B",
     "Verdict: A\nVerdict: B", "I cannot give Verdict: A or Verdict: B",
     "Response A is better here. There, response B is better.", "I don't think A is better.", "A is not better than B",
