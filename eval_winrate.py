@@ -283,6 +283,7 @@ def grade_pairwise(judgements: list[Judgement], items: list[Item], trials: int) 
         ours, theirs = len(items[j.number].texts[j.trial]), len(items[j.number].others[j.trial])
         if j.outcome in ("win", "loss"):
             lengths.append((ours, theirs) if j.outcome == "win" else (theirs, ours))
+    unlike = [winner > loser for winner, loser in lengths if winner != loser]
     prompts = len({j.number for j in judgements if j.outcome is not None})  # trials of a prompt are no further prompts
     rate = share_won(decided) if decided else None
     return {
@@ -296,7 +297,7 @@ def grade_pairwise(judgements: list[Judgement], items: list[Item], trials: int) 
         "characters": {
             "winners": statistics.fmean(w for w, _ in lengths) if lengths else None,
             "losers": statistics.fmean(l for _, l in lengths) if lengths else None,
-            "longer_won": statistics.fmean(w > l for w, l in lengths) if lengths else None,
+            "longer_won": statistics.fmean(unlike) if unlike else None,
         },
     }
 
@@ -333,7 +334,7 @@ def say(result: dict) -> str:
         )
         scale, unit = 100, "%"
         sizes = result["characters"]
-        if sizes["winners"] is not None:
+        if sizes["longer_won"] is not None:
             text += (
                 f"\nthe better text has {sizes['winners']:.0f} characters, the other {sizes['losers']:.0f}; the longer one won "
                 f"{100 * sizes['longer_won']:.0f}% of the time"

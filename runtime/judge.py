@@ -177,17 +177,17 @@ class Judge:
         found = {q: self._decide(q, parse, self._known) for q in dict.fromkeys(questions)}
         todo = [q for q, decision in found.items() if decision is None]
         print(self.estimate(todo, len(found)), flush=True)
-        if dry_run:
-            return []
+        if dry_run or not todo:
+            return [] if dry_run else [found[q] for q in questions]
         if self.cfg.max_calls and len(todo) > self.cfg.max_calls:
             raise UserError(
                 f"key max_calls: {len(todo):,} calls are needed and {self.cfg.max_calls:,} allowed: raise it, or take fewer "
                 "prompts with --limit; nothing was asked"
             )
         progress = Progress("judging", len(todo), "questions")
-        if todo:  # the first goes alone: a wrong key or address shows at the price of one call
-            found[todo[0]] = self._decide(todo[0], parse, self._ask)
-            progress.add(1)
+        # the first goes alone: a wrong key or address shows at the price of one call
+        found[todo[0]] = self._decide(todo[0], parse, self._ask)
+        progress.add(1)
         pool = ThreadPoolExecutor(self.cfg.workers, "judge")
         try:
             futures = {pool.submit(self._decide_or_stop, q, parse): q for q in todo[1:]}
@@ -213,6 +213,8 @@ class Judge:
         tokens_out = len(todo) * self.cfg.max_tokens
         most = f"at most {tokens_out:,}" if self.cfg.max_tokens else "an unknown number of"
         text = f"{len(todo):,} calls to {self.shown} ({total - len(todo):,} of {total:,} answers are in {self.cache.path})"
+        if not todo:
+            return text
         text += f": about {tokens_in:,} tokens in, {most} out"
         if (cost := self.cost(tokens_in, tokens_out)) is not None:
             text += f", {'about' if self.cfg.max_tokens else 'at least'} {cost:.4f} at the prices given"
