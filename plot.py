@@ -1,6 +1,7 @@
 """Run folders -> one picture of their curves, and the same as a table.
 
     python plot.py runs/dpo runs/dpo-ipo --out curves.png --labels "sigmoid,ipo"
+    python plot.py runs/small.json runs/medium.json --out winrate.png    # eval_winrate.py's: win rate against model size
 
 Reads only `metrics.jsonl`, so a run can be looked at while it goes on. The table needs no matplotlib.
 """
@@ -155,6 +156,11 @@ def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
     if title:
         fig.suptitle(title, fontsize=18)
 
+    write(fig, out)
+
+
+def write(fig, out: Path) -> None:
+    """A matplotlib Figure -> the PNG file `out`, whole or not at all."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +171,93 @@ def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
             temporary.unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot write {out}: {error.strerror}: choose another --out") from None
+
+
+# --- win rate against model size --------------------------------------------------------------------------------------
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """What is drawn of a result of eval_winrate.py: label, parameters, value and its interval (low, high), in % or points.
+
+    Raises UserError for any other file, and for a result without a verdict or without the model's size.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+        unit, name, scale = ("win rate (%)", "win_rate", 100) if "win_rate" in found else ("score (0 to 100)", "mean", 1)
+        value, interval = found[name], found["ci95"]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no result of eval_winrate.py --mode pairwise or score (no win_rate or mean)") from None
+    if value is None or interval is None:
+        raise UserError(f"{path}: holds no verdict, so there is nothing to draw: leave it out")
+    if not found.get("parameters"):
+        raise UserError(
+            f"{path}: the model's size is not in it: judge again with --model or --parameters (nothing is asked anew)"
+        )
+    numbers = {"value": scale * value, "low": scale * interval[0], "high": scale * interval[1]}
+    return {"label": found.get("label") or "", "parameters": found["parameters"], "unit": unit, **numbers, "n": found["n"]}
+
+
+def size(parameters: float) -> str:
+    """124439808 -> "124M"."""
+    return f"{parameters / 1e9:.2g}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.0f}M"
+
+
+def result_table(results: list[dict[str, Any]]) -> str:
+    """A line a result, as Markdown."""
+    lines = [f"| | parameters | {results[0]['unit']} | 95% interval | judged |", "|---|---|---|---|---|"]
+    for r in results:
+        lines.append(
+            f"| {r['label']} | {size(r['parameters'])} | {r['value']:.1f} | {r['low']:.1f} to {r['high']:.1f} | {r['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_results(results: list[dict[str, Any]], out: str | Path, title: str = "") -> None:
+    """Draw each label's results over the size of their models, with their intervals, into the PNG file `out`."""
+    out = check_out(out)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"matplotlib is needed to draw {out}: pip install matplotlib") from None
+
+    fig = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
+    ax = fig.subplots()
+    sizes = sorted({r["parameters"] for r in results})
+    labels = list(dict.fromkeys(r["label"] for r in results))
+    for i, label in enumerate(labels):
+        mine = sorted((r for r in results if r["label"] == label), key=lambda r: r["parameters"])
+        aside = 1.015 ** (i - (len(labels) - 1) / 2)  # so that the bars of one size do not hide each other
+        x = [r["parameters"] * aside for r in mine]
+        bars = [[r["value"] - r["low"] for r in mine], [r["high"] - r["value"] for r in mine]]
+        style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 10, "markeredgecolor": "white"}
+        name = (" " if label.startswith("_") else "") + label.replace("$", r"\$") or None
+        ax.errorbar(x, [r["value"] for r in mine], bars, **style, linewidth=2.4, elinewidth=1.8, capsize=5, label=name)
+    if results[0]["unit"].startswith("win"):
+        ax.axhline(50, color="0.3", linewidth=1.4, linestyle=(0, (2, 3)), zorder=1)
+        ax.annotate(
+            "as good as what it is held against", (0.995, 50), (0, 4), ("axes fraction", "data"), "offset points", ha="right"
+        )
+    ax.set_xscale("log")
+    ax.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+    ax.set_ylim(0, max(100 if results[0]["unit"].startswith("score") else 60, *(1.08 * r["high"] for r in results)))
+    ax.set_xticks(sizes, [size(p) for p in sizes])
+    ax.minorticks_off()
+    ax.set_xlabel("parameters", fontsize=14)
+    ax.set_ylabel(results[0]["unit"] + ", 95% interval", fontsize=14)
+    ax.tick_params(labelsize=12)
+    ax.grid(color="0.9")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    if any(labels):
+        fig.legend(loc="outside lower center", ncols=min(len(labels), 5), fontsize=14, frameon=False)
+    if title:
+        fig.suptitle(title, fontsize=18)
+    write(fig, out)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def check_out(out: str | Path) -> Path:
@@ -181,13 +274,16 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(prog="plot.py", description="Curves of one or several runs: a table and a PNG.", allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="out_dir of a run: holds metrics.jsonl")
+    what = "out_dir of a run, which holds metrics.jsonl; or results of eval_winrate.py, FILE.json"
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help=what)
     parser.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
     parser.add_argument("--labels", metavar="A,B", help="a name for each run, instead of its folder's")
     parser.add_argument("--table", choices=["true", "false"], default="true", help="print the table (default: true)")
     args = parser.parse_intermixed_args()
 
     check_out(args.out)
+    if all(name.endswith(".json") for name in args.folders):
+        return plot_results(args)
     labels = args.labels.split(",") if args.labels else [Path(folder).resolve().name for folder in args.folders]
     if not args.labels and len(set(labels)) < len(labels):
         labels = args.folders  # runs/a/dpo and runs/b/dpo
@@ -199,6 +295,23 @@ def main() -> None:
     if args.table == "true":
         print(table(runs), flush=True)
     draw(runs, args.out)
+    print(f"wrote {args.out}")
+
+
+def plot_results(args: argparse.Namespace) -> None:
+    """Win rates (or scores) against model size; results of one label make a line."""
+    results = [read_result(path) for path in args.folders]
+    if args.labels:
+        labels = args.labels.split(",")
+        if len(labels) != len(results):
+            raise UserError(f"--labels has {len(labels)} names for {len(results)} results: give each one, commas between")
+        results = [{**r, "label": label} for r, label in zip(results, labels, strict=True)]
+    if len({r["unit"] for r in results}) > 1:
+        raise UserError("some results are win rates and some are scores: draw them apart")
+    results.sort(key=lambda r: r["parameters"])
+    if args.table == "true":
+        print(result_table(results), flush=True)
+    draw_results(results, args.out)
     print(f"wrote {args.out}")
 
 

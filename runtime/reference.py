@@ -17,6 +17,22 @@ from losses import REFERENCE_FREE
 from runtime.errors import UserError, warn
 
 
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a reference file, `logps` among them, and its metadata. UserError for any other file (of key ref)."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"key ref: {path} is damaged or no .safetensors file ({error}): make it anew") from None
+    if "logps" not in tensors or "weights_sha256" not in metadata:
+        raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")
+    return tensors, metadata
+
+
 @dataclass
 class Reference:
     """`logps` and `val_logps`: (pairs, 2) float32, log pi_ref of chosen and rejected in nats. `hash`: SHA-256 of the file."""
@@ -33,17 +49,8 @@ class Reference:
         if cfg.loss in REFERENCE_FREE:
             return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
         path = Path(cfg.ref)
-        if not path.is_file():
-            raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"key ref: {path} is damaged or no .safetensors file ({error}): make it anew") from None
-        logps, val_logps = tensors.get("logps"), tensors.get("val_logps")
-        if logps is None or "weights_sha256" not in metadata:
-            raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")
+        tensors, metadata = read(path)
+        logps, val_logps = tensors["logps"], tensors.get("val_logps")
 
         def refuse(what: str, there: object, here: object) -> None:
             raise UserError(
