@@ -152,6 +152,8 @@ def test_flex_rule_is_the_boolean_mask():
     rows = [[example(rng, 5, 3, 4), example(rng, 2, 2)], [example(rng, 6, 1, 1)]]
     batch = collate(rows, multiple=16)
     mask = attention_mask(batch.example, batch.branch)
+    assert set(mask.unique().tolist()) == {0.0, -float("inf")}
+    mask = mask == 0
     rule = create_mask(lambda b, h, q, k: may_attend(batch.example, batch.branch, b, q, k), 2, 1, 16, 16, device="cpu")
     assert mask.shape == (2, 1, 16, 16) and torch.equal(mask, rule)
     assert mask.any(-1).all(), "a row of the mask is empty: softmax would give nan"

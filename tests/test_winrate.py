@@ -2,6 +2,7 @@
 
 import contextlib
 import email.utils
+import functools
 import json
 import os
 import re
@@ -326,7 +327,10 @@ def test_killed_in_the_middle_nothing_is_asked_twice(server, call, tmp_path):
 def test_interrupted_it_stops_soon_and_keeps_what_was_answered(server, tmp_path):
     server.pause = 0.15
     command = [sys.executable, "eval_winrate.py", *args(server, tmp_path, pairs(tmp_path / "r.jsonl", 200, 5), workers=2)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # a shell starts its background jobs with SIGINT ignored, and what they start inherits that
+    reset = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), preexec_fn=reset, **pipes)
     deadline = time.monotonic() + 60
     while len(server.asked) < 6 and time.monotonic() < deadline:
         time.sleep(0.05)
