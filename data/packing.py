@@ -357,6 +357,6 @@ def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
                 at += fed
                 n += 1
             items.append(item)
-    plain = all(len(row) == 1 and len(row[0].completions) == 1 for row in rows)
+    plain = all(len(row) <= 1 and all(len(item.completions) == 1 for item in row) for row in rows)
     arrays = (tokens, positions, example, branch, np.concatenate(source), np.concatenate(target), np.concatenate(completion))
     return Batch(*(torch.from_numpy(np.asarray(a, dtype=np.int64)) for a in arrays), n_completions=n, plain=plain, items=items)

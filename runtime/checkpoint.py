@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
+from runtime.errors import UserError, lost_another
 from runtime.files import write_whole
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
@@ -68,6 +69,9 @@ class Save:
         self.folder.mkdir(parents=True)
 
     def _rename(self) -> None:
+        for name, (size, _) in self.state["files"].items():
+            if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
+                raise UserError(f"{self.folder / name} is not there: out_dir must be a folder that all nodes see")
         write_whole(self.folder / "state.json", json.dumps(self.state, indent=1))
         shutil.rmtree(self.final, ignore_errors=True)
         os.rename(self.folder, self.final)
@@ -184,6 +188,6 @@ def _os_error(error: BaseException) -> OSError | None:
     for inner in (error.__cause__, error.__context__, *(e for e, _ in getattr(error, "failures", {}).values())):
         if isinstance(inner, BaseException) and inner is not error and (found := _os_error(inner)):
             return found
-    if isinstance(error, RuntimeError) and "write" in str(error).lower():
+    if isinstance(error, RuntimeError) and "write" in str(error).lower() and not lost_another(error):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None

@@ -183,8 +183,10 @@ def wrap(model: nn.Module, mesh, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # embeddings and the last norm stay float32: bfloat16 there moves a completion's log-prob by tenths of a nat
+        fully_shard(module, mesh=mesh, mp_policy=exact if module is model else policy)
         module.set_gradient_divide_factor(1.0)  # every rank's loss is its share of the global mean: sum, do not average
         module.set_force_sum_reduction_for_comms(True)  # … in a way that gloo knows too
     register_fsdp_forward_method(model, "generate")

@@ -68,7 +68,7 @@ def lost_another(error: RuntimeError) -> bool:
         "Connection reset by peer",
         "Connection refused",
         "Broken pipe",
-        "NCCL",
+        "remote process exited",
         "Socket Timeout",
     )
     return dist.is_initialized() and any(word in str(error) for word in words)

@@ -37,7 +37,7 @@ def needed(
     kept = 36 if bfloat16 else 64  # bytes a layer, token and n_embd: inputs of products, norms and gelu
     a_block = tokens * (kept * c.n_embd + 4 * c.n_head + 16)
     if processes > 1:
-        working = width * ((c.vocab_size + c.block_size) * c.n_embd + 2 * linear // c.n_layer) + 4 * trained
+        working = 4 * (c.vocab_size + c.block_size) * c.n_embd + width * 2 * linear // c.n_layer + 4 * trained
     else:
         working = 2 * (linear + c.vocab_size * c.n_embd) if bfloat16 and not adapters else 0
     logits = 4 * c.vocab_size * predicted
@@ -59,7 +59,6 @@ def main() -> None:
         "full, 1 GPU, activation checkpointing": {"checkpointing": True},
         "full, 2 GPUs": {"processes": 2},
         "full, 8 GPUs, activation checkpointing": {"processes": 8, "checkpointing": True},
-        "LoRA rank 16, 1 GPU, activation checkpointing": {"adapters": 16, "checkpointing": True},
         "full, CPU (float32, 1,024 tokens)": {"bfloat16": False, "tokens": 1024, "predicted": 512},
     }
     print(f"| GB a rank (1e9 bytes); {tokens:,} positions a forward, bfloat16 | {' | '.join(SIZES)} |")
@@ -69,8 +68,6 @@ def main() -> None:
         for layers, heads, width in SIZES.values():
             c = GPTConfig(layers, heads, width)
             more = {"tokens": tokens, "predicted": predicted} | case
-            if "adapters" in more:  # on every linear layer, q, k and v apart, and the head
-                more["adapters"] = case["adapters"] * (layers * 18 * width + width + c.vocab_size)
             cells.append(f"{sum(needed(c, **more).values()) / 1e9:.1f}")
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -34,6 +34,7 @@ FREE = {
     "out_dir",
     "replicate",
     "activation_checkpointing",
+    "async_save",
 }
 
 
@@ -167,7 +168,8 @@ class Run:
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
-        found = self.compute.once(self._find)
+        again = any(self.compute.gather(restarted()))
+        found = self.compute.once(lambda: self._find(again))
         done, seen = 0, 0
         if found:
             folder, state = found
@@ -180,9 +182,9 @@ class Run:
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
 
-    def _find(self) -> tuple[Path, dict] | None:
+    def _find(self, again: bool) -> tuple[Path, dict] | None:
         """The checkpoint to go on from, or None; refuses a folder that holds another run."""
-        if self.cfg.overwrite and not restarted():
+        if self.cfg.overwrite and not again:
             for name in ("checkpoints", "model", "adapter"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in ("metrics.jsonl", "config.toml", "wandb_id"):
@@ -322,6 +324,7 @@ class Run:
                 checkpoint.load(best, model, None, self.compute)
                 which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
         weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
+        self.compute.gather(None)  # nobody leaves while rank 0 still gathers
         self._end()
         print(f"wrote {self.folder / 'model'}: {which}", flush=True)
 
