@@ -2,6 +2,7 @@
 
     python bench.py --suite dpo --pairs 32 --out dpo.json        dpo.py against TRL's DPOTrainer; --suite sft likewise
     python bench.py --suite mcq --pairs 100 --out mcq.json       eval_mcq.py against lm-evaluation-harness
+    python bench.py --suite sample --out sample.json             GPT.stream against transformers' generate, batch 1 and 16
     python bench.py --suite gpu --out gpu.json                   correct and fast on a GPU: needs nothing but torch
 
 Weights are random (their values do not change the time), data real where a file is given or found. Both sides get the same
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import weights
@@ -57,6 +59,13 @@ TRL_SETTINGS = {
 }
 HARNESS_SETTINGS = {f"lm_eval, batch {n}": {"batch_size": n} for n in (1, 4, 16)}
 HARNESS_SETTINGS |= {f"{name}, memory kept": s | {"env": KEEP} for name, s in HARNESS_SETTINGS.items()}
+TRANSFORMERS_SETTINGS = {
+    "transformers as it comes": {},
+    "transformers, longest prompts first": {"by_length": True},
+    "transformers, eager attention": {"attn_implementation": "eager", "by_length": True},
+    "transformers, memory kept": {"by_length": True, "env": KEEP},
+}
+NEW_TOKENS = 64  # of a completion, in the suite sample
 GPU_SETTINGS = {  # of this project's scripts
     "plain": {},
     "compiled": {"compile": "true"},
@@ -69,12 +78,16 @@ GPU_SETTINGS = {  # of this project's scripts
 class Config:
     """This project and its peers, side by side."""
 
-    suite: str = key("dpo", "what to compare", ["dpo", "sft", "mcq", "gpu"])
-    peer: str = key("auto", "with whom; auto = trl (mcq: lm_eval) if it is installed", ["auto", "trl", "lm_eval", "none"])
+    suite: str = key("dpo", "what to compare", ["dpo", "sft", "mcq", "sample", "gpu"])
+    peer: str = key(
+        "auto",
+        "with whom; auto = trl (mcq: lm_eval, sample: transformers) if it is installed",
+        ["auto", "trl", "lm_eval", "transformers", "none"],
+    )
     init: str = key("gpt2", "a GPT-2 size (or tiny) to fill with random weights, or a model folder")
     data: str = key("", "preference pairs (mcq: problems); empty = the known file if it is there, else generated ones")
-    pairs: int = key(0, "pairs (sft: examples, mcq: problems) to time after a warm-up, 0 = 8 steps (mcq: 100)")
-    batch_size: int = key(0, "pairs or examples an optimizer step, 0 = 4, on CUDA 64")
+    pairs: int = key(0, "pairs (sft: examples, mcq: problems, sample: prompts) to time after a warm-up, 0 = 8 steps (mcq: 100)")
+    batch_size: int = key(0, "pairs or examples an optimizer step, 0 = 4, on CUDA 64; sample: prompts at once, 0 = 1, then 16")
     micro_tokens: int = key(0, "most tokens in one forward of ours, 0 = the script's own default")
     peer_setting: str = key("", "try only the peer's settings whose name holds this, empty = all of them")
     repeats: int = key(3, "measurements of each side, taken in turns")
@@ -93,6 +106,15 @@ class Config:
                 raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
         self.device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.threads = self.threads or os.cpu_count() or 1
+        wrong = {
+            "lm_eval": ("dpo", "sft", "sample", "gpu"),
+            "trl": ("mcq", "sample"),
+            "transformers": ("dpo", "sft", "mcq", "gpu"),
+        }
+        if self.suite in wrong.get(self.peer, ()):
+            raise UserError(f"key peer: {self.peer} cannot do {self.suite}: leave it auto")
+        if self.suite == "sample":
+            return
         self.batch_size = self.batch_size or (4 if self.device == "cpu" else 64)
         self.pairs = self.pairs or (100 if self.suite == "mcq" else 8 * self.batch_size)
         if self.suite != "mcq" and self.pairs % self.batch_size:
@@ -102,9 +124,6 @@ class Config:
         for name in self.models.split(","):
             if name not in SHAPES:
                 raise UserError(f"key models: {name!r} is not one of {', '.join(SHAPES)}")
-        wrong = {"lm_eval": ("dpo", "sft", "gpu"), "trl": ("mcq",)}.get(self.peer, ())
-        if self.suite in wrong:
-            raise UserError(f"key peer: {self.peer} cannot do {self.suite}: leave it auto")
 
 
 # --- the work: data, weights, and what they cost --------------------------------------------------------------------------
@@ -307,6 +326,41 @@ def harness_mcq(job: dict) -> dict:
     return {"ends": [start, peers.now()], "logps": logps}
 
 
+def ours_sample(job: dict) -> dict:
+    """GPT.stream, what sample.py runs, greedy, after a prompt and a few tokens to warm up."""
+    compute = distributed.setup(job["device"], job["dtype"])
+    model = weights.load(job["folder"]).to(compute.device)
+    prompts = dict(enumerate(job["prompts"]))
+    with compute.autocast():
+        list(model.stream({0: prompts[0]}, 4, -1))
+        start = peers.now()
+        found = {i: ids for i, _, ids in model.stream(prompts, job["new"], -1, batch_size=job["batch_size"])}
+    return {"ends": [start, peers.now()], "tokens": [found[i] for i in prompts]}
+
+
+def transformers_sample(job: dict) -> dict:
+    """transformers' generate on the same prompts, greedy, with as many new tokens."""
+    settings = {name: value for name, value in job["settings"].items() if name not in ("env", "by_length")}
+    model = peers.generator(job["folder"], job["device"], job["dtype"], **settings)
+    with peers.quiet():
+        peers.generate(model, job["prompts"][:1], 4, 1)
+        start = peers.now()
+        found = peers.generate(model, job["prompts"], job["new"], job["batch_size"], job["settings"].get("by_length", False))
+    return {"ends": [start, peers.now()], "tokens": found}
+
+
+def reading(job: dict) -> dict:
+    """The rate at which a product of a large matrix with one vector reads the matrix."""
+    compute = distributed.setup(job["device"], job["dtype"])
+    w, x = (torch.ones(*shape, device=compute.device, dtype=compute.dtype) for shape in ((VOCAB, 768), (1, 768)))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        (x @ w.T).sum().item()  # waits for it
+        seconds.append(time.perf_counter() - start)
+    return {"bytes_per_s": w.numel() * w.element_size() / min(seconds)}
+
+
 def matmul(job: dict) -> dict:
     """The rate of a large matrix product, and what it ran on."""
     compute = distributed.setup(job["device"], job["dtype"])
@@ -363,7 +417,7 @@ def timed(result: dict, warmup: int) -> dict:
 
 def installed(cfg: Config) -> str:
     """The peer to compare with, or "none"."""
-    name = cfg.peer if cfg.peer != "auto" else "lm_eval" if cfg.suite == "mcq" else "trl"
+    name = cfg.peer if cfg.peer != "auto" else {"mcq": "lm_eval", "sample": "transformers"}.get(cfg.suite, "trl")
     if name == "none" or find_spec(name):
         return name
     if cfg.peer != "auto":
@@ -544,6 +598,82 @@ def same_options(items: list[Encoded], ours: dict, theirs: dict) -> dict:
     return {"largest": gap, "accuracy": right}
 
 
+# --- the sampling suite --------------------------------------------------------------------------------------------------
+
+
+def sampling(cfg: Config, temp: Path) -> dict:
+    """Tokens a second of ours and of transformers' generate, greedy, the same prompts and as many new tokens."""
+    peer = installed(cfg)
+    sizes = (cfg.batch_size,) if cfg.batch_size else (1, 16)
+    work = prepare(cfg, temp, cfg.init, "hh", "sft", cfg.pairs or 2 * max(sizes))
+    base, rate = base_job(cfg, temp, warmup=1)
+    read = needed(measure(temp, "reading", base))
+    layers, _, width = work.shape
+    weight_bytes = (12 * layers * width**2 + VOCAB * width) * (2 if base["dtype"] == "bfloat16" else 4)
+    print(f"sample: {cfg.init}, {NEW_TOKENS} new tokens a prompt, greedy; {rate['said']}; {work.said}")
+    report = {"matmul": rate, "reading": read, "data": work.said, "sizes": {}}
+    for size in sizes:
+        prompts = [i.prompt.tolist()[-(CONTEXT - NEW_TOKENS) :] for i in work.items[: cfg.pairs or max(4, 2 * size)]]
+        job = base | {"folder": work.folder, "prompts": prompts, "batch_size": size, "new": NEW_TOKENS}
+        jobs = {"ours": ("ours_sample", job)}
+        theirs = {name: ("transformers_sample", job | {"settings": s}) for name, s in TRANSFORMERS_SETTINGS.items()}
+        theirs = {name: j for name, j in theirs.items() if cfg.peer_setting in name}
+        if peer != "none":
+            best, _ = fastest(temp, theirs, {"settings": {}, "prompts": prompts[:size], "new": 8})
+            jobs[best] = theirs[best]
+        results: dict[str, list[dict]] = {name: [] for name in jobs}
+        for i in range(cfg.repeats):
+            for name, (do, j) in jobs.items():
+                results[name].append(needed(measure(temp, do, j)))
+                print(f"round {i + 1}, {name}: {show(results[name][-1])}", flush=True)
+        written = len(prompts) * NEW_TOKENS
+        whole = [Encoded(np.array(p), [np.zeros(NEW_TOKENS)], 0, 0) for p in prompts]
+        by_sums = flops(whole, work.shape, train=False) / rate["flops_per_s"]
+        by_reading = -(-len(prompts) // size) * NEW_TOKENS * weight_bytes / read["bytes_per_s"]
+        floor = max(by_sums, by_reading)
+        rows = [
+            {
+                "name": name,
+                "seconds": (s := statistics.median(r["seconds"] for r in found)),
+                "tokens_per_s": written / s,
+                "cpu_seconds": statistics.median(r["cpu_seconds"] for r in found),
+                "peak_mb": statistics.median(r["peak_mb"] for r in found),
+                "floors": s / floor,
+            }
+            for name, found in results.items()
+        ]
+        lengths = sorted(map(len, prompts))
+        print(f"\nbatch {size}: {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {written:,} new tokens")
+        print(f"{'':44}{'tokens/s':>10}{'seconds':>10}{'CPU s':>9}{'peak MB':>10}{'x floor':>9}")
+        for r in rows:
+            print(
+                f"{r['name']:44}{r['tokens_per_s']:10.1f}{r['seconds']:10.2f}{r['cpu_seconds']:9.2f}{r['peak_mb']:10.0f}"
+                f"{r['floors']:9.2f}"
+            )
+        print(
+            f"floor: {written / floor:.0f} tokens/s, the lower of what reading the weights once a step allows "
+            f"({written / by_reading:.0f}, at {read['bytes_per_s'] / 1e9:.1f} GB/s) and what the sums allow "
+            f"({written / by_sums:.0f}, at {rate['flops_per_s'] / 1e9:.0f} GFLOP/s)"
+        )
+        report["sizes"][size] = {"rows": rows, "floor_s": floor, "results": results}
+        if len(rows) > 1:
+            mine, other = rows
+            pairs = zip(results["ours"][0]["tokens"], results[other["name"]][0]["tokens"], strict=True)
+            same = sum(a == b for a, b in pairs) / len(prompts)
+            ratios = {
+                "speed_ratio": mine["tokens_per_s"] / other["tokens_per_s"],
+                "cpu_ratio": other["cpu_seconds"] / mine["cpu_seconds"],
+                "memory_ratio": mine["peak_mb"] / other["peak_mb"],
+                "same_completions": same,
+            }
+            report["sizes"][size] |= ratios
+            print(
+                f"ours is {ratios['speed_ratio']:.2f}x as fast as {other['name']} ({ratios['cpu_ratio']:.2f}x by CPU time), "
+                f"with {ratios['memory_ratio']:.2f}x its peak memory; {same:.0%} of the completions are equal\n"
+            )
+    return report
+
+
 # --- the GPU suite -------------------------------------------------------------------------------------------------------
 
 
@@ -623,7 +753,7 @@ def main() -> None:
         return worker(sys.argv[2])
     cfg = config.load(Config, prog="bench.py")
     with tempfile.TemporaryDirectory(prefix="nanopref_bench_") as temp:
-        report = (gpu if cfg.suite == "gpu" else compare)(cfg, Path(temp))
+        report = {"gpu": gpu, "sample": sampling}.get(cfg.suite, compare)(cfg, Path(temp))
     report |= {"config": dataclasses.asdict(cfg), "commit": commit(), "versions": versions()}
     if cfg.out:
         Path(cfg.out).write_text(json.dumps(report, indent=1) + "\n")

@@ -166,6 +166,36 @@ def sft_trainer(folder: str | Path, rows: list[dict] | Path, out: str | Path, *,
     return trainer, watch
 
 
+def generator(folder: str | Path, device: str = "cpu", dtype: str = "float32", attn_implementation: str = "sdpa"):
+    """transformers' GPT2LMHeadModel, told not to stop at end of text: every completion has its full length."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    with quiet():
+        model = GPT2LMHeadModel.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
+    model.generation_config.eos_token_id = None
+    return model.eval().to(device)
+
+
+def generate(model, prompts: list[list[int]], new: int, batch_size: int, by_length: bool = False) -> list[list[int]]:
+    """Its greedy `generate`, padded on the left, in the order given or longest first; the new tokens of each prompt."""
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if by_length else range(len(prompts))
+    out: dict[int, list[int]] = {}
+    for at in range(0, len(prompts), batch_size):
+        group = order[at : at + batch_size]
+        longest = max(len(prompts[i]) for i in group)
+        ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in group], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=model.device)
+        with torch.no_grad():
+            found = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        out |= dict(zip(group, found[:, longest:].tolist(), strict=True))
+    return [out[i] for i in range(len(prompts))]
+
+
 def harness(folder: str | Path, batch_size: int = 8, device: str = "cpu", dtype: str = "float32"):
     """lm-evaluation-harness's own model class on a folder with model and tokenizer."""
     from lm_eval.models.huggingface import HFLM

@@ -1,0 +1,440 @@
+"""GPT.stream and sample.py: greedy against transformers, draws that follow from seed and place, files that survive a kill."""
+
+import io
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import weights
+from data.tokenizer import get
+from model import GPT, draw, exponential_noise
+from tests import peers
+from tests.conftest import flags
+
+DRAWS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7, "temperature": 1.7}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random model of the toy vocabulary, its logits far enough apart to be of interest."""
+    toy = get("toy")
+    model = weights.load("scratch", seed=3, n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=toy.size)
+    with torch.no_grad():
+        model.wte.weight.mul_(10)
+    path = tmp_path_factory.mktemp("sample") / "model"
+    weights.save(model, toy, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt(folder) -> GPT:
+    return weights.load(folder)
+
+
+def prompts(n: int, most: int, size: int) -> dict[int, list[int]]:
+    rng = np.random.default_rng(0)
+    return {i: rng.integers(0, size, rng.integers(1, most + 1)).tolist() for i in range(n)}
+
+
+def collect(model: GPT, given: dict, new: int = 20, stop: int = -1, **how) -> dict[tuple[int, int], list[int]]:
+    return {(i, j): ids for i, j, ids in model.stream(given, new, stop, **how)}
+
+
+# --- GPT.stream --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_equals_transformers_for_100_prompts(tmp_path):
+    pytest.importorskip("transformers")
+    peers.gpt2_folder(tmp_path, n_layer=3, n_head=4)
+    ours, theirs = weights.load(tmp_path), peers.generator(tmp_path)
+    given = prompts(100, 100, 97)
+    want = peers.generate(theirs, list(given.values()), 20, 8)
+    for size in (0, 1, 7):
+        found = collect(ours, given, batch_size=size)
+        assert [found[i, 0] for i in given] == want
+    assert len({tuple(ids) for ids in want}) > 50
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_the_same_samples_whatever_is_in_the_batch(gpt, how):
+    """Batch 1 and 16 (rows that stop leave, others come), a part of the prompts, and n = 3 against n = 5."""
+    given, stop = prompts(40, 30, gpt.config.vocab_size), 5
+    how = {"temperature": 1.0, "seed": 11, **how}
+    want = collect(gpt, given, stop=stop, n=3, batch_size=1, **how)
+    assert len(want) == 120 and len({len(ids) for ids in want.values()}) > 3
+    assert collect(gpt, given, stop=stop, n=3, batch_size=16, **how) == want
+    few = {i: given[i] for i in (31, 4, 17)}
+    five = collect(gpt, few, stop=stop, n=5, batch_size=3, **how)
+    assert {place: ids for place, ids in five.items() if place[1] < 3} == {p: ids for p, ids in want.items() if p[0] in few}
+    assert collect(gpt, given, stop=stop, n=3, **how | {"seed": 12}) != want
+    assert want[0, 0] != want[0, 1]
+
+
+def test_a_prompt_is_read_once_and_a_finished_row_makes_room(gpt, monkeypatch):
+    read, steps = [], []
+    real_read, real_step = GPT._read, GPT._step
+
+    def watch_read(self, given):
+        read.extend(map(tuple, given))
+        longest = max(map(len, given))
+        assert 8 * sum(map(len, given)) >= 7 * longest * len(given), "more than 1/8 of what is read is padding"
+        return real_read(self, given)
+
+    def watch_step(self, tokens, lengths, cache):
+        x = real_step(self, tokens, lengths, cache)
+        assert cache.window == max(lengths) + 1 and len(lengths) <= 8
+        steps.append(len(lengths))
+        return x
+
+    monkeypatch.setattr(GPT, "_read", watch_read)
+    monkeypatch.setattr(GPT, "_step", watch_step)
+    given = prompts(20, 30, gpt.config.vocab_size)
+    found = collect(gpt, given, stop=5, n=3, temperature=1.0, batch_size=8)
+    assert sorted(read) == sorted(map(tuple, given.values()))
+    assert len(found) == 60 and sum(steps) <= sum(map(len, found.values()))
+    full = steps[: len(steps) // 2]
+    assert sum(full) / len(full) > 7, "the batch is kept full"
+    read.clear()
+    collect(gpt, {0: given[0]}, n=30, temperature=1.0, batch_size=8)  # more samples than rows
+    assert len(read) == 1
+
+
+def test_ends(gpt):
+    """At the token `stop`, at max_new_tokens, at the context's end, and where `ended` says so; train mode is given back."""
+    free = collect(gpt, {0: [1, 2, 3], 1: [4] * 60, 2: [4] * 64}, new=30)
+    assert [len(free[i, 0]) for i in range(3)] == [30, 5, 1]
+    stop = free[0, 0][3]
+    assert collect(gpt, {0: [1, 2, 3]}, stop=stop)[0, 0] == free[0, 0][: free[0, 0].index(stop)]
+    assert collect(gpt, {0: [1, 2, 3]}, ended=lambda ids: len(ids) == 4)[0, 0] == free[0, 0][:4]
+    assert collect(gpt, {0: [1, 2, 3]}, new=1)[0, 0] == free[0, 0][:1]
+    assert collect(gpt, {}) == {}
+    gpt.train()
+    next(gpt.stream({0: [1]}, 3, -1)), collect(gpt, {0: [1]})
+    assert gpt.training
+    gpt.eval()
+
+
+def test_n_ids_leaves_padded_vocabulary_out(gpt):
+    found = collect(gpt, prompts(20, 9, 30), n_ids=30, temperature=5.0)
+    assert max(max(ids) for ids in found.values()) == 29
+
+
+def test_draws_follow_the_distribution():
+    """Frequencies of 60,000 draws against softmax: chi-square of 5 degrees of freedom below its 99.9th percentile, 20.5."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 1.5])
+    places = [(i, j, k) for i in range(100) for j in range(6) for k in range(100)]
+    for how, p in (
+        ({"temperature": 1.0}, logits.softmax(0)),
+        ({"temperature": 0.5}, (2 * logits).softmax(0)),
+        ({"temperature": 1.0, "top_k": 3}, torch.tensor([1.0, 1, 0, 0, 0, 1]) * logits.exp()),
+        ({"temperature": 1.0, "top_p": 0.7}, torch.tensor([1.0, 0, 0, 0, 0, 1]) * logits.exp()),  # 0.46 + 0.28
+    ):
+        p = p / p.sum()
+        counts = torch.bincount(torch.tensor(draw(logits.repeat(len(places), 1), places, **how)), minlength=6)
+        assert not counts[p == 0].any()
+        want = p[p > 0] * len(places)
+        assert ((counts[p > 0] - want) ** 2 / want).sum() < 20.5, how
+
+
+@pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}, {"top_k": 1}, {"top_p": 1e-9}])
+def test_what_is_kept_is_what_transformers_keeps(how):
+    """Over a vocabulary with a long tail, past the widths at which it is sorted in parts."""
+    transformers = pytest.importorskip("transformers")
+    g = torch.Generator().manual_seed(0)
+    logits = torch.cat([4 * torch.randn(1, 300, generator=g), torch.randn(1, 9000, generator=g)], 1) / 2
+    kept = logits
+    if "top_k" in how:
+        kept = transformers.TopKLogitsWarper(how["top_k"])(None, kept)
+    if "top_p" in how:
+        kept = transformers.TopPLogitsWarper(how["top_p"])(None, kept)
+    allowed = set(kept[0].isfinite().nonzero()[:, 0].tolist())
+    places = [(0, 0, k) for k in range(500)]
+    drawn = set(draw(logits.expand(500, -1), places, temperature=1.0, **how))
+    assert drawn <= allowed and len(drawn) > min(len(allowed), 150) / 2
+
+
+def test_noise_is_exponential_and_unlike_from_place_to_place():
+    places = [(i, j, k) for i in range(4) for j in range(2) for k in range(4)]
+    e = exponential_noise(torch.arange(20000), places, 0)
+    assert e.shape == (32, 20000) and e.min() > 0
+    u, n = (-e).exp(), e.numel()
+    counts = torch.histc(u, 100, 0, 1)
+    assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 149  # 99 degrees of freedom: the 99.9th percentile
+    by_place, by_id = torch.corrcoef(e), torch.corrcoef(e[:, :200].T)
+    assert (by_place - torch.eye(32)).abs().max() < 6 / 20000**0.5
+    assert (by_id - torch.eye(200)).abs().mean() < 1 / 32**0.5
+    few = exponential_noise(torch.tensor([[7, 3], [3, 19999]]), places[:2], 0)
+    assert torch.equal(few, torch.stack([e[0, [7, 3]], e[1, [3, 19999]]])), "a function of the id, not of where it stands"
+    assert not torch.equal(exponential_noise(torch.arange(9), places, 1), e[:, :9])
+
+
+def test_a_model_of_nan_says_so(folder):
+    model = weights.load(folder)
+    with torch.no_grad():
+        model.ln_f.weight.zero_(), model.blocks[0].mlp.fc.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        list(model.stream({0: [1]}, 2, -1))
+
+
+@pytest.mark.gpu
+def test_gpu_draws_are_those_of_the_cpu(gpt):
+    given = prompts(30, 30, gpt.config.vocab_size)
+    how = {"temperature": 1.0, "n": 2, "batch_size": 16}
+    want = collect(gpt, given, **how)
+    found = collect(weights_copy(gpt).cuda(), given, **how)
+    assert sum(found[place] == want[place] for place in want) >= 58  # of 60: rounding may turn a draw
+
+
+def weights_copy(model: GPT) -> GPT:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+# --- sample.py ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> Path:
+    """24 prompts of 0 to 60 words with fields of their own."""
+    toy, rng = get("toy"), np.random.default_rng(1)
+    words = [t for t in toy.tokens if t.startswith(" ")]
+    path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    records = [{"id": i, "prompt": "".join(rng.choice(words, 60 * i // 23)), "answer": [i, "é"]} for i in range(24)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def args(folder, asked, out, **keys) -> list[str]:
+    return flags(**{"model": folder, "prompts": asked, "out": out, "n": 2, "max_new_tokens": 12, "seed": 5, **keys})
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, asked, tmp_path_factory) -> bytes:
+    """What an unbroken run writes."""
+    from tests.conftest import script
+
+    out = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    assert script("sample", *args(folder, asked, out)) == 0
+    return out.read_bytes()
+
+
+def test_a_line_a_prompt_with_its_own_fields(folder, asked, whole, call, tmp_path):
+    out = tmp_path / "new" / "out.jsonl"
+    status, printed, _ = call("sample", *args(folder, asked, out, batch_size=1))
+    assert status == 0 and out.read_bytes() == whole and [p.name for p in out.parent.iterdir()] == ["out.jsonl"]
+    assert "3 of 24 prompts lost their start" in printed  # room for 53 of at most 60 tokens
+    found = lines(out)
+    for record, was in zip(found, lines(asked), strict=True):
+        completions = record.pop("completions")
+        assert record == was and len(completions) == 2 and all(isinstance(c, str) for c in completions)
+    assert call("sample", *args(folder, asked, out, limit=3))[0] == 0
+    assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+
+
+def test_an_empty_prompt_is_the_start_of_a_text(gpt, whole):
+    toy = get("toy")
+    found = collect(gpt, {0: [toy.eot]}, 12, toy.eot, n=2, temperature=1.0, seed=5)
+    assert json.loads(whole.splitlines()[0])["completions"] == [toy.decode(found[0, j]) for j in range(2)]
+
+
+def test_a_stop_text_ends_a_completion(folder, asked, whole, call, tmp_path):
+    texts = [c for line in whole.splitlines() for c in json.loads(line)["completions"]]
+    word = max((w for t in texts for w in t.split()), key=lambda w: sum(w in t for t in texts))
+    assert call("sample", *args(folder, asked, tmp_path / "out", stop=word))[0] == 0
+    cut = [c for line in lines(tmp_path / "out") for c in line["completions"]]
+    assert cut == [t.partition(word)[0] for t in texts] and cut != texts
+
+
+def test_stop_texts_over_several_tokens():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    text = sample.Text(Bytes(), "é\n\n")
+    tokens = list("caf\u00e9\n\n\nx".encode())
+    ends = [n for n in range(1, len(tokens) + 1) if text.ended(tokens[:n])]
+    assert ends == [7] and text.final(tokens) == "caf"
+    assert [text.certain(tokens[:n]) for n in (3, 4, 5, 6, 7)] == ["caf"] * 5, (
+        "no half character, no beginning of the stop text"
+    )
+    assert text.certain(list("caf\u00e9\nx".encode())) == "caf\u00e9\nx"
+
+
+def test_killed_runs_go_on(folder, asked, whole, call, tmp_path, monkeypatch):
+    """Cut off after 9 completions, its last line torn: what was finished is not written again, and the file is the same."""
+    out, counts = tmp_path / "out.jsonl", []
+    stream = GPT.stream
+
+    def cut_off(limit):
+        def some(self, *rest, **how):
+            for n, found in enumerate(stream(self, *rest, **how)):
+                if n == limit:
+                    os.kill(os.getpid(), signal.SIGINT)
+                counts.append(found)
+                yield found
+
+        return some
+
+    monkeypatch.setattr(GPT, "stream", cut_off(9))
+    status, _, err = call("sample", *args(folder, asked, out, batch_size=4))
+    part = Path(f"{out}.part0")
+    assert status == 130 and "interrupted" in err and not out.exists()
+    kept = len(part.read_bytes().splitlines()) - 1
+    assert 2 <= kept <= 4
+    part.write_bytes(part.read_bytes()[:-7])
+    counts.clear()
+    monkeypatch.setattr(GPT, "stream", cut_off(-1))
+    status, printed, _ = call("sample", *args(folder, asked, out))
+    assert status == 0 and f"{kept - 1} finished before" in printed and len(counts) == 2 * (24 - kept + 1)
+    assert out.read_bytes() == whole and not part.exists()
+
+
+@pytest.mark.parametrize("keys", [{"temperature": 0.5}, {"seed": 6}, {"n": 3}, {"top_p": 0.9}, {"stop": "x"}, {"limit": 20}])
+def test_unfinished_samples_of_other_settings_are_not_mixed(folder, asked, refused, call, tmp_path, keys):
+    out = tmp_path / "out.jsonl"
+    call("sample", *args(folder, asked, out))
+    other = sample.Config(model="m", prompts="p", out=str(out))
+    header = {"weights_sha256": "", **other.how}
+    Path(f"{out}.part3").write_text(json.dumps(header) + "\n[0, [1]]\n")
+    line = refused("sample", *args(folder, asked, out, **keys), says="out.jsonl.part3 holds unfinished samples with another")
+    assert "--overwrite" in line
+    status, _, _ = call("sample", *args(folder, asked, out, overwrite="true", **keys))
+    assert status == 0 and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_two_processes_write_the_same(folder, asked, whole, spawn, tmp_path):
+    """And take up what one process, and three, had finished."""
+    from tests.conftest import script
+
+    out, err = tmp_path / "out.jsonl", tmp_path / "err"
+    assert script("sample", *args(folder, asked, tmp_path / "one")) == 0
+
+    def two():
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [{**env, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
+        children = [spawn("sample", args(folder, asked, out), err, env=rank) for rank in ranks]
+        for child in children:
+            child.join(120)
+        assert [c.exitcode for c in children] == [0, 0], err.read_text()
+        assert out.read_bytes() == whole and {p.name for p in tmp_path.iterdir()} <= {"one", "out.jsonl", "err"}
+
+    two()
+
+
+def test_two_runs_never_share_a_file(folder, asked, refused, tmp_path):
+    import fcntl
+
+    with open(tmp_path / "out.part0", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused("sample", *args(folder, asked, tmp_path / "out"), says="another process is writing")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"temperature": -0.1}, "key temperature: -0.1 is too small"),
+        ({"temperature": "nan"}, "key temperature: nan"),
+        ({"temperature": "inf"}, "key temperature: inf"),
+        ({"top_p": 0}, "key top_p: 0.0 must be above 0"),
+        ({"top_p": 1.01}, "key top_p: 1.01 must be"),
+        ({"top_p": "nan"}, "key top_p: nan"),
+        ({"top_k": -1}, "key top_k: -1"),
+        ({"n": 0}, "key n: 0"),
+        ({"max_new_tokens": 0}, "key max_new_tokens: 0"),
+        ({"max_new_tokens": 65}, "a context of 64 tokens"),
+        ({"batch_size": 0}, "key batch_size: 0"),
+        ({"seed": 2**63}, "key seed: "),
+        ({"model": "nowhere/model"}, "nowhere/model"),
+        ({"out": None}, "key out: --prompts needs --out"),
+        ({"prompts": None}, "key prompts: --out needs --prompts"),
+        ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"temprature": 1}, "'temperature'"),
+    ],
+)
+def test_settings(folder, asked, refused, tmp_path, keys, says):
+    refused("sample", *args(folder, asked, tmp_path / "out.jsonl", **keys), says=says)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "x.jsonl: an empty file"),
+        ('{"prompt": " the"}\n{"prompt"\n', "x.jsonl:2: not JSON"),
+        ('{"prompt": " the"}\n\n{"question": " the"}\n', "x.jsonl:3: the field 'prompt' is missing"),
+        ('{"prompt": 3}\n', "x.jsonl:1: the field 'prompt' must be text"),
+        ('["prompt"]\n', "x.jsonl:1: a list where"),
+        ('{"prompt": " the quux"}\n', "quux"),
+    ],
+)
+def test_files(folder, refused, tmp_path, content, says):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    refused("sample", *args(folder, path, tmp_path / "out.jsonl"), says=says)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_places_that_cannot_be_written(folder, asked, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("sample", *args(folder, asked, tmp_path / "file" / "out"), says="cannot be written")
+    refused("sample", *args(folder, asked, tmp_path), says="is a folder")
+    refused("sample", *args(folder, asked, asked), says="is the prompts file")
+
+
+def test_damaged_weights(folder, asked, refused, tmp_path):
+    model = weights.load(folder)
+    with torch.no_grad():
+        model.wte.weight[3] = float("nan")
+        model.blocks[1].mlp.proj.bias.fill_(float("nan"))
+    weights.save(model, get("toy"), tmp_path / "model")
+    refused("sample", *args(tmp_path / "model", asked, tmp_path / "out"), says="its weights are damaged")
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------------
+
+
+def test_lines_piped_in_are_answered(folder, gpt, call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" the red\n\n quux\n Mia\n"))
+    status, printed, err = call("sample", *flags(model=folder, max_new_tokens=9, temperature=0))
+    toy = get("toy")
+    want = [toy.decode(gpt.generate([toy.encode(p)], 9, toy.eot)[0]) for p in (" the red", " Mia")]
+    assert status == 0 and printed == "".join(w + "\n" for w in want)
+    assert "error: ' quux' is not in the toy vocabulary" in err and err.count("error: ") == 1
+
+
+def test_ctrl_c_stops_the_text_and_not_the_conversation(folder, call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" the red\n Mia\n"))
+    step, steps = GPT._step, []
+
+    def interrupted(self, *rest):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *rest)
+
+    monkeypatch.setattr(GPT, "_step", interrupted)
+    status, printed, _ = call("sample", *flags(model=folder, max_new_tokens=9, temperature=0, stop="nothing"))
+    assert status == 0 and len(printed.splitlines()) == 2 and len(steps) == 3 + 8
+
+
+def test_several_processes_cannot_share_a_terminal(folder, refused, monkeypatch):
+    from runtime.distributed import Compute
+
+    monkeypatch.setattr(sample.distributed, "setup", lambda *_: Compute(torch.device("cpu"), torch.float32, 0, 2))
+    refused("sample", *flags(model=folder), says="give --prompts and --out")
