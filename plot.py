@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import UserError, run
+from runtime.errors import UserError, run, warn
 
 Records = list[dict[str, Any]]
 
@@ -64,6 +64,34 @@ def smooth(values: np.ndarray) -> np.ndarray:
         return values
     bell = np.hanning(len(values) // 16 * 2 + 3)
     return np.convolve(values, bell, "same") / np.convolve(np.ones(len(values)), bell, "same")
+
+
+def jumps(records: Records) -> list[tuple[int, float, float]]:
+    """Where the training loss jumped: (step, loss before, loss after), once for every 50 records at most.
+
+    A jump is where two of three losses in a row lie more than 5 robust deviations over the median of the 50 before them (at
+    least 10): one hard batch is none. The robust deviation is 1.4826 times the median distance from that median, and
+    at the least 2% of it.
+    """
+    steps, loss = series(records, "train", "loss")
+    found, free = [], 10
+    for at in range(10, len(loss) - 2):
+        before = loss[max(0, at - 50) : at]
+        middle = np.median(before)
+        deviation = max(1.4826 * np.median(np.abs(before - middle)), 0.02 * abs(middle))
+        after = np.median(loss[at : at + 3])
+        if at >= free and loss[at] > middle + 5 * deviation and after > middle + 5 * deviation:
+            found.append((int(steps[at]), float(middle), float(after)))
+            free = at + 50
+    return found
+
+
+def warn_of_jumps(runs: dict[str, Records]) -> None:
+    for label, records in runs.items():
+        for step, before, after in jumps(records):
+            warn(
+                f"{label}: the training loss jumped at step {step}, from about {before:.3f} to {after:.3f}: lr may be too high"
+            )
 
 
 def table(runs: dict[str, Records]) -> str:
@@ -294,6 +322,7 @@ def main() -> None:
     runs = {label: read_run(folder) for label, folder in zip(labels, args.folders, strict=True)}
     if args.table == "true":
         print(table(runs), flush=True)
+    warn_of_jumps(runs)
     draw(runs, args.out)
     print(f"wrote {args.out}")
 

@@ -1,4 +1,4 @@
-"""GPT-2's weights in and out: the hub's or a folder's -> GPT, and GPT -> a folder that transformers loads as it is.
+"""GPT-2's weights in and out: the hub's, OpenAI's or a folder's -> GPT, and GPT -> a folder that transformers loads as it is.
 
 A tensor at a time goes through memory, so loading and saving take about one copy of the model.
 """
@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data.download import hub_endpoint, hub_find
+from data.download import cache_dir, fetch, hub_endpoint, hub_find, openai_endpoint
 from model import GPT, SIZES, GPTConfig
 from runtime.distributed import whole
 from runtime.errors import UserError
+from runtime.tf_checkpoint import read_index, read_tensor
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -45,6 +46,12 @@ FIXED = {
     "tie_word_embeddings": (True,),
 }
 DIMENSIONS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_positions": "block_size"}
+
+# What OpenAI released: TensorFlow checkpoints, https://github.com/openai/gpt-2 (download_model.py)
+OPENAI = ("124M", "355M", "774M", "1558M")
+HPARAMS = "hparams.json"
+HPARAM_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_ctx": "block_size", "n_vocab": "vocab_size"}
+INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 
 
 def load(init_from: str | Path, **options) -> GPT:
@@ -69,8 +76,9 @@ def source(
     """The config of the model that `init_from` names, and its weights: (name, float32 tensor), one read at a time.
 
     init_from: "scratch" (n_layer, n_head, n_embd, block_size, vocab_size and seed say which), a name on the hub (gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl), or a folder in Hugging Face's layout: config.json with model.safetensors or
-    pytorch_model.bin, in one file or in shards. A folder of such a name is written ./gpt2.
+    gpt2-medium, gpt2-large, gpt2-xl), openai:124M (355M, 774M, 1558M) for OpenAI's own files, or a folder: in Hugging Face's
+    layout (config.json with model.safetensors or pytorch_model.bin, in one file or in shards) or in OpenAI's (hparams.json
+    with model.ckpt.index and .data-00000-of-00001). A folder of a model's name is written ./gpt2.
 
     Raises UserError for what is missing, damaged, or not the GPT-2 of model.py (in part only while the weights are read, to
     their end); and for sizes (0 = not given) that are not those of the weights.
@@ -85,18 +93,21 @@ def source(
         _check_heads(config, "the command line or config")
         return config, empty(config).initial_weights(seed)
 
-    if name in SIZES:
-        find = _hub(name)
+    if name.startswith("openai:"):
+        find, said = _openai(name), HPARAMS
+    elif name in SIZES:
+        find, said = _hub(name), CONFIG
     else:
         find = _folder(name)
-    path = find([CONFIG])
+        said = CONFIG if find([CONFIG]) else HPARAMS
+    path = find([said])
     if path is None:
         raise UserError(f"no {CONFIG} for {name} at {hub_endpoint()}: is HF_ENDPOINT a hub?")
-    config = read_config(path, dropout)
+    config = read_hparams(path, dropout) if said == HPARAMS else read_config(path, dropout)
     for key, size in sizes.items():
         if size and size != getattr(config, key):
             raise UserError(f"{key} is {size}, but {path} has {getattr(config, key)}: leave it out or use scratch")
-    return config, _read(find, name, empty(config))
+    return config, _read(_tf_tensors(find, name) if said == HPARAMS else _tensors(find, name), said, empty(config))
 
 
 class _NoInit(TorchFunctionMode):
@@ -121,6 +132,15 @@ def _hub(name: str) -> Find:
     return lambda names: hub_find(name, names)
 
 
+def _openai(name: str) -> Find:
+    size = name.removeprefix("openai:")
+    if size not in OPENAI:
+        known = ", ".join(f"openai:{known}" for known in OPENAI)
+        raise UserError(f"{name} is not one of OpenAI's checkpoints (init_from): known are {known}")
+    url, folder = f"{openai_endpoint()}/gpt-2/models/{size}", cache_dir() / "openai" / size
+    return lambda names: fetch(f"{url}/{names[0]}", folder / names[0])
+
+
 def _folder(name: str) -> Find:
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -131,9 +151,11 @@ def _folder(name: str) -> Find:
         raise UserError(f"{name} is no folder and no known model (init_from): {hint}")
     if not folder.is_dir():
         raise UserError(f"{name} is a file (init_from): name the folder that holds it and its {CONFIG}")
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and not (folder / INDEX).is_file():
         hint = f"did you mean {folder / 'model'}?" if (folder / "model" / CONFIG).is_file() else "is it a saved model?"
         raise UserError(f"no {CONFIG} in {name} (init_from): {hint}")
+    if not (folder / CONFIG).is_file() and not (folder / HPARAMS).is_file():
+        raise UserError(f"no {HPARAMS} in {name}, beside {INDEX} (init_from): copy it there, it says what the tensors are for")
     return lambda names: next((folder / n for n in names if (folder / n).is_file()), None)
 
 
@@ -143,14 +165,24 @@ def read_config(path: Path, dropout: float = 0.0) -> GPTConfig:
     for key, allowed in FIXED.items():
         if (value := raw.get(key, allowed[0] if key != "model_type" else None)) not in allowed:
             raise UserError(f"{path}: {key} is {value!r}, GPT-2 here has {' or '.join(map(repr, allowed))}")
-    values = {"vocab_size": raw.get("vocab_size")} | {ours: raw.get(key) for key, ours in DIMENSIONS.items()}
-    for key, ours in (DIMENSIONS | {"vocab_size": "vocab_size"}).items():
+    config = _dimensions(raw, DIMENSIONS | {"vocab_size": "vocab_size"}, path, dropout)
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{path}: n_inner is {raw['n_inner']!r}, GPT-2 here has 4 * n_embd = {4 * config.n_embd}")
+    return config
+
+
+def read_hparams(path: Path, dropout: float = 0.0) -> GPTConfig:
+    """OpenAI's hparams.json -> GPTConfig. Raises UserError, with the key, for what is missing or no size."""
+    return _dimensions(_read_json(path), HPARAM_KEYS, path, dropout)
+
+
+def _dimensions(raw: dict, keys: dict[str, str], path: Path, dropout: float) -> GPTConfig:
+    values = {ours: raw.get(key) for key, ours in keys.items()}
+    for key, ours in keys.items():
         if type(values[ours]) is not int or values[ours] <= 0:
             raise UserError(f"{path}: {key} is {values[ours]!r}, not a positive whole number")
     config = GPTConfig(**values, dropout=dropout)
     _check_heads(config, str(path))
-    if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise UserError(f"{path}: n_inner is {raw['n_inner']!r}, GPT-2 here has 4 * n_embd = {4 * config.n_embd}")
     return config
 
 
@@ -179,23 +211,24 @@ def transposed(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and ".ln" not in name
 
 
-def _read(find: Find, name: str, model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter of `model`, out of the first weight files that are there."""
+def _read(tensors: Iterator[tuple[Path, str, Tensor]], said: str, model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of `model`, out of the (file, transformers' name, tensor) of its weights. `said`: the
+    file that its sizes come from."""
     ours = {hf_name(key): key for key, _ in model.named_parameters()}
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     seen: set[str] = set()
     tied: dict[str, Tensor] = {}  # the embedding, and the output projection where the file has it too
     path = None
-    for path, theirs, tensor in _tensors(find, name):
+    for path, theirs, tensor in tensors:
         short = theirs.removeprefix("transformer.")
         if IGNORED.fullmatch(short):
             continue
         key = "wte.weight" if short == "lm_head.weight" else ours.get(short)
         if key is None:
-            raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer GPT-2's; see its {CONFIG}")
+            raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer GPT-2's; see its {said}")
         shape = shapes[key][::-1] if transposed(key) else shapes[key]
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, not {shape} as {CONFIG} says")
+            raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, not {shape} as {said} says")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{path}: tensor {theirs} is {tensor.dtype}, not float32, float16 or bfloat16")
         # A copy of our own in any case: what the file gives may be a view of the file.
@@ -238,6 +271,21 @@ def _tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
                 f"{file} ({file.stat().st_size:,} bytes) is damaged, incomplete, or holds more than tensors: "
                 "delete it and get it again"
             ) from error
+
+
+def _tf_tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, transformers' name, tensor) of every tensor in a TensorFlow checkpoint of OpenAI's, one at a time."""
+    index = find([INDEX])
+    entries = read_index(index)  # before the large file is downloaded
+    data = find([DATA])
+    if data is None:
+        raise UserError(f"no weights for {name}: {DATA} is missing beside {INDEX}; copy it there")
+    for entry in entries:
+        # model/h0/attn/c_attn/w -> h.0.attn.c_attn.weight; its shape (1, in, out) is that of a convolution one token wide
+        parts = re.sub(r"^model/(?:h(\d+)/)?", lambda m: f"h/{m[1]}/" if m[1] else "", entry.name).split("/")
+        last = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}.get(parts[-1], parts[-1])
+        tensor = torch.from_numpy(read_tensor(entry, data))
+        yield data, ".".join([*parts[:-1], last]), tensor.squeeze(0) if parts[-1] == "w" and tensor.dim() == 3 else tensor
 
 
 class _Damaged(Exception):

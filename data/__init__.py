@@ -10,23 +10,33 @@ Every stage trains on or scores the same thing, a prompt with k completions:
 """
 
 import difflib
+import hashlib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import UserError
 
-RECIPES = {"toy": "data.toy", "hellaswag": "data.hellaswag"}
+LABELS = ("sentiment", "descriptiveness", "tldr", "cnndm")
+RECIPES = {  # name -> module; what stands behind a colon says which part of its data
+    "toy": "data.toy",
+    "hellaswag": "data.hellaswag",
+    "hh": "data.hh",
+    "alpaca": "data.alpaca",
+    **{f"human_labels:{part}": "data.human_labels" for part in LABELS},
+}
 VIEWS = ("sft", "preference", "mcq", "loglik")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completions, as text. `label` is the right option's number where the completions are options;
+    """A prompt and its completions, as text, or as ids of GPT-2's vocabulary, which then are tokens as they are: nothing is
+    added at a completion's end. `label` is the right option's number where the completions are options;
     `group` joins examples of which an epoch draws some; `source` says where it stands, for messages ("file:line")."""
 
-    prompt: str
-    completions: tuple[str, ...]
+    prompt: str | tuple[int, ...]
+    completions: tuple[str | tuple[int, ...], ...]
     label: int | None = None
     group: int | None = None
     source: str = ""
@@ -69,6 +79,36 @@ def move_space(example: Example) -> Example:
     return replace(example, prompt=prompt, completions=tuple(space + c for c in example.completions))
 
 
+def split_of(text: bytes, val: float, test: float) -> str:
+    """Which split a text belongs to, by its SHA-256: the same in every file and order, so that no copy of it is in another."""
+    at = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+    return "val" if at < val else "test" if at < val + test else "train"
+
+
+def only_text_views(recipe: str, view: str) -> None:
+    """Raise UserError for a recipe without options that is asked for multiple choice."""
+    if view not in ("sft", "preference"):
+        raise UserError(f"recipe {recipe} has no multiple-choice questions: eval_mcq.py takes hellaswag, toy or a file of them")
+
+
+def local(data_dir: str, names: Sequence[str]) -> list[Path]:
+    """Those of the files `names` that the folder `data_dir` holds, plain or with .gz added or taken away."""
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"data_dir {data_dir}: {'not a folder' if folder.exists() else 'no such folder'}")
+    spellings = ((n, n + ".gz", n.removesuffix(".gz")) for n in names)
+    found = [next((folder / s for s in each if (folder / s).is_file()), None) for each in spellings]
+    if not any(found):
+        raise UserError(f"data_dir {data_dir}: none of {', '.join(names)} is there (plain or .gz)")
+    return [path for path in found if path]
+
+
+def report(what: str, kept: int, dropped: dict[str, int]) -> None:
+    """Say how much of a data set stays, and what was dropped and why."""
+    lost = "".join(f"; {n:,} dropped: {why}" for why, n in dropped.items() if n)
+    print(f"{what}: {kept:,} kept{lost}", flush=True)
+
+
 def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0) -> list[Example]:
     """Examples of a recipe's split, or of a .jsonl / .jsonl.gz file (its one split), in a view's form.
 
@@ -77,7 +117,8 @@ def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int =
     """
     assert view in VIEWS, view
     if source in RECIPES:
-        return importlib.import_module(RECIPES[source]).load(split, view, data_dir=data_dir, limit=limit)
+        part = {"part": source.partition(":")[2]} if ":" in source else {}
+        return importlib.import_module(RECIPES[source]).load(split, view, data_dir=data_dir, limit=limit, **part)
     if not source.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) and not Path(source).exists():
         near = difflib.get_close_matches(source, RECIPES, n=1)
         raise UserError(

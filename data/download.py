@@ -43,6 +43,11 @@ def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def openai_endpoint() -> str:
+    """Where OpenAI keeps its released weights and labels: OPENAIPUBLIC_ENDPOINT, or the published address."""
+    return (os.environ.get("OPENAIPUBLIC_ENDPOINT") or "https://openaipublic.blob.core.windows.net").rstrip("/")
+
+
 def hub_file(repo: str, name: str) -> Path:
     """The file `name` of a hub repository ("gpt2", "org/name"), from the cache or else from the hub's main branch.
 

@@ -1,10 +1,13 @@
-"""The user's own files: one JSON object a line, plain or gzipped. Which fields a view needs stands in `FIELDS`.
+"""The user's own files: one JSON object a line (a .json file: or one list of them), plain or gzipped.
 
-Files in a published format that we know by its fields (HellaSwag, Anthropic HH) are read as what they are.
+Which fields a view needs stands in `FIELDS`.
+
+Files in a published format that we know by its fields (HellaSwag, Anthropic HH, Alpaca) are read as what they are.
 """
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +24,23 @@ FIELDS = {
 
 
 def read(path: str | Path, limit: int = 0) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) for every non-empty line. Raises UserError for what is not there, not JSON, or not an object."""
+    """("file:line", object) for every non-empty line, or ("file entry N", object) where a .json file is one list.
+
+    Raises UserError for what is not there, not JSON, or not an object.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     opener = gzip.open if path.suffix == ".gz" else open
     number = count = 0
     try:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            with opener(path, "rb") as file:
+                is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            if is_list:
+                with opener(path, "rb") as file:
+                    yield from _listed(path, file.read().decode("utf-8-sig"), limit)
+                return
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -45,10 +58,35 @@ def read(path: str | Path, limit: int = 0) -> Iterator[tuple[str, dict]]:
                 count += 1
                 if count == limit:
                     return
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: damaged or cut-off gzip file ({error})") from None
     if not count:
         raise UserError(f"{path}: an empty file: it needs at least one line")
+
+
+def _listed(path: Path, text: str, limit: int) -> Iterator[tuple[str, dict]]:
+    """("file entry N", object) for every entry of a JSON list, N from 1. An entry at a time: a list may have 60,000 of them."""
+    decoder, blank, number = json.JSONDecoder(), re.compile(r"\s*"), 0
+    at = blank.match(text, text.index("[") + 1).end()
+    while text[at : at + 1] != "]" or number:
+        number += 1
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg} at character {error.pos:,}" if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{path} entry {number}: not JSON: {what}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path} entry {number}: a {type(record).__name__} where a JSON object {{…}} was expected")
+        yield f"{path} entry {number}", record
+        at = blank.match(text, at).end()
+        if text[at : at + 1] == "]" or number == limit:
+            return
+        if text[at : at + 1] != ",":
+            raise UserError(f"{path} entry {number}: neither a comma nor the list's end behind it: damaged or cut off")
+        at = blank.match(text, at + 1).end()
+    raise UserError(f"{path}: an empty list: it needs at least one entry")
 
 
 def get(record: dict, field: str, kind: type, where: str):
@@ -74,13 +112,18 @@ def completion(text: str, field: str, where: str) -> str:
 
 def load(path: str, view: str, limit: int = 0) -> list[Example]:
     """Every line as the examples of a view; see `FIELDS`."""
-    from data import hellaswag, hh
+    from data import alpaca, hellaswag, hh
 
     examples: list[Example] = []
-    unlike = 0
+    unlike = empty = 0
     for number, (where, record) in enumerate(read(path, limit)):
         if hellaswag.is_record(record):
             examples += view_problem(hellaswag.problem(record, where, plain=view == "loglik"), view, number, where)
+            continue
+        if alpaca.is_record(record):
+            example = alpaca.example(record, view, where)
+            empty += example is None
+            examples += [example] if example else []
             continue
         if hh.is_record(record):
             example = hh.pair(record, where)
@@ -101,6 +144,8 @@ def load(path: str, view: str, limit: int = 0) -> list[Example]:
             examples.append(move_space(example) if view == "loglik" else example)
     if unlike:
         print(f"{path}: {unlike:,} lines left out: their dialogues differ before the last answer, or one answer is empty")
+    if empty:
+        print(f"{path}: {empty:,} entries left out: their output is empty")
     if not examples:
         raise UserError(f"{path}: no usable example: {view} needs {FIELDS[view]}")
     return examples

@@ -64,23 +64,31 @@ class LengthReport:
         return ", ".join(parts)
 
 
+def to_ids(texts: list[str | tuple[int, ...]], tokenizer) -> list[list[int]]:
+    """Token ids of texts; a text that is ids already stays as it is. Raises UserError for such with another tokenizer."""
+    found = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+    if tokenizer.name != "gpt2" and not all(isinstance(text, str) for text in texts):
+        raise UserError(f"these data are token ids of gpt2, and the tokenizer is {tokenizer.name}: start from a GPT-2")
+    return [next(found) if isinstance(text, str) else list(text) for text in texts]
+
+
 def encode(
     examples: list[Example], tokenizer, max_len: int, truncation: str, *, end: bool = True
 ) -> tuple[list[Encoded], LengthReport]:
-    """Tokenize prompt and completions apart and apply the length policy.
+    """Tokenize prompt and completions apart (what is ids already stays as it is) and apply the length policy.
 
     An empty prompt becomes one end-of-text token, so that there is a position that predicts; `end` closes each completion
     with end-of-text. `max_len` bounds prompt + one completion in tokens; `truncation` is "drop" (leave such an example out)
     or "left" (cut the prompt's start). Raises UserError for an empty completion, for one that no cut can make fit, and when
     nothing is left.
     """
-    prompts = tokenizer.encode_batch([e.prompt for e in examples])
-    flat = iter(tokenizer.encode_batch([c for e in examples for c in e.completions]))
+    prompts = to_ids([e.prompt for e in examples], tokenizer)
+    flat = iter(to_ids([c for e in examples for c in e.completions], tokenizer))
     kept, report = [], LengthReport(examples=len(examples))
     eot = [tokenizer.eot]
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        completions = [next(flat) + (eot if end else []) for _ in example.completions]
-        if min(len(c) for c in completions) <= end:
+        completions = [next(flat) + (eot if end and isinstance(c, str) else []) for c in example.completions]
+        if any(len(c) <= (end and isinstance(text, str)) for c, text in zip(completions, example.completions, strict=True)):
             raise UserError(f"{example.source}: an empty completion: every completion needs at least one token")
         prompt = prompt or eot
         longest = max(len(c) for c in completions)

@@ -150,12 +150,12 @@ def get(name_or_folder: str | Path) -> Tokenizer:
             raise UserError(f"the words of {path} are not those of data/toy.py: train the toy model again")
         return tokenizer
     if vocab is None and name is None:
-        size = _read_json(folder / "config.json").get("vocab_size")
+        size = _read_json(folder / "config.json").get("vocab_size") or _read_json(folder / "hparams.json").get("n_vocab")
         if size is None:
             hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "name a saved model's folder"
             raise UserError(f"no tokenizer files and no vocab_size in config.json, folder {folder}: {hint}")
         if size != GPT2_SIZE:
-            raise UserError(f"{folder / 'config.json'} says vocab_size {size}: nanopref knows only gpt2's {GPT2_SIZE}")
+            raise UserError(f"the config in {folder} says vocab_size {size}: nanopref knows only gpt2's {GPT2_SIZE}")
     if vocab is not None and vocab != gpt2_vocab():
         raise UserError(f"{path} does not have GPT-2's ids: nanopref knows only gpt2's vocabulary of {GPT2_SIZE}")
     return _named("gpt2")

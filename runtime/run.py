@@ -42,7 +42,9 @@ FREE = {
 class ModelKeys:
     """Which weights to start from."""
 
-    init_from: str = key("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model folder, or scratch")
+    init_from: str = key(
+        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, openai:124M (355M, 774M, 1558M), a model folder, or scratch"
+    )
     n_layer: int = key(0, "scratch: number of blocks")
     n_head: int = key(0, "scratch: attention heads a block")
     n_embd: int = key(0, "scratch: width")
@@ -54,7 +56,7 @@ class ModelKeys:
 class DataKeys:
     """Which text to read and what to do when it is too long."""
 
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag, hh, alpaca, human_labels:sentiment, …) or a .jsonl / .jsonl.gz file")
     val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     limit: int = key(0, "use only the first so many training problems, 0 = all")
@@ -65,7 +67,7 @@ class DataKeys:
     def check(self) -> None:
         """Raise UserError for values that no run can have. Runs before anything is loaded."""
         if not self.data:
-            raise UserError("key data: empty: name a recipe (toy, hellaswag) or a .jsonl file")
+            raise UserError("key data: empty: name a recipe (toy, hellaswag, hh, …) or a .jsonl file")
         self.at_least(0, "limit val_limit max_len n_layer n_head n_embd block_size seed")
         self.at_least(1, "micro_tokens")
         if self.seed >= 2**63:

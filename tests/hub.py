@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".bin")
+LARGE = (".safetensors", ".bin", ".gz")
 
 
 @dataclass
@@ -88,6 +88,12 @@ class Hub:
         path = folder / name if folder else None
         return path if path and path.is_file() else None
 
+    def find(self, path: str) -> Path | None:
+        """The file of "{repo}/{name}", wherever the repository's name ends."""
+        parts = path.split("/")
+        cuts = (("/".join(parts[:i]), "/".join(parts[i:])) for i in range(len(parts) - 1, 0, -1))
+        return next((file for repo, name in cuts if (file := self.file(repo, name))), None)
+
     def take_fault(self, path: str) -> Fault:
         for fault in self.faults:
             if fault.path in path and fault.times:
@@ -113,10 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(self.fault.status)
         elif match := re.fullmatch(r"/([^/]+)/resolve/main/(.+)", path):
             self.redirect(307, f"/openai-community/{match[1]}/resolve/main/{match[2]}", {})
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(?:main|[0-9a-f]{40})/(.+)", path):
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/(?:main|[0-9a-f]{40})/(.+)", path):
             self.resolve(*match.groups())
-        elif match := re.fullmatch(r"/(?:store|files)/((?:[^/]+/)?[^/]+)/([^/]+)", path):
-            if file := self.hub.file(*match.groups()):
+        elif match := re.fullmatch(r"/(?:store|files)/(.+)", path):
+            if file := self.hub.find(match[1]):
                 content = file.read_bytes()
                 self.send(content, hashlib.md5(content).hexdigest(), {})
             else:

@@ -1,0 +1,71 @@
+"""A recipe's split, or a file, as a file in the user's own format: for sampling and judging, or to look at.
+
+python -m data --data hh --split test --view prompts --limit 250 --out runs/hh_prompts.jsonl
+"""
+
+import json
+from dataclasses import dataclass
+
+from data import VIEWS, Example, load
+from data.tokenizer import get
+from runtime import config
+from runtime.config import REQUIRED, key
+from runtime.errors import UserError, run
+from runtime.files import check_file, write_whole
+
+
+@dataclass
+class Config:
+    """Write a recipe's examples to a JSONL file."""
+
+    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …) or a file")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    split: str = key("test", "the recipe's split", ["train", "val", "test"])
+    view: str = key(
+        "prompts", "prompts: prompt and chosen, what sample.py and the judge read; else as in training", ["prompts", *VIEWS]
+    )
+    limit: int = key(0, "only the first so many problems, 0 = all")
+    out: str = key(REQUIRED, "the .jsonl file to write")
+
+    def check(self) -> None:
+        if self.limit < 0:
+            raise UserError(f"key limit: {self.limit} is too small, the least is 0")
+        if not self.out.endswith(".jsonl"):
+            raise UserError(f"key out: {self.out} must end in .jsonl")
+        check_file("out", self.out)
+
+
+def as_record(example: Example, view: str) -> dict:
+    """An example whose prompt and completions are text, as a line of the view's format."""
+    if view in ("mcq", "loglik"):
+        return {"prompt": example.prompt, "choices": example.completions, "label": example.label}
+    names = {"prompts": ("chosen",), "sft": ("completion",), "preference": ("chosen", "rejected")}[view]
+    return {"prompt": example.prompt, **dict(zip(names, example.completions, strict=True))}
+
+
+def to_text(examples: list[Example]) -> list[Example]:
+    """Examples that are token ids as text, without <|endoftext|>, and a word on those that would not be the same ids again."""
+    if all(isinstance(example.prompt, str) for example in examples):
+        return examples
+    tokenizer = get("gpt2")
+    made, unlike = [], 0
+    for e in examples:
+        ids = [[i for i in part if i != tokenizer.eot] for part in (e.prompt, *e.completions)]
+        prompt, *completions = texts = [tokenizer.decode(part) for part in ids]
+        unlike += [tokenizer.encode(text) for text in texts] != ids
+        made.append(Example(prompt, tuple(completions), source=e.source))
+    if unlike:
+        print(f"{unlike:,} of {len(examples):,} examples, written as text, have other token ids when they are read again")
+    return made
+
+
+def main() -> None:
+    cfg = config.load(Config, prog="-m data")
+    view = "sft" if cfg.view == "prompts" else cfg.view
+    examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
+    write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
+    print(f"wrote {cfg.out}: {len(examples):,} lines")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""Recipe D: which of four continuations people liked best, Ziegler et al. 2019 (arXiv 1909.08593).
+https://github.com/openai/lm-human-preferences
+
+A file is one JSON list of {"query": [ids], "sample0": [ids], …, "sample3": [ids], "best": 0..3}: token ids of GPT-2, padded
+with 50259, and they stay the ids that they are. The best sample stands against each of the other three: three pairs of one
+group. A sample that ends before its padding gets <|endoftext|>; one that fills its length was cut off there, and gets none.
+"""
+
+import array
+from pathlib import Path
+
+from data import Example, local, only_text_views, report, split_of
+from data.download import cache_dir, fetch, openai_endpoint
+from data.jsonl import get, read
+from runtime.errors import UserError
+
+FILES = {
+    "sentiment": ("sentiment/offline_5k.json",),
+    "descriptiveness": ("descriptiveness/offline_5k.json",),
+    "tldr": ("tldr/online_45k.json", "tldr/offline_60k.json"),
+    "cnndm": ("cnndm/online_45k.json", "cnndm/offline_60k.json"),
+}
+PAD, EOT = 50259, 50256
+SAMPLES = ("sample0", "sample1", "sample2", "sample3")
+VAL, TEST = 0.05, 0.05  # shares of all queries, drawn by their hash
+_IDS = list(range(EOT + 1))  # one object an id: a file has up to 50 million of them
+
+
+def unpadded(record: dict, field: str, where: str) -> tuple[tuple[int, ...], bool]:
+    """A field's ids without the padding on either side, and whether there was any behind them."""
+    ids = get(record, field, list, where)
+    begin, end = 0, len(ids)
+    while begin < end and ids[end - 1] == PAD:
+        end -= 1
+    while begin < end and ids[begin] == PAD:
+        begin += 1
+    for at in range(begin, end):
+        if type(ids[at]) is not int or not 0 <= ids[at] <= EOT:
+            raise UserError(
+                f"{where}: {field!r} has {ids[at]!r:.40} at place {at}, which is no token id of GPT-2 (0 to {EOT}; {PAD} only "
+                "as padding before or behind)"
+            )
+    return tuple(_IDS[i] for i in ids[begin:end]), end < len(ids)
+
+
+def group(record: dict, where: str) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """An entry as its query and the four samples, the best one first."""
+    query, _ = unpadded(record, "query", where)
+    samples = []
+    for field in SAMPLES:
+        ids, ended = unpadded(record, field, where)
+        if not ids and not ended:
+            raise UserError(f"{where}: {field!r} is empty: a sample needs at least one token, or padding where it ended")
+        samples.append((*ids, EOT) if ended and ids[-1:] != (EOT,) else ids)
+    best = get(record, "best", int, where)
+    if not 0 <= best < len(SAMPLES):
+        raise UserError(f"{where}: best is {best}, out of range: there are {len(SAMPLES)} samples, numbered from 0")
+    return query, [samples[best], *samples[:best], *samples[best + 1 :]]
+
+
+def paths(part: str, data_dir: str = "") -> list[Path]:
+    """A part's files, downloaded once, or those of them in a folder laid out as they are published."""
+    if data_dir:
+        return local(data_dir, FILES[part])
+    folder = cache_dir() / "human_labels"
+    return [fetch(f"{openai_endpoint()}/lm-human-preferences/labels/{name}", folder / name) for name in FILES[part]]
+
+
+def load(split: str, view: str, data_dir: str = "", limit: int = 0, part: str = "sentiment") -> list[Example]:
+    """A split in a view's form; `limit` counts queries. A query belongs to one split, in whichever file it stands."""
+    only_text_views(f"human_labels:{part}", view)
+    files = paths(part, data_dir)
+    examples, groups, others = [], 0, 0
+    for where, record in (entry for file in files for entry in read(file)):
+        query, (best, *rest) = group(record, where)
+        if split_of(array.array("i", query).tobytes(), VAL, TEST) != split:
+            others += 1
+        elif not limit or groups < limit:
+            groups += 1
+            pairs = [(best, other) for other in rest] if view == "preference" else [(best,)]
+            examples += [Example(query, pair, group=groups, source=where) for pair in pairs]
+    report(f"human_labels:{part} {split} of {', '.join(file.name for file in files)}", groups, {})
+    if not examples:
+        raise UserError(f"{files[0]}: none of its {others:,} queries falls into the {split} split: it is too small to be split")
+    return examples
