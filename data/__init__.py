@@ -16,7 +16,8 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
-RECIPES = {"toy": "data.toy", "hellaswag": "data.hellaswag"}
+RECIPES = {"toy": "data.toy", "hellaswag": "data.hellaswag"}  # name -> module, or module:function
+RECIPES |= {"gsm8k": "data.math_problems:gsm8k", "math": "data.math_problems:math", "toy_math": "data.math_problems:toy"}
 VIEWS = ("sft", "preference", "mcq", "loglik")
 
 
@@ -77,7 +78,8 @@ def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int =
     """
     assert view in VIEWS, view
     if source in RECIPES:
-        return importlib.import_module(RECIPES[source]).load(split, view, data_dir=data_dir, limit=limit)
+        module, _, function = RECIPES[source].partition(":")
+        return getattr(importlib.import_module(module), function or "load")(split, view, data_dir=data_dir, limit=limit)
     if not source.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) and not Path(source).exists():
         near = difflib.get_close_matches(source, RECIPES, n=1)
         raise UserError(
