@@ -8,8 +8,10 @@ Architecture: Radford et al. 2019; parameter shapes are those of the released ch
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**28  # bytes of probabilities a forward may keep for backward; past it they are computed again
 LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
+PROMPT_TOKENS = 8192  # most tokens of prompts that generation reads in one forward
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,32 @@ SIZES = {  # name -> (n_layer, n_head, n_embd); 124M, 355M, 774M, 1558M paramete
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, per layer, for rows of unlike length. Shape (rows, heads, room, head_dim)."""
+    """Keys and values of the tokens seen so far, for rows of unlike length. Each (layers, rows, heads, room, head_dim)."""
 
     def __init__(self, config: GPTConfig, rows: int, room: int, like: Tensor):
-        shape = (rows, config.n_head, room, config.n_embd // config.n_head)
+        shape = (config.n_layer, rows, config.n_head, room, config.n_embd // config.n_head)
         # zeros, not empty: a masked position weighs 0, but 0 times a stray nan in unwritten memory is nan
-        self.keys = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.values = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.window = room  # positions that attention looks at: those of the longest row
 
     def append(self, layer: int, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (rows, heads, 1, head_dim) at `position` (rows,); returns all keys and values so far."""
+        """Write k, v (rows, heads, 1, head_dim) of the first rows at `position` (rows,); returns their keys and values."""
         rows = torch.arange(len(position), device=position.device)
         self.keys[layer][rows, :, position] = k[:, :, 0]
         self.values[layer][rows, :, position] = v[:, :, 0]
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer, : len(rows), :, : self.window], self.values[layer, : len(rows), :, : self.window]
+
+    def copy(self, to: int, source: "KVCache", row: int, length: int) -> None:
+        """Make row `to` the first `length` positions of another cache's (or this one's) row."""
+        self.keys[:, to, :, :length] = source.keys[:, row, :, :length]
+        self.values[:, to, :, :length] = source.values[:, row, :, :length]
+
+
+class LayerNorm(nn.LayerNorm):
+    """In float32, also where its parameters were gathered in bfloat16: as autocast has it on CUDA, not on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class Attention(nn.Module):
@@ -87,9 +102,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln1 = LayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ln2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
         self.recompute = False  # activation checkpointing: keep only the block's input, compute the rest again in backward
@@ -112,7 +127,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """GPT-2's initialisation (Radford et al. 2019, 2.3): N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer).
@@ -154,50 +169,208 @@ class GPT(nn.Module):
             x = block(x, None)
         return self.ln_f(x) @ self.wte.weight.T
 
-    @torch.compiler.set_stance("force_eager")  # each length would compile compiled blocks anew
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None):
-        """Greedy continuations (token lists) of prompts of unlike length, up to and without the token `stop`.
+    def project(self, x: Tensor, n_ids: int | None = None) -> Tensor:
+        """What the last block gives, (rows, n_embd) -> float32 logits of `n_ids` tokens (None: all), (rows, n_ids)."""
+        x = self.ln_f(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # for a few rows the large matrix on the left is up to twice as fast on a CPU
+        return _float32_product(self.wte.weight[:n_ids].to(x.dtype), x.T).T.contiguous()
 
-        The prompts go through once, then one token a row a step with cached keys and values; a row that has stopped leaves
-        the batch. No branch grows past `block_size` tokens. Of a sharded model every rank must ask for the same.
-        `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
+    @torch.compiler.set_stance("force_eager")  # each length would compile compiled blocks anew
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None) -> list[list[int]]:
+        """Greedy continuations (token lists) of prompts of unlike length, all in one batch: `stream`, drained.
+
+        Of a sharded model every rank must ask for the same, and by this method: what it is sharded with knows no `stream`.
         """
-        device, was_training = self.wte.weight.device, self.training
+        out = {i: ids for i, _, ids in self.stream(dict(enumerate(prompts)), max_new_tokens, stop, n_ids=n_ids)}
+        return [out[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: dict[int, list[int]],
+        max_new_tokens: int,
+        stop: int,
+        *,
+        n: int = 1,
+        n_ids: int | None = None,
+        batch_size: int = 0,
+        ended: Callable[[list[int]], bool] | None = None,
+        **how,
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """n continuations of every prompt {number: tokens}: (number, which of the n, tokens) as each is finished.
+
+        A continuation ends before the token `stop`, after `max_new_tokens`, where the branch has `block_size` tokens and one
+        more, or where `ended(tokens so far)` says so. `how`: the settings of `draw`; greedy by default. What is drawn follows
+        from seed, number and sample alone. `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
+        Raises FloatingPointError if the model computes nan.
+
+        At most `batch_size` (0: no limit) continuations are written at once, a token each a step. One that ends leaves the
+        batch and the next takes its place; the longest prompts come first, so that those side by side are of like length.
+        """
+        was_training = self.training
+        waiting = sorted(prompts, key=lambda i: len(prompts[i]))  # taken from the end
+        slots = min(batch_size or math.inf, n * len(prompts))
+        ready: list[tuple[Branch, KVCache, int, Tensor]] = []  # prompts gone through the model, to be continued
+        live: list[Branch] = []  # row i of the cache is the branch live[i]
+        cache = None
+
+        def extend(branches: list[Branch], x: Tensor) -> list[bool]:
+            """Draw the next token of each from its last state, x (branches, n_embd); whether it goes on."""
+            tokens = draw(self.project(x, n_ids), [b.place for b in branches], **how)
+            going = []
+            for b, token in zip(branches, tokens, strict=True):
+                b.tokens += [token] * (token != stop)
+                going.append(
+                    token != stop
+                    and len(b.tokens) < max_new_tokens
+                    and b.length < self.config.block_size
+                    and not (ended and ended(b.tokens))
+                )
+            return going
+
         self.eval()
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        longest = int(lengths.max())
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-        room = min(longest + max_new_tokens, self.config.block_size)
+        try:
+            while waiting or ready or live:
+                free = slots - len(live)
+                if (waiting or ready) and (not live or 8 * free >= slots):  # the prompts of several at once
+                    if not ready:
+                        group = _alike(waiting, prompts, max(1, free // n))
+                        x, read = self._read([prompts[i] for i in group])
+                        ready = [(Branch(i, j, len(prompts[i])), read, r, x[r]) for r, i in enumerate(group) for j in range(n)]
+                    new, ready = ready[:free], ready[free:]
+                    if cache is None:  # the first prompt is the longest
+                        room = min(new[0][0].length + max_new_tokens, self.config.block_size)
+                        cache = KVCache(self.config, slots, room, read.keys)
+                    going = extend([b for b, *_ in new], torch.stack([x for *_, x in new]))
+                    for (b, read, row, _), goes_on in zip(new, going, strict=True):
+                        if goes_on:
+                            cache.copy(len(live), read, row, b.length)
+                            live.append(b)
+                        else:
+                            yield b.number, b.sample, b.tokens
+                    continue
+                x = self._step([b.tokens[-1] for b in live], [b.length for b in live], cache)
+                for b in live:
+                    b.length += 1
+                going = extend(live, x)
+                for i in reversed(range(len(live))):
+                    if not going[i]:
+                        done, last = live[i], live.pop()
+                        if done is not last:  # the last row fills the hole
+                            live[i] = last
+                            cache.copy(i, cache, len(live), last.length)
+                        yield done.number, done.sample, done.tokens
+        finally:
+            self.train(was_training)
+
+    def _read(self, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
+        """Prompts from position 0 on -> the state at each one's last token, (prompts, n_embd), and their keys and values."""
+        device = self.wte.weight.device
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
         x = (self.wte(tokens) + self.wpe.weight[:longest]).float()
         autocast = torch.is_autocast_enabled(device.type)
-        cache = KVCache(self.config, len(prompts), room, x.to(torch.get_autocast_dtype(device.type)) if autocast else x)
+        cache = KVCache(self.config, len(prompts), longest, x.to(torch.get_autocast_dtype(device.type)) if autocast else x)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
-        x = x[torch.arange(len(prompts), device=device), lengths - 1]  # (rows, n_embd)
-        out: list[list[int]] = [[] for _ in prompts]
-        rows = torch.arange(len(prompts), device=device)  # the rows still going, as numbers into `out`
-        for _ in range(max_new_tokens):
-            token = (self.ln_f(x) @ self.wte.weight[:n_ids].T).argmax(-1)  # (rows,)
-            going = token.ne(stop)
-            for row, t in zip(rows[going].tolist(), token[going].tolist(), strict=True):
-                out[row].append(t)
-            going &= lengths.lt(room)
-            if not going.any():
-                break
-            if not going.all():
-                rows, lengths, token = rows[going], lengths[going], token[going]
-                cache.keys = [k[going] for k in cache.keys]
-                cache.values = [v[going] for v in cache.values]
-            x = (self.wte(token) + self.wpe(lengths)).float().unsqueeze(1)  # (rows, 1, n_embd)
-            mask = torch.arange(room, device=device).le(lengths.unsqueeze(1))[:, None, None]  # (rows, 1, 1, room)
-            for layer, block in enumerate(self.blocks):
-                x = block(x, mask, cache, layer, lengths)
-            x, lengths = x[:, 0], lengths + 1
-        self.train(was_training)
-        return out
+        x = x[torch.arange(len(prompts), device=device), torch.tensor([len(p) - 1 for p in prompts], device=device)]
+        if not x.isfinite().all():
+            raise FloatingPointError("the model's output is not finite")
+        return x, cache
+
+    def _step(self, tokens: list[int], lengths: list[int], cache: KVCache) -> Tensor:
+        """One more token behind each of the cache's first rows, which have `lengths` -> its state, (rows, n_embd)."""
+        device = self.wte.weight.device
+        position, cache.window = torch.tensor(lengths, device=device), max(lengths) + 1
+        x = (self.wte(torch.tensor(tokens, device=device)) + self.wpe(position)).float().unsqueeze(1)  # (rows, 1, n_embd)
+        mask = torch.arange(cache.window, device=device).le(position[:, None])[:, None, None]  # (rows, 1, 1, window)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cache, layer, position)
+        return x[:, 0]
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Branch:
+    """A continuation being written: of which prompt, which of its n, tokens the model has read, tokens written."""
+
+    number: int
+    sample: int
+    length: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.number, self.sample, len(self.tokens)
+
+
+def _alike(waiting: list[int], prompts: dict[int, list[int]], most: int) -> list[int]:
+    """Take the next prompts, at most so many, off the end of `waiting`: padded to the longest, 1/8 at most is padding."""
+    group, used = [waiting.pop()], 0
+    longest = used = len(prompts[group[0]])
+    while waiting and len(group) < most and (len(group) + 1) * longest <= PROMPT_TOKENS:
+        used += len(prompts[waiting[-1]])
+        if 8 * used < 7 * longest * (len(group) + 1):
+            break
+        group.append(waiting.pop())
+    return group
+
+
+def draw(
+    logits: Tensor,
+    places: list[tuple[int, int, int]],
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[int]:
+    """A token for each row of logits (rows, vocab), float32; `places`: its (prompt number, sample, position).
+
+    Softmax at `temperature` (0: the likeliest token); of that the `top_k` likeliest (0: all); of those the fewest likeliest
+    that have `top_p` of their probability. Of what is left the token with the largest p / e is taken, e exponential noise:
+    that is a draw from p (the Gumbel-max trick). Unlike one uniform number compared with running sums, it gives another
+    token for logits that differ by rounding only where two tokens are that close.
+    """
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    size = p.size(-1)
+    ids = torch.arange(size, device=p.device)
+    if 0 < top_k < size:
+        p, ids = p.topk(top_k)  # largest first
+        p = p / p.sum(-1, keepdim=True)
+    if top_p < 1:
+        if ids.dim() == 1:
+            for width in (1024, 8192, size):  # sorting all would take longer than the model
+                top, ids = p.topk(min(width, size))
+                if top.sum(-1).min() >= top_p:
+                    break
+            p = top
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    best = (p / exponential_noise(ids, places, seed)).argmax(-1, keepdim=True)
+    return ids.expand_as(p).gather(1, best)[:, 0].tolist()
+
+
+def exponential_noise(ids: Tensor, places: list[tuple[int, int, int]], seed: int) -> Tensor:
+    """Exponential random numbers (rows, ids), a function of seed, place of the row, and id alone, on any device.
+
+    A 64-bit key a row, by a cryptographic hash; with it each id is scrambled by multiplications and shifts as in
+    MurmurHash3's finalizer (Appleby 2011), all modulo 2^32.
+    """
+    keys = [struct.unpack("<2i", blake2b(struct.pack("<4q", seed, *place), digest_size=8).digest()) for place in places]
+    a, b = torch.tensor(keys, dtype=torch.int32, device=ids.device).T.unsqueeze(-1)  # each (rows, 1)
+    x = (ids.int() * -1640531527) ^ a  # 2^32 / golden ratio
+    for shift, multiplier in ((16, -2048144789), (13, -1028477387)):
+        x ^= (x >> shift) & (2 ** (32 - shift) - 1)  # a logical shift
+        x = x * multiplier + b
+    x ^= (x >> 16) & 0xFFFF
+    u = x.float() * 2.0**-32  # in [-1/2, 1/2), finest near 0, where the winners lie
+    return torch.log1p(-(u + (u < 0) + 2.0**-33)).neg_()
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -135,3 +137,28 @@ def reference(files, sft_run) -> Path:
     with contextlib.redirect_stdout(None):
         assert script("precompute_ref", *ref_args(files, sft_run, out)) == 0
     return out
+
+
+def _child(name: str, args: list, stderr: str, limit: int, env: dict) -> None:
+    """A script in a process of its own, its output to /dev/null, stderr appended to a file, files of `limit` bytes at most."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.environ.update(env)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os._exit(script(name, *args))
+
+
+@pytest.fixture(scope="session")
+def spawn():
+    """Start a script in a forked process of a server that has imported everything: no start-up to wait for."""
+    context = multiprocessing.get_context("forkserver")
+    stages = ["sft", "dpo", "precompute_ref", "eval_mcq"]
+    context.set_forkserver_preload([*stages, "tests.conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+
+    def start(name: str, args: list, stderr: Path, limit: int = 0, env: dict | None = None):
+        process = context.Process(target=_child, args=(name, [*map(str, args)], str(stderr), limit, env or {}))
+        process.start()
+        return process
+
+    return start

@@ -2,10 +2,8 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.conftest import dpo_args, flags, metrics, ref_args, script, sft_args
+from tests.conftest import dpo_args, flags, metrics, ref_args, sft_args
 
 
 def close(a: list[dict], b: list[dict], tolerance: float) -> None:
@@ -208,29 +206,6 @@ def test_best_checkpoint_is_kept_and_becomes_the_model(files, call, tmp_path):
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-
-
-def _child(name: str, args: list, limit: int = 0) -> None:
-    """A script in a process of its own, its output to /dev/null (stderr to the file that the last argument names)."""
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(args.pop(), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    os._exit(script(name, *args))
-
-
-@pytest.fixture(scope="module")
-def spawn():
-    """Start a script in a forked process of a server that has imported everything: no start-up to wait for."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sft", "dpo", "tests.conftest", "torch.distributed.checkpoint"])
-
-    def start(name: str, args: list, stderr: Path, limit: int = 0):
-        process = context.Process(target=_child, args=(name, [*map(str, args), str(stderr)], limit))
-        process.start()
-        return process
-
-    return start
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

@@ -1,0 +1,380 @@
+"""Several processes: the same curve for every number of them, checkpoints that any number can read, and faults."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import SHARED, dpo_args, flags, metrics, ref_args, sft_args
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("NANOPREF_KILLS", "3"))  # random moments of `kill -9`, with and without restarts
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def world(spawn, tmp_path_factory):
+    """world(2, "sft", args, limits={1: bytes}): run a script in so many processes; returns (exit statuses, stderr)."""
+
+    def run(n: int, name: str, args: list, limits: dict | None = None) -> tuple[list[int], str]:
+        err = tmp_path_factory.mktemp("world") / "err"
+        port, children = free_port(), []
+        for rank in range(n):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {k: str(v) for k, v in env.items()} if n > 1 else {}
+            children.append(spawn(name, args, err, (limits or {}).get(rank, 0), env))
+        for child in children:
+            child.join(120)
+        alive = [child for child in children if child.exitcode is None]
+        for child in alive:
+            child.kill()
+        assert not alive, f"{len(alive)} of {n} processes hang: {err.read_text()}"
+        return [child.exitcode for child in children], err.read_text() if err.exists() else ""
+
+    return run
+
+
+def good(result: tuple[list[int], str]) -> None:
+    statuses, err = result
+    assert not any(statuses), err
+
+
+def equal_records(a: Path, b: Path, tolerance: float) -> None:
+    """Every number of every record; an accuracy may flip on a tie, so that is not what these runs are made of."""
+    ours, theirs = metrics(a), metrics(b)
+    assert len(ours) == len(theirs) and [r.keys() for r in ours] == [r.keys() for r in theirs]
+    for x, y in zip(ours, theirs, strict=True):
+        for name in x.keys() - {"split"}:
+            assert x[name] == pytest.approx(y[name], abs=tolerance, rel=tolerance), (x["step"], name)
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def alone(files, sft_run, reference, world, tmp_path_factory) -> dict[str, Path]:
+    """Runs of one process, to compare with."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in ("sft", "sigmoid", "aot"):
+        stage = "sft" if name == "sft" else "dpo"
+        good(world(1, stage, stage_args(name, files, sft_run, reference, folder / name)))
+    return {name: folder / name for name in ("sft", "sigmoid", "aot")}
+
+
+def stage_args(name: str, files, sft_run, reference, out: Path, **keys) -> list[str]:
+    keys = {"keep": 9, "save_every": 3, "micro_tokens": 300, **keys}
+    if name == "sft":
+        return sft_args(files, out, dropout=0, **keys)
+    return dpo_args(files, sft_run, reference, out, loss=name, epochs=2, eval_every=4, **keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "replicate"),
+    [("sft", 2, 1), ("sft", 4, 1), ("sft", 3, 0), ("sigmoid", 2, 1), ("sigmoid", 4, 2), ("sigmoid", 2, 0), ("aot", 2, 1)],
+)
+def test_the_curve_does_not_depend_on_the_number_of_processes(
+    name, n, replicate, alone, files, sft_run, reference, world, tmp_path
+):
+    """Sharded, in hybrid, and whole on every rank; losses, gradient norms, rewards at every step; the weights at the end."""
+    args = stage_args(name, files, sft_run, reference, tmp_path / "run", replicate=replicate)
+    good(world(n, "sft" if name == "sft" else "dpo", args))
+    equal_records(tmp_path / "run", alone[name], 1e-5)
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", alone[name]))
+    assert ours.keys() == theirs.keys()
+    gap = max((ours[k] - theirs[k]).abs().max().item() for k in ours)
+    assert gap < 1e-4, gap
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no shared data")
+def test_the_curve_on_real_pairs(world, tmp_path):
+    """Anthropic HH, very unlike lengths, GPT-2's vocabulary: 1 and 2 processes, reference pass and DPO with dropout off."""
+    import gzip
+
+    with gzip.open(SHARED / "data/hh_harmless_base_test.jsonl.gz", "rt") as file:
+        lines = [line for line in file if len(line) < 1500][:24]
+    (tmp_path / "hh.jsonl").write_text("".join(lines))
+    sizes = {"init_from": "scratch", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 512}
+    for n in (1, 2):
+        data = {**sizes, "data": tmp_path / "hh.jsonl", "val_data": tmp_path / "hh.jsonl", "val_limit": 6}
+        ref = tmp_path / f"ref{n}.safetensors"
+        good(world(n, "precompute_ref", flags(**data, out=ref)))
+        more = {"ref": ref, "batch_size": 8, "max_steps": 3, "eval_every": 2, "replicate": 1, "lr": 1e-3, "samples": 0}
+        good(world(n, "dpo", flags(**data, **more, out_dir=tmp_path / f"run{n}")))
+    one, two = (load_file(tmp_path / f"ref{n}.safetensors") for n in (1, 2))
+    assert all(torch.equal(one[k], two[k]) for k in ("logps", "val_logps"))
+    equal_records(tmp_path / "run1", tmp_path / "run2", 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["loglik", "generate"])
+def test_evaluation_is_the_same_for_every_number_of_processes(mode, files, sft_run, world, tmp_path):
+    for n in (1, 2, 3):
+        out = {"out": tmp_path / f"{n}.json", "details": tmp_path / f"{n}.jsonl"}
+        more = {"micro_tokens": 400, "batch_size": 7}
+        good(world(n, "eval_mcq", flags(model=sft_run / "model", data=files["mcq"], mode=mode, **out, **more)))
+        for end in ("json", "jsonl"):
+            assert (tmp_path / f"{n}.{end}").read_text() == (tmp_path / f"1.{end}").read_text()
+    assert len((tmp_path / "3.jsonl").read_text().splitlines()) == 48
+
+
+def test_a_reference_file_of_two_processes_is_that_of_one(files, sft_run, reference, world, tmp_path):
+    good(world(2, "precompute_ref", ref_args(files, sft_run, tmp_path / "ref.safetensors", micro_tokens=500)))
+    good(world(1, "precompute_ref", ref_args(files, sft_run, tmp_path / "one.safetensors", micro_tokens=500)))
+    assert (tmp_path / "ref.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    good(world(1, "dpo", dpo_args(files, sft_run, tmp_path / "ref.safetensors", tmp_path / "run", max_steps=1)))
+
+
+def test_bfloat16_stays_near_float32(files, sft_run, reference, world, tmp_path):
+    """One process computes under autocast, two gather bfloat16 parameters; the sums of log-probs are those of float32."""
+    for dtype, n in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
+        more = {"dtype": dtype, "max_steps": 3, "eval_every": 1, "replicate": 1}
+        good(world(n, "dpo", dpo_args(files, sft_run, reference, tmp_path / f"{dtype}{n}", **more)))
+    exact, one, two = (metrics(tmp_path / name) for name in ("float321", "bfloat161", "bfloat162"))
+    tokens = 7  # of an ending of the toy, about
+    for a, b, c in zip(exact, one, two, strict=True):
+        for name in ("logps/chosen", "logps/rejected"):
+            assert b[name] == pytest.approx(a[name], abs=2e-2 * tokens) and c[name] == pytest.approx(a[name], abs=2e-2 * tokens)
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-2) and c["loss"] == pytest.approx(a["loss"], abs=2e-2)
+    assert [r["logps/chosen"] for r in one] != [r["logps/chosen"] for r in exact], "it was float32 after all"
+
+
+def test_activation_checkpointing_changes_nothing(alone, files, sft_run, reference, world, tmp_path):
+    args = stage_args("sigmoid", files, sft_run, reference, tmp_path / "run", activation_checkpointing="true")
+    good(world(1, "dpo", args))
+    assert metrics(tmp_path / "run") == metrics(alone["sigmoid"])
+    args = stage_args("sigmoid", files, sft_run, reference, tmp_path / "two", activation_checkpointing="true", replicate=1)
+    good(world(2, "dpo", args))
+    equal_records(tmp_path / "two", alone["sigmoid"], 1e-5)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Make a run look as if it had been killed after the checkpoint of `step`."""
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "model")
+
+
+@pytest.mark.parametrize(("name", "saved", "resumed"), [("sft", 2, (1, 4)), ("sigmoid", 4, (2,)), ("sft", 1, (2,))])
+def test_saved_by_some_resumed_by_others(name, saved, resumed, alone, files, sft_run, reference, world, tmp_path):
+    stage = "sft" if name == "sft" else "dpo"
+
+    def go(n):
+        good(world(n, stage, stage_args(name, files, sft_run, reference, tmp_path / "run", replicate=1)))
+
+    go(saved)
+    shards = {f.name.split("_")[2] for f in (tmp_path / "run/checkpoints/step_3").glob("__*")}
+    assert shards == {str(rank) for rank in range(saved)}, "every rank writes its own part"
+    for n in resumed:
+        cut_back(tmp_path / "run", 3)
+        go(n)
+        equal_records(tmp_path / "run", alone[name], 1e-5)
+
+
+def test_two_processes_resume_to_the_bit(files, world, tmp_path):
+    args = sft_args(files, tmp_path / "run", keep=9, replicate=1, micro_tokens=300)  # with dropout
+    good(world(2, "sft", args))
+    whole = metrics(tmp_path / "run")
+    weights = (tmp_path / "run/model/model.safetensors").read_bytes()
+    cut_back(tmp_path / "run", 6)
+    good(world(2, "sft", args))
+    assert metrics(tmp_path / "run") == whole
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_damaged_shard_is_noticed(damage, files, world, tmp_path):
+    args = sft_args(files, tmp_path / "run", replicate=1)
+    good(world(2, "sft", args))
+    whole = metrics(tmp_path / "run")
+    shard = tmp_path / "run/checkpoints/step_10/__1_0.distcp"
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "flipped":
+        shard.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
+    statuses, err = world(2, "sft", args)
+    assert statuses == [0, 0] and "step_10 is damaged (__1_0.distcp" in err and err.count("falling back") == 1
+    assert metrics(tmp_path / "run") == whole
+
+
+def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(files, world, tmp_path):
+    args = sft_args(files, tmp_path / "run", replicate=1, save_every=3)
+    full = sft_args(files, tmp_path / "run", replicate=1, save_every=3, n_embd=64, overwrite="true")
+    good(world(2, "sft", args))
+    statuses, err = world(2, "sft", full, limits={1: 40_000})
+    assert statuses == [2, 2], err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "no space left on the disk" in lines[0] and "Traceback" not in err
+    assert not list((tmp_path / "run/checkpoints").glob("step_*")), "nothing half-written"
+    full.remove("--overwrite"), full.remove("true")
+    good(world(2, "sft", full))
+    assert len(metrics(tmp_path / "run")) == 14
+
+
+# --- what the user did wrong ---------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_said_once(files, world, tmp_path):
+    for args, says in (
+        (sft_args(files, tmp_path / "run", data=tmp_path / "none.jsonl"), "none.jsonl"),
+        (sft_args(files, tmp_path / "run", lr="fast"), "lr = 'fast' is not a float"),
+        (sft_args(files, tmp_path / "run", init_from=tmp_path / "nowhere"), "nowhere"),
+        (sft_args(files, tmp_path / "run", replicate=3), "key replicate: 2 processes cannot hold 3 copies"),
+        (sft_args(files, tmp_path / "run", device="cuda:0"), "device cuda:0: with several processes"),
+    ):
+        statuses, err = world(2, "sft", args)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert statuses == [2, 2] and len(lines) == 1 and says in lines[0], err
+        assert "Traceback" not in err
+
+
+def test_damaged_weights_are_said_once(files, sft_run, world, tmp_path):
+    shutil.copytree(sft_run / "model", tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    statuses, err = world(2, "sft", sft_args(files, tmp_path / "run", init_from=tmp_path / "model", **sizes, replicate=1))
+    assert statuses == [2, 2] and err.count("error: ") == 1 and "damaged" in err, err
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(files, sft_run, world, tmp_path):
+    import weights
+    from data.tokenizer import get
+
+    model, toy = weights.load(sft_run / "model"), get("toy")
+    rows = [json.loads(line) for line in Path(files["sft"]).read_text().splitlines()]
+    word = rows[0]["completion"].split()[-1].rstrip(".")
+    ids = [i for i in range(toy.size) if word in toy.decode([i])]
+    with torch.no_grad():
+        model.wte.weight[ids] = float("nan")
+    weights.save(model, toy, tmp_path / "nan")
+    args = flags(init_from=tmp_path / "nan", data=files["sft"], out_dir=tmp_path / "run", micro_tokens=100, replicate=1)
+    statuses, err = world(2, "sft", args)
+    assert statuses == [2, 2] and err.count("error: ") == 1, err
+    assert re.search(r"the loss is nan at step 1, in the micro-batch with examples \d+", err)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_an_out_dir_in_use(files, world, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        statuses, err = world(2, "sft", sft_args(files, tmp_path / "run"))
+    assert statuses == [2, 2] and err.count("another run is writing there") == 1, err
+
+
+# --- torchrun, and processes that die -------------------------------------------------------------------------------------
+
+
+def torchrun(*args: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def workers(folder: Path) -> list[int]:
+    """Process numbers of the ranks that train in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in words and b"torch.distributed.run" not in words:
+            found.append(int(entry.parent.name))
+    return found
+
+
+LONG = {"epochs": 16, "save_every": 2, "replicate": 1, "samples": 0, "eval_every": 20}
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_kill_9_of_a_random_rank(restarts, files, world, tmp_path):
+    """The job ends or starts again within 30 s, goes on, and its metrics are the unbroken run's; nothing partial is loaded."""
+    good(world(2, "sft", sft_args(files, tmp_path / "whole", **LONG)))
+    run, rng, killed = tmp_path / "run", random.Random(restarts), 0
+    args = sft_args(files, run, **LONG)
+    for _ in range(10 * KILLS):
+        job = torchrun("--nproc_per_node", 2, "--master_port", free_port(), "--max-restarts", restarts, "sft.py", *args)
+        begin = time.monotonic()
+        while job.poll() is None and killed < KILLS:
+            seen = len(list((run / "checkpoints").glob("step_*")))
+            if not (ranks := workers(run)) or (time.monotonic() - begin < 60 and not seen):
+                time.sleep(0.05)
+                continue
+            time.sleep(rng.uniform(0, 0.5))
+            try:
+                os.kill(rng.choice(ranks), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            killed, died = killed + 1, time.monotonic()
+            while job.poll() is None and set(workers(run)) & set(ranks):
+                assert time.monotonic() - died < 30, "the other rank hangs"
+                time.sleep(0.05)
+            begin = time.monotonic()
+            if not restarts:
+                job.wait(30)
+        output, _ = job.communicate(timeout=120)
+        if job.returncode == 0:
+            break
+    assert job.returncode == 0 and killed >= 1, output
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert (run / "model/model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_sigterm_saves_once_and_ends(files, world, tmp_path):
+    run = tmp_path / "run"
+    args = sft_args(files, run, **{**LONG, "save_every": 0})
+    good(world(2, "sft", sft_args(files, tmp_path / "whole", **{**LONG, "save_every": 0})))
+    job = torchrun("--nproc_per_node", 2, "--master_port", free_port(), "sft.py", *args)
+    while job.poll() is None and not ((run / "metrics.jsonl").exists() and metrics(run)):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=30)
+    assert output.count("SIGTERM: finishing this step") == 1 and output.count("stopped at step") == 1, output
+    (saved,) = (run / "checkpoints").glob("step_*")
+    assert metrics(run)[-1]["step"] == int(saved.name.removeprefix("step_"))
+    good(world(2, "sft", args))
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_a_restart_does_not_wipe_the_run_again(files, call, tmp_path, monkeypatch):
+    args = sft_args(files, tmp_path / "run", overwrite="true")
+    assert call("sft", *args)[0] == 0
+    whole = metrics(tmp_path / "run")
+    cut_back(tmp_path / "run", 9)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    status, printed, _ = call("sft", *args)
+    assert status == 0 and "resuming" in printed and metrics(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_two_nodes(replicate, alone, files, sft_run, reference, tmp_path):
+    """Two agents that meet on the loopback train together, sharded over both or with a copy on each."""
+    args = stage_args("sigmoid", files, sft_run, reference, tmp_path / "run", replicate=replicate)
+    meet = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    jobs = [torchrun(*meet, "dpo.py", *args) for _ in range(2)]
+    for job in jobs:
+        output, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, output
+    equal_records(tmp_path / "run", alone["sigmoid"], 1e-5)
