@@ -1,37 +1,35 @@
 """The toy task of recipe C: sums of small numbers, a step at a time, made by code and learnt in minutes on a CPU.
 
-    Question: 37+8-5
-    Answer: 37+8=45, 45-5=40
-    #### 40
+    Question: 3+8-5+9
+    Answer:3+8=11,11-5=6,6+9=15
+    ####15
 
-A problem begins between 10 and 89 and has 2 to 5 steps, its level, of 1 to 9 up or down; it never leaves 0 to 99. A step is
-one of 1,800 facts, so that a model that has seen few demonstrations knows some of them, and one wrong step spoils the answer.
+A problem has 2 to 4 steps, its level, of 1 to 9 up or down, and never leaves 0 to 20. A step is one of 320 facts, so that a
+model that has seen few demonstrations knows some of them, and one wrong step spoils the answer.
 """
 
 import hashlib
 import random
 
 KEYWORDS = ["Question:", "Answer:", "####"]
-VOCAB = KEYWORDS + list("0123456789 +-=,.!?\n")
-PATTERN = "|".join(KEYWORDS) + r"|[^\S\n]|\n|\S"  # a keyword, or one character
+MOST = 20  # the largest number that a problem meets
+VOCAB = KEYWORDS + [str(n) for n in range(MOST + 1)] + list(" +-=,.!?\n")
+PATTERN = "|".join(KEYWORDS) + r"|1[0-9]|20|[^\S\n]|\n|\S"  # a keyword, a number, or one character
 
 SIZES = {"train": 40_000, "val": 2_000, "test": 2_000}
 SPLITS = {0: "val", 1: "test"}  # of ten shares of all problems; the other eight are for training
-LEVELS = (2, 5)  # fewest and most steps
+LEVELS = (2, 4)  # fewest and most steps
 
 
 def _problem(rng: random.Random) -> tuple[str, str, str, int]:
     """(problem, worked solution, answer, level)"""
-    level, total = rng.randint(*LEVELS), rng.randint(10, 89)
+    level, total = rng.randint(*LEVELS), rng.randint(1, 9)
     text, steps = str(total), []
     for _ in range(level):
-        number, sign = rng.randint(1, 9), rng.choice("+-")
-        if not 0 <= total + int(f"{sign}{number}") <= 99:
-            sign = "-" if sign == "+" else "+"
-        result = total + int(f"{sign}{number}")
-        steps.append(f"{total}{sign}{number}={result}")
-        text, total = f"{text}{sign}{number}", result
-    return text, f" {', '.join(steps)}\n#### {total}", str(total), level
+        change = rng.choice([c for c in range(-9, 10) if c and 0 <= total + c <= MOST])
+        steps.append(f"{total}{change:+}={total + change}")
+        text, total = f"{text}{change:+}", total + change
+    return text, f"{','.join(steps)}\n####{total}", str(total), level
 
 
 def problems(split: str, n: int, seed: int = 0) -> list[tuple[str, str, str, int]]:

@@ -47,7 +47,7 @@ class Ran:
 def run_program(code: str, seconds: float = 5.0, memory_mb: int = 512, output_bytes: int = 65_536) -> Ran:
     """Run Python source text. Raises Refused where it cannot be shut in; nothing that the program does raises."""
     with tempfile.TemporaryDirectory(prefix="program_") as folder:
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(seconds), str(memory_mb)]
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(seconds), str(memory_mb), str(os.getpid())]
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -109,7 +109,7 @@ CALLS = {
 }
 
 
-def shut_in(seconds: float, memory_mb: int) -> None:
+def shut_in(seconds: float, memory_mb: int, parent: int) -> None:
     """Give everything up; after this the process is the first of its own little machine. Raises OSError or KeyError."""
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -118,12 +118,14 @@ def shut_in(seconds: float, memory_mb: int) -> None:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
-    must(libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # whoever started this may be killed at any time
     user, group = os.geteuid(), os.getegid()
     must(libc.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC))
     for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {user} 1"), ("gid_map", f"1000 {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
+    must(libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # whoever started this may be killed at any time
+    if os.getppid() != parent:
+        os._exit(1)
     ready, tell = os.pipe()
     child = os.fork()  # only a child is in the new process namespace
     if child:
@@ -132,6 +134,7 @@ def shut_in(seconds: float, memory_mb: int) -> None:
         _, status = os.waitpid(child, 0)
         os._exit((1 if status else 0) if stands else REFUSED)
     must(libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    os.close(ready)  # so that `tell` breaks if the process above has ended by now
     must(libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))  # MS_REC | MS_PRIVATE: nothing travels outwards
     attributes = struct.pack("QQQQ", READ_ONLY, 0, 0, 0)
     must(libc.syscall(MOUNT_SETATTR, -100, b"/", RECURSIVE, attributes, len(attributes)))
@@ -151,7 +154,7 @@ def shut_in(seconds: float, memory_mb: int) -> None:
     program = _filter(*CALLS[platform.machine()])
     must(libc.prctl(SECCOMP, 2, ctypes.byref(program), 0, 0))
     os.write(tell, b"1")
-    os.close(tell), os.close(ready)
+    os.close(tell)
 
 
 class _Filter(ctypes.Structure):
@@ -176,7 +179,7 @@ def _filter(arch: int, refused: list[int]) -> _Filter:
 def main() -> None:
     code = sys.stdin.buffer.read().decode()
     try:
-        shut_in(float(sys.argv[1]), int(sys.argv[2]))
+        shut_in(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     except (OSError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(REFUSED)
