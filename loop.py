@@ -1,8 +1,8 @@
 """Recipe C's loop: the model answers problems, its answers are graded and paired, DPO trains on the pairs; again, R times.
 
     python loop.py --config configs/toy_math_loop.toml
-    python loop.py --init_from runs/sft/model --data gsm8k --rounds 2 --sample "--n 8 --temperature 0.8" \\
-        --dpo "--beta 0.1 --lr 5e-6" --out_dir runs/loop
+    python loop.py --init_from runs/sft/model --data gsm8k --rounds 2 --out_dir runs/loop \\
+        --sample="--n 8 --temperature 0.8" --dpo="--beta 0.1 --lr 5e-6"
 
 Every step is a command that one could type, and is printed before it runs:
 
