@@ -184,6 +184,7 @@ def main() -> int | None:
         micro_tokens=cfg.micro_tokens,
         spare_padding=compute.spare_padding,
         world=compute.world,
+        shuffle=cfg.shuffle,
         per_group=cfg.pairs_per_example,
     )
     print(describe(plan, train))

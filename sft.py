@@ -62,6 +62,7 @@ def main() -> int | None:
         micro_tokens=cfg.micro_tokens,
         spare_padding=compute.spare_padding,
         world=compute.world,
+        shuffle=cfg.shuffle,
     )
     print(describe(plan, train))
 

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
-LABELS = ("sentiment", "descriptiveness", "tldr", "cnndm")
-RECIPES = {  # name -> module; what stands behind a colon says which part of its data
-    "toy": "data.toy",
-    "hellaswag": "data.hellaswag",
-    "hh": "data.hh",
-    "alpaca": "data.alpaca",
-    **{f"human_labels:{part}": "data.human_labels" for part in LABELS},
+PARTS = ("sentiment", "descriptiveness", "tldr", "cnndm")
+RECIPES = {  # name -> its module, and which of the module's data sets it is
+    "toy": ("data.toy", ""),
+    "hellaswag": ("data.hellaswag", ""),
+    "hh": ("data.hh", ""),
+    "alpaca": ("data.alpaca", ""),
+    **{f"human_labels:{part}": ("data.human_labels", part) for part in PARTS},
+    **{name: ("data.math_problems", name) for name in ("gsm8k", "math", "toy_math")},
 }
 VIEWS = ("sft", "preference", "mcq", "loglik")
 
@@ -117,8 +118,9 @@ def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int =
     """
     assert view in VIEWS, view
     if source in RECIPES:
-        part = {"part": source.partition(":")[2]} if ":" in source else {}
-        return importlib.import_module(RECIPES[source]).load(split, view, data_dir=data_dir, limit=limit, **part)
+        module, part = RECIPES[source]
+        which = {"part": part} if part else {}
+        return importlib.import_module(module).load(split, view, data_dir=data_dir, limit=limit, **which)
     if not source.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) and not Path(source).exists():
         near = difflib.get_close_matches(source, RECIPES, n=1)
         raise UserError(

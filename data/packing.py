@@ -152,10 +152,11 @@ def data_hash(items: list[Encoded]) -> str:
 # --- the plan: integers in, integers out --------------------------------------------------------------------------------
 
 
-def epoch_order(groups: list[int], seed: int, epoch: int, per_group: int = 0) -> list[int]:
-    """The examples of one epoch in the order of training. `per_group` > 0 draws that many of every group, anew each epoch."""
+def epoch_order(groups: list[int], seed: int, epoch: int, per_group: int = 0, shuffle: bool = True) -> list[int]:
+    """The examples of one epoch in the order of training. `per_group` > 0 draws that many of every group, anew each epoch;
+    without `shuffle` the data's own order stays (and its first ones of a group are drawn)."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(groups)).tolist()
+    order = rng.permutation(len(groups)).tolist() if shuffle else list(range(len(groups)))
     if per_group > 0:
         seen: dict[int, int] = {}
         drawn = []
@@ -239,10 +240,11 @@ class BatchPlan:
         spare_padding: int = 64,
         world: int = 1,
         per_group: int = 0,
+        shuffle: bool = True,
     ):
         self.lengths = [item.row_tokens for item in items]
         self.groups = [item.group for item in items]
-        self.batch_size, self.seed, self.per_group = batch_size, seed, per_group
+        self.batch_size, self.seed, self.per_group, self.shuffle = batch_size, seed, per_group, shuffle
         self.row_len, self.micro_tokens, self.spare_padding, self.world = row_len, micro_tokens, spare_padding, world
         self._epoch = (-1, [])
         self.examples_per_epoch = len(self.order(0))
@@ -250,7 +252,7 @@ class BatchPlan:
 
     def order(self, epoch: int) -> list[int]:
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, epoch_order(self.groups, self.seed, epoch, self.per_group))
+            self._epoch = (epoch, epoch_order(self.groups, self.seed, epoch, self.per_group, self.shuffle))
         return self._epoch[1]
 
     def examples(self, step: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""Text <-> token ids: GPT-2's byte-level BPE (by tiktoken) and the toy task's word list, behind one small interface.
+"""Text <-> token ids: GPT-2's byte-level BPE (by tiktoken) and the toy tasks' word lists, behind one small interface.
 
-Both have `name`, `eot` (id of <|endoftext|>), `size`, `encode`, `encode_batch`, `decode`, `save` and `fingerprint`.
+All have `name`, `eot` (id of <|endoftext|>), `size`, `encode`, `encode_batch`, `decode`, `save` and `fingerprint`.
 A special token written out in a text is plain text: only a caller that means to end a text appends `eot`.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import requests
 import tiktoken
 
-from data.toy import VOCAB
+from data import toy, toy_math
 from model import SIZES
 from runtime.errors import UserError
 
@@ -64,15 +64,15 @@ class GPT2Tokenizer:
 
 
 class ToyTokenizer:
-    """The toy task's words. A token is a word with the space before it, a mark, or a newline; <|endoftext|> is last."""
+    """A toy task's words: what `pattern` cuts a text into, all of them in `vocab`; <|endoftext|> is last. In `toy` a token is
+    a word with the space before it, a mark, or a newline; in `toy_math` a keyword or a character."""
 
-    name = "toy"
-
-    def __init__(self) -> None:
-        self.tokens = [*VOCAB, EOT]
-        self.ids = {token: i for i, token in enumerate(VOCAB)}  # without EOT: written out in a text it is an error
-        self.eot, self.size = len(VOCAB), len(self.tokens)
-        self.pattern = re.compile(TOY_PATTERN + r"|[\s\S]")  # the last alternative catches what the tokens cannot spell
+    def __init__(self, name: str, vocab: list[str], pattern: str) -> None:
+        self.name, self.cut = name, pattern
+        self.tokens = [*vocab, EOT]
+        self.ids = {token: i for i, token in enumerate(vocab)}  # without EOT: written out in a text it is an error
+        self.eot, self.size = len(vocab), len(self.tokens)
+        self.pattern = re.compile(pattern + r"|[\s\S]")  # the last alternative catches what the tokens cannot spell
 
     def encode(self, text: str) -> list[int]:
         """Raises UserError on a word that is not in the vocabulary."""
@@ -80,8 +80,8 @@ class ToyTokenizer:
             return [self.ids[token] for token in self.pattern.findall(text)]
         except KeyError as e:
             raise UserError(
-                f"{e.args[0]!r} is not in the toy vocabulary, in {_shorten(text)!r}: "
-                "use words of data/toy.py, or the tokenizer gpt2"
+                f"{e.args[0]!r} is not in the {self.name} vocabulary, in {_shorten(text)!r}: "
+                f"use words of data/{self.name}.py, or the tokenizer gpt2"
             ) from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -92,7 +92,7 @@ class ToyTokenizer:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the tokens in id order and the pattern that cuts a text into them."""
-        return _sha256([token.encode() for token in [*self.tokens, TOY_PATTERN]])
+        return _sha256([token.encode() for token in [*self.tokens, self.cut]])
 
     def save(self, folder: str | Path) -> None:
         """Write a tokenizer.json and the two config files: AutoTokenizer.from_pretrained(folder) gives our ids."""
@@ -105,7 +105,7 @@ class ToyTokenizer:
             "normalizer": None,
             "pre_tokenizer": {
                 "type": "Split",
-                "pattern": {"Regex": TOY_PATTERN},
+                "pattern": {"Regex": self.cut},
                 "behavior": "Isolated",
                 "invert": False,
             },
@@ -124,11 +124,15 @@ class ToyTokenizer:
 
 
 Tokenizer = GPT2Tokenizer | ToyTokenizer
-KNOWN = {"gpt2": GPT2Tokenizer, "toy": ToyTokenizer}
+KNOWN = {
+    "gpt2": GPT2Tokenizer,
+    "toy": functools.partial(ToyTokenizer, "toy", toy.VOCAB, TOY_PATTERN),
+    "toy_math": functools.partial(ToyTokenizer, "toy_math", toy_math.VOCAB, toy_math.PATTERN),
+}
 
 
 def get(name_or_folder: str | Path) -> Tokenizer:
-    """The tokenizer of that name ("gpt2", "toy"), or the one that a model folder was saved with.
+    """The tokenizer of that name ("gpt2", "toy", "toy_math"), or the one that a model folder was saved with.
 
     A folder of somebody else's counts as GPT-2 if its vocab.json (or tokenizer.json) has GPT-2's ids, or, having
     neither, if its config.json has GPT-2's vocab_size. Raises UserError for any other name, folder or vocabulary.
@@ -144,10 +148,10 @@ def get(name_or_folder: str | Path) -> Tokenizer:
     if name not in (None, *KNOWN):
         raise UserError(f"unknown {KEY} {name!r} in {folder / 'tokenizer_config.json'}: known are {', '.join(KNOWN)}")
     path, vocab = _vocab_of(folder)
-    if name == "toy":
-        tokenizer = _named("toy")
+    if name in ("toy", "toy_math"):
+        tokenizer = _named(name)
         if vocab != {token: i for i, token in enumerate(tokenizer.tokens)}:
-            raise UserError(f"the words of {path} are not those of data/toy.py: train the toy model again")
+            raise UserError(f"the words of {path} are not those of data/{name}.py: train the toy model again")
         return tokenizer
     if vocab is None and name is None:
         size = _read_json(folder / "config.json").get("vocab_size") or _read_json(folder / "hparams.json").get("n_vocab")

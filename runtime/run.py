@@ -89,6 +89,7 @@ class TrainKeys(ModelKeys, DataKeys):
     row_len: int = key(0, "tokens of a packed row, 0 = one example a row")
     micro_tokens: int = key(4096, "most tokens in one forward, padding included")
     epochs: float = key(1.0, "passes over the data")
+    shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs")
     optimizer: str = key("adamw", "update rule", ["adamw", "rmsprop", "sgd"])
     adam_beta1: float = key(0.9, "decay of AdamW's mean of gradients")

@@ -1,0 +1,163 @@
+"""Programs shut in: what they may do, and that nothing else happens, is left behind, or goes unnoticed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data import grading
+from runtime import sandbox
+from runtime.errors import UserError
+from runtime.sandbox import Refused, run_program
+
+try:
+    run_program("", 5)
+    HERE = ""
+except (Refused, OSError) as error:
+    HERE = str(error)
+needs_walls = pytest.mark.skipif(bool(HERE), reason=f"no program can be shut in here: {HERE}")
+
+
+def processes() -> set[str]:
+    """Command lines of all programs run by the sandbox that are alive."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if "sandbox.py" in text and "pytest" not in text:
+            found.add(text)
+    return found
+
+
+@needs_walls
+def test_a_program_runs():
+    ran = run_program("import math\nfrom fractions import Fraction\nprint(math.comb(5, 2) + Fraction(1, 2))", 20)
+    assert (ran.output, ran.end) == ("21/2\n", "ok")
+    assert run_program("open('x', 'w').write('hi')\nprint(open('x').read())", 20).output == "hi\n", "its own folder is writable"
+    assert run_program("import os\nprint(os.listdir('.'))", 20).output == "[]\n", "and empty at first"
+    assert run_program("print(1", 20).end == run_program("1 / 0", 20).end == run_program("raise SystemExit(97)", 20).end == "failed"
+
+
+ATTACKS = {
+    "loops for ever": ("while True: pass", "time"),
+    "sleeps for ever": ("import time\ntime.sleep(1000)", "time"),
+    "ignores signals": ("import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass", "time"),
+    "leaves its session": ("import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass", "time"),
+    "closes its output": ("import os\nos.close(1)\nwhile True: pass", "time"),
+    "eats memory": ("a = []\nwhile True: a.append(bytearray(10**7))", "failed"),
+    "forks": ("import os\nwhile True: os.fork()", "failed"),
+    "starts a program": ("import os\nos.execv('/bin/sh', ['sh', '-c', 'echo 1'])", "failed"),
+    "starts a thread": ("import threading\nthreading.Thread(target=print).start()", "failed"),
+    "writes outside": ("open({outside!r}, 'w').write('x')", "failed"),
+    "deletes outside": ("import os\nos.unlink({victim!r})", "failed"),
+    "writes shared memory": ("open('/dev/shm/nanopref_evil', 'w')", "failed"),
+    "fills its folder": ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6)); f.flush()", "failed"),
+    "opens a socket": ("import socket\nsocket.create_connection(('127.0.0.1', {port}))", "failed"),
+    "opens a unix socket": ("import socket\nsocket.socket(socket.AF_UNIX)", "failed"),
+    "prints a gigabyte": ("for _ in range(1000): print('x' * 10**6)", "output"),
+    "kills its parent": ("import os\nos.kill({pid}, 9)", "failed"),
+    "raises its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "failed"),
+    "mounts": ("import ctypes\nl = ctypes.CDLL(None)\nassert l.mount(b'n', b'/', None, 0x1020, None) == 0", "failed"),
+}
+
+
+@needs_walls
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks(tmp_path, name):
+    """Stopped, without a trace: no process, no file, no connection; and as an answer it counts as none."""
+    code, end = ATTACKS[name]
+    victim, outside = tmp_path / "victim", tmp_path / "evil"
+    victim.write_text("whole")
+    before = processes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        code = code.format(outside=str(outside), victim=str(victim), port=server.getsockname()[1], pid=os.getpid())
+        start = time.monotonic()
+        ran = run_program(code, 1.5 if end == "time" else 20, 256)
+        assert ran.end == end and time.monotonic() - start < 15
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert len(ran.output) <= 65_536
+    for _ in range(50):  # the kernel ends a namespace's processes a moment after its first
+        if processes() <= before:
+            break
+        time.sleep(0.1)
+    assert processes() <= before
+    assert victim.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["victim"]
+    assert not Path("/dev/shm/nanopref_evil").exists()
+    assert not list(Path(tempfile.gettempdir()).glob("program_*/*")), "nothing stays in a working folder"
+    assert end != "failed" or grading.program_answer(code, 20, 256) is None
+
+
+@needs_walls
+def test_nothing_comes_along(monkeypatch):
+    monkeypatch.setenv("SECRET_KEY", "hush")
+    with tempfile.TemporaryFile() as file:
+        os.set_inheritable(file.fileno(), True)
+        said = run_program("import os, sys\nprint(dict(os.environ), os.listdir('/proc/self/fd'), sys.path, os.getpid())", 20).output
+    assert "hush" not in said and "site-packages" not in said and said.split()[-1] == "1"
+    assert len(json.loads(said[said.index("[") : said.index("]") + 1].replace("'", '"'))) <= 5
+
+
+@needs_walls
+@pytest.mark.parametrize("wait", [0, 1.5])
+def test_the_parent_killed_takes_the_program_along(wait):
+    """At any time: before the program has begun, and while it runs."""
+    code = "from runtime.sandbox import run_program\nprint('go', flush=True)\nrun_program('while True: pass', 100)"
+    before = processes()
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    parent.stdout.readline()
+    until = time.monotonic() + 20
+    while processes() <= before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert processes() - before, "it has begun"
+    time.sleep(wait)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    while processes() - before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not processes() - before
+
+
+def test_where_it_cannot_be_shut_in_nothing_runs(tmp_path, monkeypatch):
+    """Fail closed: a wall that cannot be put up is an error, and the program has not run."""
+    broken = tmp_path / "sandbox.py"
+    broken.write_text(Path(sandbox.__file__).read_text().replace("0x20000, 0x8000000", "0x1, 0x8000000"))
+    monkeypatch.setattr(sandbox, "__file__", str(broken))
+    with pytest.raises(Refused, match="Invalid argument"):
+        run_program("print('it ran')", 10)
+    with pytest.raises(UserError, match=r"key programs: this machine cannot shut a program in"):
+        grading.program_answer("print(1)", 10, 256)
+
+
+def test_blocks_of_code():
+    assert grading.program("Q", "Let us see.\n```python\nprint(1)\n```\nand\n```\nprint(2)\n```\n") == "print(2)"
+    assert grading.program("Q", "```python\nprint(3)") == "print(3)", "cut off"
+    assert grading.program("Q\nAnswer: ```python\n", "x = 4\nprint(x)\n```\nSo it is 4.") == "x = 4\nprint(x)"
+    assert grading.program("Q", "The answer is 5.") is None
+
+
+@needs_walls
+def test_programs_in_samples_are_off_unless_asked_for(tmp_path, call):
+    completions = ["```python\nprint(6 * 7)\n```", "```python\nwhile True: pass\n```\nA: 42", "A: 42", "```python\nprint('x =', 42)\n```"]
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "answer": "42", "completions": completions}) + "\n")
+    out = tmp_path / "d.jsonl"
+    args = ("--samples", path, "--details", out, "--program_seconds", 2, "--grader", "plain")
+    assert call("eval_math", *args)[0] == 0
+    assert json.loads(out.read_text())["grades"] == [False, True, True, True]
+    status, _, err = call("eval_math", *args, "--programs", "true")
+    assert status == 0, err
+    found = json.loads(out.read_text())
+    assert found["grades"] == [True, False, True, True] and found["pred"] == ["42", None, "42", "x = 42"]
+    assert threading.active_count() == 1
