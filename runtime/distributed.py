@@ -6,8 +6,11 @@ curve is the same for every number of them.
 """
 
 import ctypes
+import hashlib
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,11 +130,40 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=STUCK)
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meet(rank, world), rank=rank, world_size=world, timeout=STUCK)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     control, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     return Compute(where, DTYPES[dtype], rank, world, control, background)
+
+
+def meet(rank: int, world: int) -> dist.Store:
+    """A store that only the processes of this start know of.
+
+    torchrun keeps its store when it starts workers again, and torch's own start takes from there the address that a killed
+    process left, and waits for it (seen with 2.13). So each process puts down a word drawn anew; rank 0 says which words it
+    sees, until every other has found its own among them and said so.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store = next(rendezvous("env://", rank, world, timeout=STUCK))[0]
+    word = secrets.token_hex(8)
+    store.set(f"word/{rank}", word)
+    deadline = time.monotonic() + STUCK.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = b" ".join(store.multi_get([f"word/{r}" for r in range(world)]))
+            store.set("words", words)
+            store.set("seen/0", words)
+            if all(store.check([seen := f"seen/{r}"]) and store.get(seen) == words for r in range(world)):
+                store.set("start", words)
+        elif word in (words := store.get("words")).decode().split():
+            store.set(f"seen/{rank}", words)
+        if store.check(["start"]) and word in (start := store.get("start").decode()).split():
+            return dist.PrefixStore(hashlib.sha256(start.encode()).hexdigest(), store)
+        time.sleep(0.02)
+    raise UserError(f"rank {rank} has waited {STUCK} for the other processes to start: look for the one that did not")
 
 
 def _number(name: str, least: int) -> int:
