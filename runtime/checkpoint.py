@@ -26,6 +26,7 @@ UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 def save(root: Path, step: int, state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compute) -> Path:
     """Write root/step_N with the model, the optimizer and `state` (JSON), and return its path. Every rank writes its shards.
 
+    Frozen parameters are left out: whoever builds the model reads them anew.
     Nothing else is needed to go on: the data's order and dropout's random numbers follow from seed and step. Raises OSError,
     on all ranks, when it cannot be written; nothing of it is left then, and the checkpoints before it are untouched.
     """
@@ -70,7 +71,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
     with _quiet():
         reader = dcp.FileSystemReader(folder)
         dcp.load(tensors, storage_reader=reader, process_group=compute.control, no_dist=compute.world == 1)
-    sd.set_model_state_dict(model, tensors["model"])
+    sd.set_model_state_dict(model, tensors["model"], options=sd.StateDictOptions(strict=False))  # the frozen ones stay
     if optimizer is not None:
         sd.set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
 
@@ -125,7 +126,7 @@ def prune(root: Path, keep: int, best: int | None) -> None:
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
-    tensors = {"model": sd.get_model_state_dict(model)}
+    tensors = {"model": sd.get_model_state_dict(model, options=sd.StateDictOptions(ignore_frozen_params=True))}
     if optimizer is not None:
         tensors["optimizer"] = sd.get_optimizer_state_dict(model, optimizer)
     return tensors
