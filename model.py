@@ -238,11 +238,12 @@ class GPT(nn.Module):
             yield name, value
 
     def add_lora(self, config: LoRAConfig, dtype: torch.dtype = torch.float32, keep_start: bool = False) -> None:
-        """Freeze all weights, cast to `dtype`, and put adapters beside them, their values undefined: `initial_lora`, or an
-        adapter's of old (adapters.py), whose start `keep_start` then remembers for `as_started`."""
+        """Freeze all weights, matrices cast to `dtype`, and put adapters beside them, their values still undefined: those of
+        `initial_lora`, or of an adapter (adapters.py) that `keep_start` has the model remember for `as_started`."""
         for p in self.parameters():
             p.requires_grad_(False)
-            p.data = p.data.to(dtype)
+            if p.dim() > 1:  # biases and layer norms are few, and the CPU's layer norm wants the dtype of its input
+                p.data = p.data.to(dtype)
         with self.wte.weight.device:
             for name, layer in list(self.named_modules()):
                 if isinstance(layer, Linear) and name.endswith(config.targets):

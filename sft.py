@@ -103,7 +103,7 @@ def main() -> int | None:
         best = False
         if val and this_run.due(cfg.eval_every, done):
             best = this_run.log_val(done, validate(model, val, compute, cfg.micro_tokens))
-            print_samples(model, tokenizer, val[: cfg.samples])
+            print_samples(model, tokenizer, val[: cfg.samples], compute)
         if best or this_run.due(cfg.save_every, done):
             this_run.save(done, model, optimizer)
         if this_run.stopped(done, model, optimizer):

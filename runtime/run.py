@@ -434,12 +434,13 @@ def check_finite(losses: list[tuple[torch.Tensor, list]], grad_norm: torch.Tenso
     )
 
 
-def print_samples(model, tokenizer, items: list, new_tokens: int = 48) -> None:
+def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) -> None:
     """Complete a few prompts greedily and print them beside the completion that was wanted."""
     items = [item for item in items if len(item.prompt) < model.config.block_size]
     if not items:
         return
-    written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot, tokenizer.size)
+    with compute.autocast():
+        written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot, tokenizer.size)
     for item, ids in zip(items, written, strict=True):
         tail = tokenizer.decode(item.prompt.tolist())[-100:]
         wanted = tokenizer.decode(item.completions[0].tolist()[:-1])
