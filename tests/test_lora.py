@@ -340,7 +340,7 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call, tmp_path):
     assert "adapter" in printed.splitlines()[-1] and "qkv_parts=3" in printed
     state = torch.distributed.checkpoint.FileSystemReader(lora_sft / "checkpoints/step_10").read_metadata()
     names = [".".join(map(str, keys)) for keys in state.planner_data.values()]
-    assert [name for name in names if ".lora." not in name] == [], names
+    assert not [name for name in names if ".lora." not in name and not name.startswith("optimizer.param_groups")], names
 
     merged, start = (load_file(f / "model/model.safetensors") for f in (lora_sft, sft_run))
     assert merged.keys() - start.keys() == {"lm_head.weight"}
@@ -619,7 +619,7 @@ def broken(kind: str, folder: Path) -> str:
     (folder / adapters.CONFIG).write_text(json.dumps(config | change))
     if kind == "json":
         (folder / adapters.CONFIG).write_text("{")
-        return "adapter_config.json cannot be read"
+        return "adapter_config.json"
     if kind == "no_file":
         path.unlink()
         return "no adapter_model.safetensors in"
@@ -633,7 +633,9 @@ def broken(kind: str, folder: Path) -> str:
         tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
         says = "is no LoRA of a linear layer of transformers' GPT-2"
     if kind == "layers":
-        tensors |= {re.sub(r"h\.1\.attn\.c_proj", "h.9.attn.c_proj", n): t for n, t in tensors.items() if n.startswith(name)}
+        tensors |= {
+            re.sub(r"h\.1\.attn\.c_proj", "h.9.attn.c_proj", n): t.clone() for n, t in tensors.items() if n.startswith(name)
+        }
         says = "an adapter for another model: blocks.9.attn.proj is none of the layers of"
     if kind == "shape":
         tensors[name + "B.weight"] = torch.zeros(33, 4)
