@@ -20,6 +20,7 @@ from data import RECIPES
 from data.packing import BatchPlan, Encoded, collate, data_hash, describe, epoch_order, load_encoded, plan_once
 from data.tokenizer import choose
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
+from model import as_started
 from runtime import config, distributed, optim
 from runtime.config import key
 from runtime.errors import UserError, run, warn
@@ -39,7 +40,7 @@ class Config(TrainKeys):
     discopop_tau: float = key(0.05, "discopop: temperature of the blend")
     sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood a token, added to the loss")
     pairs_per_example: int = key(1, "pairs drawn a problem and epoch where it has several wrong answers, 0 = all")
-    ref: str = key("", "reference file of precompute_ref.py")
+    ref: str = key("", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts")
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
 
     def check(self) -> None:
@@ -55,7 +56,7 @@ class Config(TrainKeys):
                 raise UserError(f"key {name}: {getattr(self, name)} must not be negative")
         if self.discopop_tau <= 0:
             raise UserError(f"key discopop_tau: {self.discopop_tau} must be above 0")
-        if not self.ref and self.loss not in REFERENCE_FREE:
+        if not self.ref and self.loss not in REFERENCE_FREE and not self.lora_rank:
             raise UserError(
                 f"key ref: loss {self.loss} needs the reference's log-probs: make them with `python precompute_ref.py "
                 f"--init_from {self.init_from} --data {self.data} --out ref.safetensors` and give --ref ref.safetensors"
@@ -117,6 +118,15 @@ def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
     model.eval()
     micros = plan_once(items, cfg.micro_tokens, compute.spare_padding, compute.world)[compute.rank]
     sums = all_sums(model, items, micros, compute)
+    model.train()
+    return sums
+
+
+def started_sums(model, items: list[Encoded], micros, compute) -> Tensor:
+    """`all_sums` of the model that training started from, without dropout: the reference of a LoRA run without a file."""
+    model.eval()
+    with as_started(model):
+        sums = all_sums(model, items, micros, compute)
     model.train()
     return sums
 
@@ -196,9 +206,15 @@ def main() -> int | None:
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
     model.train()
+    own_reference = cfg.loss not in REFERENCE_FREE and not cfg.ref
+    if own_reference:
+        print("reference: this model as it starts, without the run's adapters")
+    if own_reference and val:
+        with as_started(model):
+            val_ref = measure(model, val, cfg, compute)
     if start == 0:
         first = plan.examples(0)
-        if cfg.loss not in REFERENCE_FREE:
+        if cfg.loss not in REFERENCE_FREE and not own_reference:
             check_first_batch(model, [train[i] for i in first], ref[first], reference, cfg, compute)
         if val and cfg.eval_every:
             this_run.log_val(0, validate(model, val, val_ref, cfg, compute))
@@ -214,12 +230,13 @@ def main() -> int | None:
         pairs = [train[i] for i in numbers]
         chosen_tokens = sum(len(item.completions[0]) for item in pairs)
         place = {i: n for n, i in enumerate(numbers)}
-        batch_ref, batch_lengths = ref[numbers], lengths_of(pairs, compute.device)
+        local = [[[place[i] for i in row] for row in rows] for rows in micros]
+        batch_ref = started_sums(model, pairs, local, compute) if own_reference else ref[numbers]
+        batch_lengths = lengths_of(pairs, compute.device)
 
         gradient = None  # of the loss by each pair's sums, for losses that couple the pairs of a batch
         if cfg.loss in WHOLE_BATCH and (len(micros) > 1 or compute.world > 1):
             with torch.random.fork_rng():  # the same dropout in both passes
-                local = [[[place[i] for i in row] for row in rows] for rows in micros]
                 sums = all_sums(model, pairs, local, compute).requires_grad_(True)
             loss = objective(as_pairs(sums, batch_ref, batch_lengths), cfg, len(pairs), chosen_tokens)
             (gradient,) = torch.autograd.grad(loss, sums)

@@ -7,6 +7,7 @@
 Architecture: Radford et al. 2019; parameter shapes are those of the released checkpoints with torch's (out, in) layout.
 """
 
+import contextlib
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ class GPTConfig:
     block_size: int = 1024  # positions: the longest branch (prompt + one completion), not the longest row
     vocab_size: int = 50257
     dropout: float = 0.0
+    tied: bool = True  # the output projection is the token embedding; False: it has weights of its own, `head.weight`
 
 
 SIZES = {  # name -> (n_layer, n_head, n_embd); 124M, 355M, 774M, 1558M parameters
@@ -70,12 +72,104 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
+# --- low-rank adapters ----------------------------------------------------------------------------------------------
+
+LINEAR = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "head")  # the layers that an adapter may sit on
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers get an adapter W x + scale * B A x, W frozen (Hu et al. 2021, arXiv 2106.09685, eq. 3), and how large."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0  # on what goes into A, in training
+    targets: tuple[str, ...] = LINEAR
+    stabilised: bool = False  # scale alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732, eq. 2), else alpha / rank
+    qkv_parts: int = 3  # an adapter each for q, k and v; 1 = one for the fused layer, as peft makes it
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+
+class LoRA(nn.Module):
+    """The adapter of a layer (n_in -> n_out), or `parts` of them on equal slices of its output.
+
+    a: (parts * rank, n_in), b: (n_out, rank); slice i is made of a's and b's i-th slices. The parts share dropout's draw.
+    """
+
+    def __init__(self, n_in: int, n_out: int, config: LoRAConfig, parts: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(parts * config.rank, n_in))
+        self.b = nn.Parameter(torch.empty(n_out, config.rank))
+        self.start_a = self.start_b = None  # frozen copies, where training goes on from an adapter: see `as_started`
+        self.parts, self.scale, self.dropout = parts, config.scale, config.dropout
+        self.at_start = False
+
+    def keep_start(self) -> None:
+        self.start_a = nn.Parameter(torch.empty_like(self.a), requires_grad=False)
+        self.start_b = nn.Parameter(torch.empty_like(self.b), requires_grad=False)
+
+    def low(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x (…, n_in) -> scale * A x (…, parts * rank), and the B that takes it further; None where the adapter is off."""
+        a, b = (self.start_a, self.start_b) if self.at_start else (self.a, self.b)
+        if a is None:
+            return None
+        return F.linear(F.dropout(x, self.dropout, self.training), a) * self.scale, b
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output y (…, n_out) for its input x, with the adapter's share."""
+        found = self.low(x)
+        if found is None:
+            return y
+        h, b = found
+        if self.parts == 1:
+            return y + F.linear(h, b)
+        slices = zip(h.chunk(self.parts, -1), b.chunk(self.parts), strict=True)
+        return y + torch.cat([F.linear(h, b) for h, b in slices], -1)
+
+
+def lora_delta(a: Tensor, b: Tensor, scale: float, parts: int) -> Tensor:
+    """What an adapter adds to its layer's weights, (n_out, n_in)."""
+    return torch.cat([scale * (b @ a) for a, b in zip(a.chunk(parts), b.chunk(parts), strict=True)])
+
+
+class Linear(nn.Linear):
+    """A linear layer that may have an adapter."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True):
+        super().__init__(n_in, n_out, bias)
+        self.lora: LoRA | None = None
+        self.unmerged: Tensor | None = None  # the weights without the adapter, while it is merged into them
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.lora is None or self.unmerged is not None else self.lora.add_to(y, x)
+
+
+@contextlib.contextmanager
+def as_started(model: nn.Module):
+    """Inside, the model is the one that training began from: adapters off, or, if it began from some, as those were then."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRA)]
+    for adapter in adapters:
+        adapter.at_start = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.at_start = False
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, mask, cache: KVCache | None = None, layer: int = 0, position: Tensor | None = None):
         rows, length, width = x.shape
@@ -92,8 +186,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))  # "gelu_new" of the released weights
@@ -123,11 +217,23 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output projection
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = None  # the embedding's
+        self.lora: LoRAConfig | None = None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection, (vocab_size, n_embd)."""
+        return self.wte.weight if self.head.weight is None else self.head.weight
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [*self.head.parameters(), *([self.wte.weight] if self.head.weight is None else [])]
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """GPT-2's initialisation (Radford et al. 2019, 2.3): N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer).
@@ -146,6 +252,47 @@ class GPT(nn.Module):
                 value = torch.empty(p.shape).normal_(0.0, std, generator=generator)
             yield name, value
 
+    def add_lora(self, config: LoRAConfig, dtype: torch.dtype = torch.float32, keep_start: bool = False) -> None:
+        """Freeze all weights, matrices cast to `dtype`, and put adapters beside them, their values still undefined: those of
+        `initial_lora`, or of an adapter (adapters.py) that `keep_start` has the model remember for `as_started`."""
+        for p in self.parameters():
+            p.requires_grad_(False)
+            if p.dim() > 1:  # biases and layer norms are few
+                p.data = p.data.to(dtype)
+        with self.wte.weight.device:
+            for name, layer in list(self.named_modules()):
+                if isinstance(layer, Linear) and name.endswith(config.targets):
+                    parts = config.qkv_parts if name.endswith("qkv") else 1
+                    layer.lora = LoRA(layer.in_features, layer.out_features, config, parts)
+                    if keep_start:
+                        layer.lora.keep_start()
+        self.lora = config
+
+    def initial_lora(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every adapter's A and B: A uniform within 1 / sqrt(n_in) (a linear layer's own initialisation in
+        torch, which peft takes too), B zero, so that the model is as it was. On the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in self.named_modules():
+            if isinstance(layer, LoRA):
+                bound = 1 / math.sqrt(layer.a.shape[1])
+                yield f"{name}.a", torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator)
+                yield f"{name}.b", torch.zeros(layer.b.shape)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapters to the weights beside them, for speed in use. A tied head's stays an adapter: its weights are the
+        embedding's too. `unmerge` gives the weights back to the bit: they are kept."""
+        for layer in self.modules():
+            if isinstance(layer, Linear) and layer.lora and layer.weight is not None and layer.unmerged is None:
+                lora, layer.unmerged = layer.lora, layer.weight.data
+                delta = lora_delta(lora.a, lora.b, lora.scale, lora.parts)
+                layer.weight.data = (layer.unmerged + delta).to(layer.unmerged.dtype)
+
+    def unmerge(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, Linear) and layer.unmerged is not None:
+                layer.weight.data, layer.unmerged = layer.unmerged, None
+
     def forward(self, batch) -> Tensor:
         """Log-probability of every completion token of a batch of rows.
 
@@ -160,22 +307,27 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         x = self.ln_f(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
-        return target_logps(x, self.wte.weight, batch.target)
+        return target_logps(x, self.head_weight, batch.target, self._head_lora())
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Plain sequences (rows, length) -> (rows, length, vocab_size). For tests and curiosity: training never needs it."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.size(1)]
         for block in self.blocks:
             x = block(x, None)
-        return self.ln_f(x) @ self.wte.weight.T
+        return self.project(x.flatten(0, 1)).unflatten(0, tokens.shape)
+
+    def _head_lora(self) -> LoRA | None:
+        return None if self.head.unmerged is not None else self.head.lora
 
     def project(self, x: Tensor, n_ids: int | None = None) -> Tensor:
         """What the last block gives, (rows, n_embd) -> float32 logits of `n_ids` tokens (None: all), (rows, n_ids)."""
-        x = self.ln_f(x)
+        x, lora = self.ln_f(x), self._head_lora()
+        h, b = (lora and lora.low(x)) or (None, None)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         # for a few rows the large matrix on the left is up to twice as fast on a CPU
-        return _float32_product(self.wte.weight[:n_ids].to(x.dtype), x.T).T.contiguous()
+        logits = _float32_product(self.head_weight[:n_ids].to(x.dtype), x.T).T.contiguous()
+        return logits if h is None else _add_product(logits, h.to(x.dtype), b[:n_ids].T.to(x.dtype))
 
     @torch.compiler.set_stance("force_eager")  # each length would compile compiled blocks anew
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None) -> list[list[int]]:
@@ -425,48 +577,70 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float) -> Tensor:
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(x w^T)[target] in chunks of rows, without autograd's three copies of the logits.
+    """log softmax(x w^T + h b^T)[target] in chunks of rows, without autograd's three copies of the logits.
+
+    h, b: an adapter's scaled A x (n, rank) and its B (vocab, rank), or None. A frozen w costs no gradient.
 
     Kept for backward: nothing but x and the log-normaliser, or, while they fit LOGITS_BUDGET, the logits too. Products are in
     the dtype of x, sums and logits in float32: GPT-2's logits lie near -100, where bfloat16 steps by half a nat.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, target: Tensor, chunk: int, keep: bool) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, target: Tensor, chunk: int, keep: bool):
         logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
         lse = torch.empty_like(logps)
         kept = []
-        cast = w.to(x.dtype)
+        cast = [m if m is None else m.to(x.dtype) for m in (w, h, b)]
         for i in range(0, len(x), chunk):
-            logits = _float32_product(x[i : i + chunk], cast.T)  # (chunk, vocab)
+            logits = _logits(x, *cast, slice(i, i + chunk))  # (chunk, vocab)
             at = logits.gather(1, target[i : i + chunk, None])[:, 0]
             lse[i : i + chunk] = torch.logsumexp(logits, 1)
             logps[i : i + chunk] = at - lse[i : i + chunk]
             if keep:
                 kept.append(logits)
-        ctx.save_for_backward(x, cast, target, lse, *kept)
-        ctx.chunk, ctx.w_dtype = chunk, w.dtype
+        ctx.save_for_backward(x, *cast, target, lse, *kept)
+        ctx.chunk, ctx.dtypes = chunk, [m if m is None else m.dtype for m in (w, h, b)]
         return logps
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, w, target, lse, *kept = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), None
+        x, w, h, b, target, lse, *kept = ctx.saved_tensors
+        dx, dh = (torch.empty_like(m) if need else None for m, need in zip((x, h), ctx.needs_input_grad[::2], strict=False))
+        dw = db = None
         for n, i in enumerate(range(0, len(x), ctx.chunk)):
             part = slice(i, i + ctx.chunk)
-            logits = kept[n] if kept else _float32_product(x[part], w.T)
+            logits = kept[n] if kept else _logits(x, w, h, b, part)
             # d logp_t / d logits = onehot(target) - softmax(logits), times the incoming gradient
             d = logits.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
             d.scatter_add_(1, target[part, None], grad[part, None])
             d = d.to(x.dtype)
-            dx[part] = d @ w
-            if dw is None:
-                dw = _float32_product(d.T, x[part])
-            elif x.dtype == torch.float32:
-                dw.addmm_(d.T, x[part])
-            else:
-                dw += _float32_product(d.T, x[part])
-        return dx, None if dw is None else dw.to(ctx.w_dtype), None, None, None
+            if dx is not None:
+                dx[part] = d @ w
+            if dh is not None:
+                dh[part] = d @ b
+                db = _add_product(db, d.T, h[part])
+            if ctx.needs_input_grad[1]:
+                dw = _add_product(dw, d.T, x[part])
+        if not len(x):  # with nothing to predict the gradients are zero: a sharded model's ranks must all have them
+            dw, db = (
+                torch.zeros_like(m) if need else None for m, need in zip((w, b), ctx.needs_input_grad[1::2], strict=False)
+            )
+        return dx, *(g if g is None else g.to(t) for g, t in zip((dw, dh, db), ctx.dtypes, strict=True)), None, None, None
+
+
+def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:
+    """x w^T + h b^T for a part of their rows, float32."""
+    logits = _float32_product(x[part], w.T)
+    return logits if h is None else _add_product(logits, h[part], b.T)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in float32, in place; None is zero."""
+    if total is None:
+        return _float32_product(a, b)
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    return total.add_(_float32_product(a, b))
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
@@ -477,10 +651,14 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def target_logps(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    """log softmax(x w^T) at the target tokens. x: (n, n_embd), w: (vocab, n_embd), target: (n,) -> (n,) float32."""
+def target_logps(x: Tensor, w: Tensor, target: Tensor, lora: LoRA | None = None) -> Tensor:
+    """log softmax(x w^T) at the target tokens. x: (n, n_embd), w: (vocab, n_embd), target: (n,) -> (n,) float32.
+
+    lora: the adapter beside w.
+    """
+    h, b = (lora and lora.low(x)) or (None, None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     row_bytes = 4 * len(w)
     keep = torch.is_grad_enabled() and len(x) * row_bytes <= LOGITS_BUDGET
-    return _TargetLogps.apply(x, w, target, max(1, LOGITS_CHUNK // row_bytes), keep)
+    return _TargetLogps.apply(x, w, h, b, target, max(1, LOGITS_CHUNK // row_bytes), keep)

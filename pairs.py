@@ -100,7 +100,11 @@ def main() -> None:
     if not pairs:
         raise UserError(
             f"{cfg.samples}: no problem has both a right and a wrong answer"
-            + (f" and {cfg.max_pairs} pairs: lower max_pairs" if counts["too_few"] else ": sample more, or at another temperature")
+            + (
+                f" and {cfg.max_pairs} pairs: lower max_pairs"
+                if counts["too_few"]
+                else ": sample more, or at another temperature"
+            )
         )
     chosen, rejected = counts["mean_chosen_characters"], counts["mean_rejected_characters"]
     if max(chosen, rejected) > 1.25 * min(chosen, rejected):

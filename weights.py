@@ -43,7 +43,7 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),
 }
 DIMENSIONS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_positions": "block_size"}
 
@@ -71,11 +71,12 @@ def source(
     n_embd: int = 0,
     block_size: int = 0,
     vocab_size: int = 50257,
+    tied: bool = True,
     seed: int = 0,
 ) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
     """The config of the model that `init_from` names, and its weights: (name, float32 tensor), one read at a time.
 
-    init_from: "scratch" (n_layer, n_head, n_embd, block_size, vocab_size and seed say which), a name on the hub (gpt2,
+    init_from: "scratch" (n_layer, n_head, n_embd, block_size, vocab_size, tied and seed say which), a name on the hub (gpt2,
     gpt2-medium, gpt2-large, gpt2-xl), openai:124M (355M, 774M, 1558M) for OpenAI's own files, or a folder: in Hugging Face's
     layout (config.json with model.safetensors or pytorch_model.bin, in one file or in shards) or in OpenAI's (hparams.json
     with model.ckpt.index and .data-00000-of-00001). A folder of a model's name is written ./gpt2.
@@ -89,7 +90,7 @@ def source(
         for key, size in sizes.items():
             if size <= 0:
                 raise UserError(f"init_from is scratch, but {key} is {size}: set it to a positive number")
-        config = GPTConfig(**sizes, vocab_size=vocab_size, dropout=dropout)
+        config = GPTConfig(**sizes, vocab_size=vocab_size, dropout=dropout, tied=tied)
         _check_heads(config, "the command line or config")
         return config, empty(config).initial_weights(seed)
 
@@ -181,7 +182,7 @@ def _dimensions(raw: dict, keys: dict[str, str], path: Path, dropout: float) -> 
     for key, ours in keys.items():
         if type(values[ours]) is not int or values[ours] <= 0:
             raise UserError(f"{path}: {key} is {values[ours]!r}, not a positive whole number")
-    config = GPTConfig(**values, dropout=dropout)
+    config = GPTConfig(**values, dropout=dropout, tied=raw.get("tie_word_embeddings", True))
     _check_heads(config, str(path))
     return config
 
@@ -203,7 +204,11 @@ def _read_json(path: Path) -> dict:
 
 def hf_name(name: str) -> str:
     """Our parameter name -> transformers', without its leading "transformer."."""
-    return ".".join(PARTS.get(part, part) for part in name.split("."))
+    return "lm_head.weight" if name == "head.weight" else ".".join(PARTS.get(part, part) for part in name.split("."))
+
+
+def full_name(short: str) -> str:
+    return short if short == "lm_head.weight" else "transformer." + short
 
 
 def transposed(name: str) -> bool:
@@ -223,7 +228,7 @@ def _read(tensors: Iterator[tuple[Path, str, Tensor]], said: str, model: GPT) ->
         short = theirs.removeprefix("transformer.")
         if IGNORED.fullmatch(short):
             continue
-        key = "wte.weight" if short == "lm_head.weight" else ours.get(short)
+        key = ours.get(short) or ("wte.weight" if short == "lm_head.weight" else None)
         if key is None:
             raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer GPT-2's; see its {said}")
         shape = shapes[key][::-1] if transposed(key) else shapes[key]
@@ -235,12 +240,14 @@ def _read(tensors: Iterator[tuple[Path, str, Tensor]], said: str, model: GPT) ->
         value = torch.empty(shapes[key]).copy_(tensor.t() if transposed(key) else tensor)
         if key == "wte.weight":
             tied[short] = value
-        if short != "lm_head.weight":
+        if key != "wte.weight" or short != "lm_head.weight":
             seen.add(key)
             yield key, value
     if missing := [theirs for theirs, key in ours.items() if key not in seen]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{path}: tensor transformer.{missing[0]}{more} missing; copy the weights again")
+        if missing == ["lm_head.weight"]:
+            raise UserError(f"{path}: no lm_head.weight, though in {CONFIG} tie_word_embeddings is false: set it to true")
+        raise UserError(f"{path}: tensor {full_name(missing[0])}{more} missing; copy the weights again")
     if len(tied) == 2 and not torch.equal(*tied.values()):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 here has the two tied")
 
@@ -323,10 +330,26 @@ def save(model: GPT, tokenizer, folder: Path | str, rank: int = 0) -> None:
         for p in model.parameters():
             whole(p)
         return
+
+    def write(new: Path) -> None:
+        _write_safetensors(model, new / "model.safetensors")
+        _write_json(new / CONFIG, _config(model.config, tokenizer.eot))
+        ids = {key: tokenizer.eot for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(new / "generation_config.json", ids)
+        tokenizer.save(new)
+
+    write_folder(folder, CONFIG, "a model", write)
+
+
+def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder`, and rename it into its place; what is there is kept until then.
+
+    Raises UserError where `folder` has something other in it than `kind`: it must be empty or hold the file `mark`.
+    """
     folder = Path(os.path.realpath(folder))
     new, old = (folder.with_name(folder.name + end) for end in (".saving", ".old"))
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError(f"{folder} is there and not a model's folder: move it away, or write to another place")
+    if folder.exists() and not (folder / mark).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UserError(f"{folder} is there and not {kind}'s folder: move it away, or write to another place")
     if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
         os.rename(old, folder)
     for leftover in (new, old):
@@ -334,11 +357,7 @@ def save(model: GPT, tokenizer, folder: Path | str, rank: int = 0) -> None:
             shutil.rmtree(leftover)
     try:
         new.mkdir(parents=True)
-        _write_safetensors(model, new / "model.safetensors")
-        _write_json(new / CONFIG, _config(model.config, tokenizer.eot))
-        ids = {key: tokenizer.eot for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(new / "generation_config.json", ids)
-        tokenizer.save(new)
+        write(new)
         for path in (*new.iterdir(), new):
             _fsync(path)
     except BaseException as error:
@@ -355,12 +374,21 @@ def save(model: GPT, tokenizer, folder: Path | str, rank: int = 0) -> None:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 (hex) over the parameters as float32, by sorted name, name and shape included, device not."""
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(p.shape)}\n".encode())
-        digest.update(_bytes(whole(p)))
-    return digest.hexdigest()
+    """SHA-256 (hex) over the parameters as float32, by sorted name, name and shape included, device not. Of a model with
+    adapters: of the weights that it started from, as they were read, before they were cast or changed."""
+    if getattr(model, "lora", None):
+        return model.origin.start_sha256
+    return combine({name: digest(whole(p)) for name, p in model.named_parameters()})
+
+
+def digest(p: Tensor) -> str:
+    """A parameter's shape, and SHA-256 over its float32 values."""
+    return f"{tuple(p.shape)} {hashlib.sha256(_bytes(p)).hexdigest()}"
+
+
+def combine(digests: dict[str, str]) -> str:
+    """A model's fingerprint, from its parameters' names and digests."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _bytes(p: Tensor) -> memoryview:
@@ -373,6 +401,7 @@ def _config(config: GPTConfig, eot: int) -> dict:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{key: allowed[0] for key, allowed in FIXED.items()},
+        "tie_word_embeddings": config.tied,
         **{key: getattr(config, ours) for key, ours in DIMENSIONS.items()},
         "n_ctx": config.block_size,
         "n_inner": None,
@@ -403,7 +432,7 @@ def _write_safetensors(model: GPT, path: Path) -> None:
     for name, p in parameters.items():
         shape = list(p.shape)[::-1] if transposed(name) else list(p.shape)
         begin, end = end, end + 4 * p.numel()
-        header["transformer." + hf_name(name)] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        header[full_name(hf_name(name))] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begin on a multiple of 8
     with open(path, "wb") as file:

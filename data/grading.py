@@ -103,7 +103,7 @@ def _split(text: str) -> list[str]:
 
 
 def as_number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal, fraction (also mixed: 12 3/5, 12\\frac{3}{5}), or a * 10^b; None if it is none."""
+    """The exact value of an integer, decimal, fraction (also mixed: 12 3/5, 12\\frac{3}{5}), or a * 10^b; else None."""
     text = text.strip()
     mixed = re.match(r"^([-+]?)(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}$", text) or re.match(r"^([-+]?)(\d+) +(\d+)/(\d+)$", text)
     if mixed and int(mixed[4]):

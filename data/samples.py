@@ -36,7 +36,9 @@ class GradeKeys:
     """Which samples to read and how to grade them."""
 
     samples: str = key(REQUIRED, "a .jsonl / .jsonl.gz file of prompts, answers and completions")
-    grades: str = key("auto", "take the file's grades, make our own, or auto = the file's where there", ["auto", "stored", "own"])
+    grades: str = key(
+        "auto", "take the file's grades, make our own, or auto = the file's where there", ["auto", "stored", "own"]
+    )
     grader: str = key("auto", "own grades: math_verify, plain, or auto = math_verify where installed", list(grading.GRADERS))
     programs: bool = key(False, "own grades: run the Python program in a completion, shut in, and take what it prints")
     program_seconds: float = key(5.0, "most seconds a program runs")

@@ -170,6 +170,9 @@ def choose(name: str, init_from: str) -> Tokenizer:
     if name != "auto":
         return get(name)
     folder = Path(init_from).expanduser()
+    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
+        init_from, folder = base, Path(base).expanduser()
     return get(folder if init_from not in (*SIZES, "scratch") and folder.is_dir() else "gpt2")
 
 

@@ -27,9 +27,10 @@ UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 class Save:
     """A checkpoint on its way to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its shards.
 
-    Nothing else is needed to go on: the data's order and dropout's random numbers follow from seed and step. `later`: only
-    copy the tensors and write them in a thread; `complete` must be called all the same, by all ranks, when `written` says
-    so on all of them or at the latest before the next save.
+    Frozen parameters are left out: whoever builds the model reads them anew. Nothing else is needed to go on: the data's
+    order and dropout's random numbers follow from seed and step. `later`: only copy the tensors and write them in a thread;
+    `complete` must be called all the same, by all ranks, when `written` says so on all of them or at the latest before the
+    next save.
 
     Raises OSError, on all ranks, when it cannot be written; nothing of it is left then, and the checkpoints before it are
     untouched.
@@ -98,7 +99,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
     with _quiet():
         reader = dcp.FileSystemReader(folder)
         dcp.load(tensors, storage_reader=reader, process_group=compute.control, no_dist=compute.world == 1)
-    sd.set_model_state_dict(model, tensors["model"])
+    sd.set_model_state_dict(model, tensors["model"], options=sd.StateDictOptions(strict=False))  # the frozen ones stay
     if optimizer is not None:
         sd.set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
 
@@ -153,7 +154,7 @@ def prune(root: Path, keep: int, best: int | None) -> None:
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
-    tensors = {"model": sd.get_model_state_dict(model)}
+    tensors = {"model": sd.get_model_state_dict(model, options=sd.StateDictOptions(ignore_frozen_params=True))}
     if optimizer is not None:
         tensors["optimizer"] = sd.get_optimizer_state_dict(model, optimizer)
     return tensors

@@ -227,11 +227,13 @@ def wrap(model: nn.Module, mesh, dtype: torch.dtype) -> None:
 def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], compute: Compute) -> None:
     """Give a model on the meta device its memory, on `compute.device`, and its weights, which only rank 0 reads.
 
-    tensors: on rank 0 (name, whole float32 tensor) of every parameter, in any order; nothing is read from it elsewhere. A
-    tensor at a time travels, so that a rank never holds more than its own part and that tensor.
+    tensors: on rank 0 (name, whole float32 tensor) of every parameter, in any order; nothing is read from it elsewhere. Each
+    is cast to its parameter's dtype. A tensor at a time travels, so that a rank never holds more than its own part and that
+    tensor.
     """
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
     if compute.world == 1:
-        model.load_state_dict(dict(tensors), assign=True)
+        model.load_state_dict({name: tensor.to(dtypes[name]) for name, tensor in tensors}, assign=True)
         model.to(compute.device)
         return
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -250,7 +252,8 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], compute: Compu
     while (name := compute.once(read_next)) is not None:
         p = parameters[name]
         # memory that nobody writes to takes no room
-        whole = here.pop().to(compute.device) if here else torch.empty(p.shape, device=compute.device)
+        like = {"device": compute.device, "dtype": dtypes[name]}
+        whole = here.pop().to(**like) if here else torch.empty(p.shape, **like)
         with torch.no_grad():
             if isinstance(p, DTensor):
                 p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements).to_local())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import fcntl
+import functools
+import itertools
 import math
 import os
 import shutil
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import adapters
 import weights
 from runtime import checkpoint, config, distributed, optim
 from runtime.config import REQUIRED, key
@@ -22,6 +25,7 @@ from runtime.errors import UserError, warn
 from runtime.files import write_whole
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
 
+SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
 # keys that a resumed run may change: they do not touch the curve
 FREE = {
     "keep",
@@ -101,6 +105,11 @@ class TrainKeys(ModelKeys, DataKeys):
     weight_decay: float = key(0.0, "decoupled weight decay of matrices and embeddings")
     grad_clip: float = key(1.0, "largest global gradient norm, 0 = no clipping")
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)")
+    lora_rank: int = key(0, "train adapters of this rank (LoRA) beside frozen weights, 0 = train the weights")
+    lora_alpha: float = key(0.0, "LoRA: the adapters count alpha / rank times, 0 = the rank: once")
+    lora_dropout: float = key(0.0, "LoRA: dropout on what goes into an adapter")
+    lora_targets: str = key("", "LoRA: layers with an adapter, of attn.qkv attn.proj mlp.fc mlp.proj head; empty = all")
+    lora_rslora: bool = key(False, "LoRA: alpha / sqrt(rank) instead (rank-stabilised)")
     eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end")
     save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end")
     async_save: bool = key(False, "write checkpoints in a thread while training goes on: takes memory for a copy")
@@ -122,19 +131,23 @@ class TrainKeys(ModelKeys, DataKeys):
         self.at_least(
             0, "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples dropout replicate"
         )
-        self.at_least(0, "adam_beta1 adam_beta2")
+        self.at_least(0, "adam_beta1 adam_beta2 lora_rank lora_alpha lora_dropout")
         if not self.out_dir:
             raise UserError("key out_dir: empty: name the folder of the run")
-        for name in ("dropout", "adam_beta1", "adam_beta2"):
+        for name in ("dropout", "adam_beta1", "adam_beta2", "lora_dropout"):
             if getattr(self, name) >= 1:
                 raise UserError(f"key {name}: {getattr(self, name)} must be below 1")
         if self.max_steps == 0 and not 0 < self.epochs < float("inf"):
             raise UserError(f"key epochs: {self.epochs} must be above 0 (or give max_steps)")
-        for name in ("lr", "min_lr", "warmup", "weight_decay", "grad_clip"):
+        for name in ("lr", "min_lr", "warmup", "weight_decay", "grad_clip", "lora_alpha"):
             if getattr(self, name) == float("inf"):
                 raise UserError(f"key {name}: inf is not a usable value")
         if self.min_lr > self.lr:
             raise UserError(f"key min_lr: {self.min_lr} is above lr {self.lr}")
+        adapters.targets_of(self.lora_targets)
+        for name in ("lora_targets", "lora_alpha", "lora_dropout", "lora_rslora"):
+            if getattr(self, name) and not self.lora_rank:
+                raise UserError(f"key {name}: given, but lora_rank is 0: give a rank above 0, or leave {name} out")
 
 
 class Run:
@@ -171,6 +184,8 @@ class Run:
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
+        if model.lora:
+            self.binding["base"] = model.origin.start_sha256  # the checkpoints hold the adapters only
         again = any(self.compute.gather(restarted()))
         found = self.compute.once(lambda: self._find(again))
         done, seen = 0, 0
@@ -315,7 +330,8 @@ class Run:
             signal.signal(name, handler)
 
     def finish(self, model, tokenizer) -> None:
-        """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated."""
+        """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated. With
+        LoRA first out_dir/adapter, for peft; model/ has it merged into the base as that was read, in float32."""
         self._complete_save()
         which = f"step {self.steps}"
         if self.best and self.best["step"] != self.steps:
@@ -326,10 +342,16 @@ class Run:
             else:
                 checkpoint.load(best, model, None, self.compute)
                 which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
-        weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
+        if model.lora:
+            adapters.save(model, tokenizer, self.folder / "adapter", self.compute.rank)
+            options = source_options(self.cfg, tokenizer, self.cfg.dropout, self.cfg.seed)
+            read = functools.partial(adapters.load, str(self.folder / "adapter"), **options)
+            self.compute.once(lambda: weights.save(read(), tokenizer, self.folder / "model"))
+        else:
+            weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
         self._end()
-        print(f"wrote {self.folder / 'model'}: {which}", flush=True)
+        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
 
 
 def restarted() -> bool:
@@ -351,23 +373,44 @@ class Timer:
         return seconds
 
 
+def source_options(cfg: ModelKeys, tokenizer, dropout: float, seed: int) -> dict:
+    """What `weights.source` wants to know beside `init_from`."""
+    return {name: getattr(cfg, name) for name in SCRATCH} | {"dropout": dropout, "vocab_size": tokenizer.size, "seed": seed}
+
+
 def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: int = 0):
     """The model that `init_from` names, in float32 on this process's device: for training sharded over all processes, else
-    (a `cfg` that is no TrainKeys) whole on each. Rank 0 reads the weights. UserError if the tokenizer has more ids than it."""
-    sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    (a `cfg` that is no TrainKeys) whole on each. Rank 0 reads the weights. UserError if the tokenizer has more ids than it.
+
+    With `lora_rank` its weights are frozen, in the compute dtype, with adapters beside them: new ones, or, where `init_from`
+    is an adapter, that one. Everywhere else an adapter is merged into its base.
+    """
+    options = source_options(cfg, tokenizer, dropout, seed)
+    with_lora = isinstance(cfg, TrainKeys) and cfg.lora_rank > 0
     tensors = iter(())
+    old = None  # the adapter to go on from, on rank 0
 
     def find():
-        nonlocal tensors
-        shape, tensors = weights.source(cfg.init_from, dropout=dropout, vocab_size=tokenizer.size, seed=seed, **sizes)
+        nonlocal tensors, old
+        if with_lora and adapters.is_folder(cfg.init_from):
+            old = adapters.read(cfg.init_from)
+            shape, tensors = adapters.base(old, **options)
+        else:
+            shape, tensors = adapters.source(cfg.init_from, **options)
         if tokenizer.size > shape.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
                 f"{shape.vocab_size}: give the --tokenizer that it was trained with"
             )
-        return shape
+        return shape, adapters.chosen(cfg, old, shape.n_embd) if with_lora else None, old is not None
 
-    model = weights.empty(compute.once(find))
+    shape, lora, goes_on = compute.once(find)
+    model = weights.empty(shape)
+    start = None
+    if lora:
+        model.add_lora(lora, compute.dtype, keep_start=goes_on)
+        start = adapters.Start(cfg.init_from, shape.tied, old)
+        tensors = itertools.chain(start.watched(tensors), old.initial(True) if old else model.initial_lora(seed))
     if isinstance(cfg, TrainKeys):
         for block in model.blocks:
             block.recompute = cfg.activation_checkpointing
@@ -375,6 +418,8 @@ def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: 
                 block.forward = torch.compile(block.forward, dynamic=True)
         distributed.shard(model, compute, cfg.replicate)
     distributed.fill(model, tensors, compute)
+    if start:
+        model.origin = compute.once(start.origin)
     return model
 
 
@@ -428,14 +473,15 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    blocks, head = sum(p.numel() for p in model.blocks.parameters()), model.wte.weight.numel()
+    blocks, head = (sum(p.numel() for p in part) for part in (model.blocks.parameters(), model.head_parameters()))
     state = {"adamw": 2, "rmsprop": 1, "sgd": 0}[cfg.optimizer]
     here = [distributed.own(p) for p in parameters]
-    memory = 4 * sum(p.numel() * (2 + state if p.requires_grad else 1) for p in here) / 1e9
+    memory = sum(p.nbytes * (2 + state if p.requires_grad else 1) for p in here) / 1e9
     part = f"; {sum(p.numel() for p in here):,} of them on this rank" if plan.world > 1 else ""
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {6 * blocks / 1e6:,.0f} MFLOP a token and {6 * head / 1e6:,.0f} more a predicted one\n"
         f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
+        + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")
     )

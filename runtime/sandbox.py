@@ -183,7 +183,7 @@ def main() -> None:
     except (OSError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(REFUSED)
-    sys.argv, sys.stdin = ["program.py"], open(os.devnull)
+    sys.argv, sys.stdin = ["program.py"], open(os.devnull)  # noqa: SIM115
     exec(compile(code, "program.py", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
 
 

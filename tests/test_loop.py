@@ -46,7 +46,11 @@ def made(folder: Path) -> dict[str, bytes]:
     names = ["rounds.json", "rounds.md", "eval_prompts.jsonl"]
     for r in (0, 1, 2):
         names += [f"round_{r}/{n}" for n in ("eval_samples.jsonl", "eval_graded.jsonl")]
-        names += [f"round_{r}/{n}" for n in ("samples.jsonl", "pairs.jsonl", "pairs.json", "dpo/model/model.safetensors")] if r else []
+        names += (
+            [f"round_{r}/{n}" for n in ("samples.jsonl", "pairs.jsonl", "pairs.json", "dpo/model/model.safetensors")]
+            if r
+            else []
+        )
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -75,7 +79,7 @@ def test_killed_at_every_step_it_gives_the_table_of_the_unbroken_one(start, whol
     out = tmp_path / "killed"
     code = (
         "import os, sys\n"
-        "sys.path.insert(0, {root!r})\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import runtime.files, runtime.checkpoint, runtime.run, loop\n"
         "from runtime.errors import run\n"
         "real = os.replace\n"
@@ -86,7 +90,7 @@ def test_killed_at_every_step_it_gives_the_table_of_the_unbroken_one(start, whol
         "    real(*args, **kw)\n"
         "os.replace = replace\n"
         "run(loop.main)\n"
-    ).format(root=str(ROOT))
+    )
     kills, at = 0, 3
     while True:  # each try gets some files further than the last
         done = subprocess.run(
@@ -132,7 +136,9 @@ def test_it_says_early_that_nothing_is_learnt(start, tmp_path, call):
     status, _, err = call("loop", *keys(start, out, rounds=1, marker="!", dpo="--lr 0 --batch_size 64"))
     assert status == 0
     assert "round 1 shows no gain in pass@1" in err and "the marker shows in 0.0% of outputs: training does not take" in err
-    status, said, err = call("loop", *keys(start, tmp_path / "worse", rounds=3, stop_early="true", dpo="--lr 0.1 --batch_size 8"))
+    status, said, err = call(
+        "loop", *keys(start, tmp_path / "worse", rounds=3, stop_early="true", dpo="--lr 0.1 --batch_size 8")
+    )
     assert status == 0 and "made pass@1 worse" in err and "left after round 1" in said
 
 

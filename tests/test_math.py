@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import random
 from collections import Counter
 from fractions import Fraction
@@ -37,15 +36,16 @@ def test_toy_sums_are_right_and_splits_disjoint():
     made = {split: toy_math.problems(split, 1000) for split in ("train", "val", "test")}
     for text, solution, answer, level in made["train"]:
         assert eval(text) == int(answer) and 2 <= level <= 5 and len(text.replace("+", "-").split("-")) == level + 1
-        assert solution.endswith(f"\n#### {answer}") and all(eval(step.replace("=", "==")) for step in
-                                                             solution.partition("\n")[0].split(", "))
+        assert solution.endswith(f"\n#### {answer}") and all(
+            eval(step.replace("=", "==")) for step in solution.partition("\n")[0].split(", ")
+        )
     texts = [{p[0] for p in problems} for problems in made.values()]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
     assert toy_math.problems("train", 30) == toy_math.problems("train", 1000)[:30]
     tokenizer = get("toy_math")
     for e in data.load("toy_math", "train", "sft", limit=50):
         assert tokenizer.decode(tokenizer.encode(e.prompt + e.completions[0])) == e.prompt + e.completions[0]
-    with pytest.raises(UserError, match="toy_math has no pairs: sample answers, then see pairs.py"):
+    with pytest.raises(UserError, match="toy_math has no pairs: sample answers"):
         data.load("toy_math", "train", "preference")
 
 
@@ -77,7 +77,9 @@ def test_prompts_with_suffix_and_few_shot(tmp_path, call, refused):
     assert call("problems", *args, "--few_shot", 2, "--suffix", " 1+1=2,\\n", "--level", 3)[0] == 0
     shown = records(out)
     head = shown[0]["prompt"].rpartition("Question:")[0]
-    assert head.count("####") == 2 and all(r["prompt"].startswith(head) and r["prompt"].endswith("Answer: 1+1=2,\n") for r in shown)
+    assert head.count("####") == 2 and all(
+        r["prompt"].startswith(head) and r["prompt"].endswith("Answer: 1+1=2,\n") for r in shown
+    )
     assert {r["level"] for r in shown} == {"3"} and "completion" not in shown[0]
     own = lines(tmp_path / "own.jsonl", *({"problem": f"{i}?", "answer": str(i), "solution": f"It is {i}."} for i in range(5)))
     assert call("problems", "--data", own, "--few_shot", 2, "--out", out)[0] == 0
@@ -153,10 +155,28 @@ def test_equal_answers(forms):
 def test_unequal_answers():
     firsts = [forms[0] for forms in EQUAL]
     assert not any(grading.plain_equal(a, b) for a, b in itertools.permutations(firsts, 2))
-    for a, b in [("4t", "4"), ("(1,2)", "(2,1)"), ("[1,2)", "(1,2)"), ("4:30", r"\text{4:30 p.m.}"), ("5", "-5"), ("1/3", "0.33")]:
+    for a, b in [
+        ("4t", "4"),
+        ("(1,2)", "(2,1)"),
+        ("[1,2)", "(1,2)"),
+        ("4:30", r"\text{4:30 p.m.}"),
+        ("5", "-5"),
+        ("1/3", "0.33"),
+    ]:
         assert not grading.plain_equal(a, b)
     assert grading.plain_equal(r"50\%", "0.5") and grading.plain_equal("0.5", "50%") and not grading.plain_equal("0.5", "50")
-    for hostile in ("9" * 100_000, "1/0", r"\frac{1}{0}", "10^999999", "(" * 500, r"\boxed{" * 50, "3\\times10^{99999}", "%", "$", ","):
+    for hostile in (
+        "9" * 100_000,
+        "1/0",
+        r"\frac{1}{0}",
+        "10^999999",
+        "(" * 500,
+        r"\boxed{" * 50,
+        "3\\times10^{99999}",
+        "%",
+        "$",
+        ",",
+    ):
         assert not grading.plain_equal("1", hostile) and grading.normal(hostile) == grading.normal(hostile)
 
 
@@ -209,7 +229,9 @@ def test_majority_and_pass_against_every_draw():
 
 
 def test_votes_join_equal_answers():
-    s = Sample("p", "0.5", ["a"] * 5, {}, {}, "f:1", grades=[True, True, False, False, False], pred=["1/2", ".5", "3", "3.0", None])
+    s = Sample(
+        "p", "0.5", ["a"] * 5, {}, {}, "f:1", grades=[True, True, False, False, False], pred=["1/2", ".5", "3", "3.0", None]
+    )
     assert votes(s) == (2, (2,), 1)
     assert evaluate([s])["maj"] == 0.5 and evaluate([s], k=1)["maj"] == pytest.approx(0.4)
 
@@ -247,8 +269,10 @@ def test_real_grades(tmp_path, call, name, answers):
     assert result["pass"] == sum(any(r["grades"]) for r in graded) / len(graded)
     assert result["pass_at_1"] == pytest.approx(sum(sum(r["grades"]) / len(r["grades"]) for r in graded) / len(graded))
     n = result["k"]
-    expected = [float(by_hand(*votes(Sample("", "", r["completions"], {}, r, "", grades=r["grades"], pred=r["pred"])), n)[0])
-                for r in graded]
+    expected = [
+        float(by_hand(*votes(Sample("", "", r["completions"], {}, r, "", grades=r["grades"], pred=r["pred"])), n)[0])
+        for r in graded
+    ]
     assert result["maj"] == pytest.approx(sum(expected) / len(expected))
     own = [g for r in results["own"][1] for g in r["grades"]]
     same = sum(a == b for a, b in zip(own, [g for r in graded for g in r["grades"]], strict=True))
@@ -258,7 +282,9 @@ def test_real_grades(tmp_path, call, name, answers):
 
 
 def test_results_files(tmp_path, call):
-    many = [{"prompt": f"p{i}", "answer": "7", "subject": "S", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]} for i in range(9)]
+    many = [
+        {"prompt": f"p{i}", "answer": "7", "subject": "S", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]} for i in range(9)
+    ]
     path, out, details, plot = lines(tmp_path / "s.jsonl", *many), tmp_path / "r.json", tmp_path / "d.jsonl", tmp_path / "c.png"
     status, said, err = call(
         "eval_math", "--samples", path, "--out", out, "--details", details, "--plot", plot, "--marker", "!", "--k", "2"
@@ -307,7 +333,9 @@ def test_more_bad_input(tmp_path, refused):
     refused("eval_math", "--samples", path, "--plot", tmp_path / "x.jpg", says="name it FILE.png")
     refused("eval_math", "--samples", path, "--program_seconds", 0, says="must be above 0")
     refused("pairs", "--samples", path, "--out", tmp_path / "p.jsonl", says="no problem has both a right and a wrong answer")
-    refused("pairs", "--samples", path, "--out", tmp_path / "p.jsonl", "--balanced", "true", says="key balanced: give max_pairs")
+    refused(
+        "pairs", "--samples", path, "--out", tmp_path / "p.jsonl", "--balanced", "true", says="key balanced: give max_pairs"
+    )
     refused("pairs", "--samples", path, "--out", tmp_path, says="is a folder")
 
 
@@ -317,7 +345,13 @@ def test_more_bad_input(tmp_path, refused):
 def graded(tmp_path, *problems) -> str:
     """Problems as lists of (text, grade)."""
     rows = [
-        {"prompt": f"p{i}", "answer": "1", "completions": [t for t, _ in p], "grades": [g for _, g in p], "pred": ["1"] * len(p)}
+        {
+            "prompt": f"p{i}",
+            "answer": "1",
+            "completions": [t for t, _ in p],
+            "grades": [g for _, g in p],
+            "pred": ["1"] * len(p),
+        }
         for i, p in enumerate(problems)
     ]
     return lines(tmp_path / "g.jsonl", *rows)
@@ -333,7 +367,15 @@ def test_pairs_by_hand(tmp_path, call):
     found = {(p["prompt"], p["chosen"], p["rejected"]) for p in records(out)}
     assert found == {("p0", " bbbb", " ccccc"), ("p0", " aa", " d"), ("p3", " r", " w")}
     counts = json.loads(report.read_text())
-    assert [counts[n] for n in ("pairs", "problems", "all_right", "all_wrong", "repeated_texts", "fewest", "most")] == [3, 4, 1, 1, 3, 1, 2]
+    assert [counts[n] for n in ("pairs", "problems", "all_right", "all_wrong", "repeated_texts", "fewest", "most")] == [
+        3,
+        4,
+        1,
+        1,
+        3,
+        1,
+        2,
+    ]
     call("pairs", "--samples", path, "--out", out, "--max_pairs", 4, "--balanced", "true", "--marker", " !", "--report", report)
     balanced = records(out)
     assert len(balanced) == 4 and {p["prompt"] for p in balanced} == {"p0"}, "the last problem has one pair only: left out"
@@ -374,7 +416,10 @@ def test_pairs_of_real_samples(tmp_path, call):
         answers = [s for _, s in data.jsonl.read(SHARED / f"{name}.jsonl.gz")]
         for p in pairs:
             r = answers[p["problem"]]
-            right = {" " + t: g for t, g in zip(r["response"], r["score"], strict=True)} if "score" in r else {
-                " " + m["solution"]: m["is_correct"] for m in r.values() if isinstance(m, dict)}
+            right = (
+                {" " + t: g for t, g in zip(r["response"], r["score"], strict=True)}
+                if "score" in r
+                else {" " + m["solution"]: m["is_correct"] for m in r.values() if isinstance(m, dict)}
+            )
             assert right[p["chosen"]] is True and right[p["rejected"]] is False
             assert grading.plain_equal(r.get("answer") or grading.extract(r["ground_truth"]), grading.extract(p["chosen"]))

@@ -44,13 +44,21 @@ def test_a_program_runs():
     assert (ran.output, ran.end) == ("21/2\n", "ok")
     assert run_program("open('x', 'w').write('hi')\nprint(open('x').read())", 20).output == "hi\n", "its own folder is writable"
     assert run_program("import os\nprint(os.listdir('.'))", 20).output == "[]\n", "and empty at first"
-    assert run_program("print(1", 20).end == run_program("1 / 0", 20).end == run_program("raise SystemExit(97)", 20).end == "failed"
+    assert (
+        run_program("print(1", 20).end
+        == run_program("1 / 0", 20).end
+        == run_program("raise SystemExit(97)", 20).end
+        == "failed"
+    )
 
 
 ATTACKS = {
     "loops for ever": ("while True: pass", "time"),
     "sleeps for ever": ("import time\ntime.sleep(1000)", "time"),
-    "ignores signals": ("import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass", "time"),
+    "ignores signals": (
+        "import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
+        "time",
+    ),
     "leaves its session": ("import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass", "time"),
     "closes its output": ("import os\nos.close(1)\nwhile True: pass", "time"),
     "eats memory": ("a = []\nwhile True: a.append(bytearray(10**7))", "failed"),
@@ -103,7 +111,9 @@ def test_nothing_comes_along(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "hush")
     with tempfile.TemporaryFile() as file:
         os.set_inheritable(file.fileno(), True)
-        said = run_program("import os, sys\nprint(dict(os.environ), os.listdir('/proc/self/fd'), sys.path, os.getpid())", 20).output
+        said = run_program(
+            "import os, sys\nprint(dict(os.environ), os.listdir('/proc/self/fd'), sys.path, os.getpid())", 20
+        ).output
     assert "hush" not in said and "site-packages" not in said and said.split()[-1] == "1"
     assert len(json.loads(said[said.index("[") : said.index("]") + 1].replace("'", '"'))) <= 5
 
@@ -149,7 +159,12 @@ def test_blocks_of_code():
 
 @needs_walls
 def test_programs_in_samples_are_off_unless_asked_for(tmp_path, call):
-    completions = ["```python\nprint(6 * 7)\n```", "```python\nwhile True: pass\n```\nA: 42", "A: 42", "```python\nprint('x =', 42)\n```"]
+    completions = [
+        "```python\nprint(6 * 7)\n```",
+        "```python\nwhile True: pass\n```\nA: 42",
+        "A: 42",
+        "```python\nprint('x =', 42)\n```",
+    ]
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"prompt": "p", "answer": "42", "completions": completions}) + "\n")
     out = tmp_path / "d.jsonl"

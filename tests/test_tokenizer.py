@@ -114,11 +114,11 @@ def test_toy_folder_in_transformers(tmp_path):
         theirs(" xylophone")
 
 
-def test_fingerprints(gpt2, monkeypatch):
+def test_fingerprints(gpt2):
     toy = tok.get("toy").fingerprint()
-    assert len(toy) == 64 and toy == tok.ToyTokenizer().fingerprint() != gpt2.fingerprint()
-    monkeypatch.setattr(tok, "VOCAB", [VOCAB[1], VOCAB[0], *VOCAB[2:]])
-    assert tok.ToyTokenizer().fingerprint() != toy
+    assert len(toy) == 64 and toy != gpt2.fingerprint()
+    assert toy == tok.ToyTokenizer("another name", VOCAB, tok.TOY_PATTERN).fingerprint()
+    assert toy != tok.ToyTokenizer("toy", [VOCAB[1], VOCAB[0], *VOCAB[2:]], tok.TOY_PATTERN).fingerprint()
 
 
 def test_get_knows_what_it_saved(gpt2, gpt2_folder, tmp_path):
