@@ -74,6 +74,7 @@ class Save:
             if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
                 raise UserError(f"{self.folder / name} is not there: out_dir must be a folder that all nodes see")
         write_whole(self.folder / "state.json", json.dumps(self.state, indent=1))
+        _sync_folder(self.folder)
         shutil.rmtree(self.final, ignore_errors=True)
         os.rename(self.folder, self.final)
         _sync_folder(self.root)

@@ -109,6 +109,9 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         raise UserError(f"device {device}: with several processes each takes its own: use --device cuda")
     if world > 1 and name == "cuda":
         name = f"cuda:{local}"
+        if local >= (gpus := torch.cuda.device_count()) > 0:
+            said = f"{gpus} GPUs are here, but torchrun started more processes: give --nproc_per_node {gpus}"
+            raise UserError(said, here=local == gpus)
     try:
         where = torch.device(name)
         torch.zeros(1, device=where).item()

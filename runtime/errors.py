@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -11,7 +12,14 @@ PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, er
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: what, where (file:line or key), what to do."""
+    """A mistake the user can mend. The message is one line: what, where (file:line or key), what to do.
+
+    Of several processes all make the same one, and rank 0 says so; `here`: this one alone made it.
+    """
+
+    def __init__(self, message: str, here: bool = False):
+        super().__init__(message)
+        self.here = here
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -20,27 +28,12 @@ def run(main: Callable[[], int | None]) -> None:
     Everything that is not the user's doing raises with its traceback. Of several processes rank 0 speaks for all.
     """
     try:
-        status = main() or 0
-    except UserError as error:
-        status = fail(error)
-    except BrokenPipeError:
-        status = 0  # `… | head` closed our stdout: not an error
-    except OSError as error:
-        where = f" while writing {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            status = fail(f"no space left on the disk{where}: free some and start the same command again")
-        elif error.errno in PATHS and error.filename:
-            status = fail(f"{error.filename}: {error.strerror}: name another path or change its permissions")
-        else:
+        status = _status_of(main)
+    except Exception:
+        if not dist.is_initialized():
             raise
-    except RuntimeError as error:
-        if not lost_another(error):
-            raise
-        print(f"rank {os.environ['RANK']}: another process of this job has ended ({str(error)[:80]!r})", file=sys.stderr)
+        traceback.print_exc()
         status = 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        status = 130
     if dist.is_initialized():  # a tidy end would wait for processes that may be gone
         sys.stdout.flush()
         sys.stderr.flush()
@@ -48,9 +41,34 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def _status_of(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except UserError as error:
+        return fail(error)
+    except BrokenPipeError:
+        return 0  # `… | head` closed our stdout: not an error
+    except OSError as error:
+        where = f" while writing {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return fail(f"no space left on the disk{where}: free some and start the same command again")
+        if error.errno in PATHS and error.filename:
+            return fail(f"{error.filename}: {error.strerror}: name another path or change its permissions")
+        raise
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        said = str(error).splitlines()[0]
+        print(f"rank {os.environ['RANK']}: another process of this job has ended ({said!r})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
 def fail(message: object) -> int:
-    """Print `error: message` on one line of stderr, of several processes only on rank 0; returns exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print `error: message` on one line of stderr, of several processes that all have it only on rank 0; returns 2."""
+    if os.environ.get("RANK", "0") == "0" or getattr(message, "here", False):
         print("error: " + " ".join(str(message).split()), file=sys.stderr)
     return 2
 

@@ -13,6 +13,11 @@ def parameters(c: GPTConfig) -> int:
     return c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + (c.vocab_size + c.block_size + 2) * c.n_embd
 
 
+def adapter_parameters(c: GPTConfig, rank: int) -> int:
+    """Parameters of LoRA on every linear layer, head included, q, k and v apart: rank * (n_in + n_out) each."""
+    return rank * (18 * c.n_layer * c.n_embd + c.n_embd + c.vocab_size)
+
+
 def needed(
     c: GPTConfig,
     tokens: int,
@@ -59,6 +64,8 @@ def main() -> None:
         "full, 1 GPU, activation checkpointing": {"checkpointing": True},
         "full, 2 GPUs": {"processes": 2},
         "full, 8 GPUs, activation checkpointing": {"processes": 8, "checkpointing": True},
+        "LoRA of rank 16, 1 GPU": {"rank": 16},
+        "LoRA of rank 16, 1 GPU, activation checkpointing": {"rank": 16, "checkpointing": True},
         "full, CPU (float32, 1,024 tokens)": {"bfloat16": False, "tokens": 1024, "predicted": 512},
     }
     print(f"| GB a rank (1e9 bytes); {tokens:,} positions a forward, bfloat16 | {' | '.join(SIZES)} |")
@@ -67,7 +74,8 @@ def main() -> None:
         cells = []
         for layers, heads, width in SIZES.values():
             c = GPTConfig(layers, heads, width)
-            more = {"tokens": tokens, "predicted": predicted} | case
+            more = {"tokens": tokens, "predicted": predicted, "adapters": adapter_parameters(c, case.get("rank", 0))} | case
+            more.pop("rank", None)
             cells.append(f"{sum(needed(c, **more).values()) / 1e9:.1f}")
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -24,6 +24,7 @@ from runtime.config import REQUIRED, key
 from runtime.errors import UserError, warn
 from runtime.files import write_whole
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
+from runtime.memory import STATES
 
 SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
 # keys that a resumed run may change: they do not touch the curve
@@ -249,8 +250,10 @@ class Run:
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal:
-            raise KeyboardInterrupt
-        self.stop_signal = number
+            if time.monotonic() - self.signalled_at > 2:  # Ctrl-C in a terminal comes twice: from it and from torchrun
+                raise KeyboardInterrupt
+            return
+        self.stop_signal, self.signalled_at = number, time.monotonic()
         if self.compute.rank == 0:
             name = signal.Signals(number).name
             print(f"\n{name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
@@ -298,9 +301,8 @@ class Run:
     def _complete_save(self) -> None:
         if self.saving:
             self.saving.complete()
-            self.saving = None
-            best = self.best["step"] if self.best else None
-            self.compute.once(lambda: checkpoint.prune(self.checkpoints, self.cfg.keep, best))
+            best, self.saving = self.saving.state["best"], None  # not self.best: that may not be saved yet
+            self.compute.once(lambda: checkpoint.prune(self.checkpoints, self.cfg.keep, best["step"] if best else None))
 
     def _synced(self) -> int:
         self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
@@ -474,7 +476,7 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     blocks, head = (sum(p.numel() for p in part) for part in (model.blocks.parameters(), model.head_parameters()))
-    state = {"adamw": 2, "rmsprop": 1, "sgd": 0}[cfg.optimizer]
+    state = STATES[cfg.optimizer]
     here = [distributed.own(p) for p in parameters]
     memory = sum(p.nbytes * (2 + state if p.requires_grad else 1) for p in here) / 1e9
     part = f"; {sum(p.numel() for p in here):,} of them on this rank" if plan.world > 1 else ""

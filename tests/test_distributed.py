@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model
+from runtime import checkpoint, distributed, errors
 from tests.conftest import SHARED, dpo_args, flags, metrics, ref_args, sft_args
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +152,16 @@ def test_bfloat16_stays_near_float32(files, sft_run, reference, world, tmp_path)
         for name in ("logps/chosen", "logps/rejected"):
             assert b[name] == pytest.approx(a[name], abs=2e-2 * tokens) and c[name] == pytest.approx(a[name], abs=2e-2 * tokens)
         assert b["loss"] == pytest.approx(a["loss"], abs=2e-2) and c["loss"] == pytest.approx(a["loss"], abs=2e-2)
-    assert [r["logps/chosen"] for r in one] != [r["logps/chosen"] for r in exact], "it was float32 after all"
+    for run in (one, two):
+        assert [r["logps/chosen"] for r in run] != [r["logps/chosen"] for r in exact], "it was float32 after all"
+
+
+@pytest.mark.parametrize("asked", ["false", "true"])
+def test_activation_checkpointing_is_wired(asked, files, call, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model, "checkpoint", lambda block, *args, **how: calls.append(block) or block(*args))
+    assert call("sft", *sft_args(files, tmp_path / "run", activation_checkpointing=asked, max_steps=1))[0] == 0
+    assert bool(calls) == (asked == "true")
 
 
 def test_activation_checkpointing_changes_nothing(alone, files, sft_run, reference, world, tmp_path):
@@ -167,9 +178,9 @@ def test_activation_checkpointing_changes_nothing(alone, files, sft_run, referen
 
 def cut_back(folder: Path, step: int) -> None:
     """Make a run look as if it had been killed after the checkpoint of `step`."""
-    for checkpoint in (folder / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.removeprefix("step_")) > step:
-            shutil.rmtree(checkpoint)
+    for saved in checkpoint.steps(folder / "checkpoints"):
+        if int(saved.name.removeprefix("step_")) > step:
+            shutil.rmtree(saved)
     shutil.rmtree(folder / "model")
 
 
@@ -212,6 +223,24 @@ def test_saving_in_the_background(n, files, world, tmp_path):
     cut_back(tmp_path / "run", 6)
     good(world(n, "sft", args))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_background_save_is_one_and_keeps_the_best_until_then(files, call, tmp_path, monkeypatch):
+    """A thread writes; and no checkpoint is deleted in favour of one that is not whole yet."""
+    threads, pruned, save, prune = [], [], checkpoint.dcp.async_save, checkpoint.prune
+
+    def watched(root, keep, best):
+        pruned.append(best)
+        assert best is None or f"step_{best}" in [f.name for f in checkpoint.steps(root)]
+        prune(root, keep, best)
+
+    monkeypatch.setattr(checkpoint.dcp, "async_save", lambda *args, **how: threads.append(save(*args, **how)) or threads[-1])
+    monkeypatch.setattr(checkpoint, "prune", watched)
+    monkeypatch.setattr(checkpoint.Save, "written", lambda _: False)  # as on a slow disk
+    args = sft_args(files, tmp_path / "run", async_save="true", eval_every=1, keep=1, lr=1e-2)
+    assert call("sft", *args)[0] == 0
+    assert len(threads) >= 4 and len(set(pruned)) > 2
+    assert call("sft", *sft_args(files, tmp_path / "plain"))[0] == 0 and len(pruned) > len(threads)
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
@@ -259,6 +288,21 @@ def test_an_error_is_said_once(files, world, tmp_path):
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert statuses == [2, 2] and len(lines) == 1 and says in lines[0], err
         assert "Traceback" not in err
+
+
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    """Rank 0 has a GPU and no complaint: the first that has none speaks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in (2, 3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(SystemExit) as end:
+            errors.run(distributed.setup)
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert said == ("error: 2 GPUs are here, but torchrun started more processes: give --nproc_per_node 2\n" * (rank == 2))
 
 
 def test_damaged_weights_are_said_once(files, sft_run, world, tmp_path):
@@ -357,16 +401,20 @@ def test_kill_9_of_a_random_rank(restarts, files, world, tmp_path):
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
-def test_sigterm_saves_once_and_ends(files, world, tmp_path):
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_sigterm_saves_once_and_ends(ctrl_c, files, world, tmp_path):
+    """Ctrl-C reaches every process of the terminal, and the workers once more from torchrun."""
     run = tmp_path / "run"
     args = sft_args(files, run, **{**LONG, "save_every": 0})
     good(world(2, "sft", sft_args(files, tmp_path / "whole", **{**LONG, "save_every": 0})))
     job = torchrun("--nproc_per_node", 2, "--master_port", free_port(), "sft.py", *args)
     while job.poll() is None and not ((run / "metrics.jsonl").exists() and metrics(run)):
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    for pid in workers(run) if ctrl_c else []:
+        os.kill(pid, signal.SIGINT)
+    job.send_signal(signal.SIGINT if ctrl_c else signal.SIGTERM)
     output, _ = job.communicate(timeout=30)
-    assert output.count("SIGTERM: finishing this step") == 1 and output.count("stopped at step") == 1, output
+    assert output.count(": finishing this step") == 1 and output.count("stopped at step") == 1, output
     (saved,) = (run / "checkpoints").glob("step_*")
     assert metrics(run)[-1]["step"] == int(saved.name.removeprefix("step_"))
     good(world(2, "sft", args))

@@ -6,7 +6,7 @@ import torch
 
 import weights
 from data.packing import Encoded, collate
-from model import SIZES, GPTConfig
+from model import SIZES, GPTConfig, LoRAConfig
 from runtime import memory, optim
 from runtime.run import TrainKeys
 
@@ -22,12 +22,23 @@ def test_parameters(size):
     assert memory.parameters(config) == sum(p.numel() for p in weights.empty(config).parameters())
 
 
+def test_adapter_parameters():
+    """The source's counts (recipe E)."""
+    counts = {("gpt2-medium", 16): 7_898_384, ("gpt2-medium", 32): 15_796_768, ("gpt2-large", 16): 14_095_632}
+    for (size, rank), count in counts.items():
+        assert memory.adapter_parameters(GPTConfig(*SIZES[size]), rank) == count
+
+
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("completions", [1, 2])
-def test_activations_are_what_autograd_keeps(recompute, bfloat16, completions):
+def test_activations_are_what_autograd_keeps(recompute, bfloat16, completions, lora):
     config = GPTConfig(n_layer=6, n_head=4, n_embd=128, block_size=256, vocab_size=101)
-    model = model_of(config).train()
+    model, adapters = model_of(config).train(), 0
+    if lora:
+        model.add_lora(LoRAConfig(rank=2, alpha=2), torch.bfloat16 if bfloat16 else torch.float32)
+        adapters = memory.adapter_parameters(config, 2)
     for block in model.blocks:
         block.recompute = recompute
     rng = np.random.default_rng(0)
@@ -42,7 +53,8 @@ def test_activations_are_what_autograd_keeps(recompute, bfloat16, completions):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         model(batch)
-    formula = memory.needed(config, batch.tokens.numel(), len(batch.target), bfloat16=bfloat16, checkpointing=recompute)
+    case = {"bfloat16": bfloat16, "checkpointing": recompute, "adapters": adapters}
+    formula = memory.needed(config, batch.tokens.numel(), len(batch.target), **case)
     expected = formula["activations"] + formula["logits"]
     if completions > 1:  # on a CPU the mask, once for all layers
         expected += 4 * batch.tokens.size(1) * batch.tokens.numel()
