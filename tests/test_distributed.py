@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -399,6 +400,22 @@ def test_kill_9_of_a_random_rank(restarts, files, world, tmp_path):
     assert metrics(run) == metrics(tmp_path / "whole")
     assert (run / "model/model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
     assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_a_restart_does_not_meet_the_dead(monkeypatch):
+    """torchrun's store outlives its workers. Each start gives all its processes one new prefix, whoever comes first."""
+    kept = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": kept.port, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    for late in (0, 1, 2):
+        with ThreadPoolExecutor() as pool:
+            first = [pool.submit(distributed.meet, rank, 3) for rank in range(3) if rank != late]
+            time.sleep(0.3)
+            assert not any(f.done() for f in first), "met one of the start before"
+            stores = [f.result(30) for f in [*first, pool.submit(distributed.meet, late, 3)]]
+        assert not stores[0].check(["who"]), "the same prefix as the start before"
+        stores[0].set("who", str(late))
+        assert [store.check(["who"]) and store.get("who") for store in stores] == [str(late).encode()] * 3
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True])
