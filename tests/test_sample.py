@@ -24,11 +24,12 @@ DRAWS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7, "temperat
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random model of the toy vocabulary, its logits far enough apart to be of interest."""
+    """A random model of the toy vocabulary, its weights so large that tokens differ in likelihood and change."""
     toy = get("toy")
     model = weights.load("scratch", seed=3, n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=toy.size)
     with torch.no_grad():
-        model.wte.weight.mul_(10)
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
     path = tmp_path_factory.mktemp("sample") / "model"
     weights.save(model, toy, path)
     return path
