@@ -739,7 +739,7 @@ def gpu(cfg: Config, temp: Path) -> dict:
     for line in left:
         print(f"left out: {line}" + ("" if "no key" in line else f": the {cfg.minutes:g} minutes were up"))
     print(f"MFU: useful operations (a prompt once, however many completions) over the matrix product's rate; data: {said}")
-    print("sampling is measured with sample.py, not here yet")
+    print("sampling has a suite of its own: --suite sample")
     return report
 
 

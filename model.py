@@ -488,7 +488,7 @@ class Branch:
 
 def _alike(waiting: list[int], prompts: dict[int, list[int]], most: int) -> list[int]:
     """Take the next prompts, at most so many, off the end of `waiting`: padded to the longest, 1/8 at most is padding."""
-    group, used = [waiting.pop()], 0
+    group = [waiting.pop()]
     longest = used = len(prompts[group[0]])
     while waiting and len(group) < most and (len(group) + 1) * longest <= PROMPT_TOKENS:
         used += len(prompts[waiting[-1]])
@@ -548,7 +548,8 @@ def exponential_noise(ids: Tensor, places: list[tuple[int, int, int]], seed: int
         x = x * multiplier + b
     x ^= (x >> 16) & 0xFFFF
     u = x.float() * 2.0**-32  # in [-1/2, 1/2), finest near 0, where the winners lie
-    return torch.log1p(-(u + (u < 0) + 2.0**-33)).neg_()
+    u = (u + (u < 0) + 2.0**-33).clamp_(max=1 - 2.0**-24)  # below 1, so that no noise is infinite: it would lose to p = 0
+    return torch.log1p(-u).neg_()
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

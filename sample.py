@@ -202,9 +202,9 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     }
     part = open_part(cfg, compute)
     done = compute.once(lambda: resume(cfg, settings))
-    theirs, _, size = kept(Path(part.name))
-    part.truncate(size if theirs else 0)
-    if not theirs:
+    before, _, size = kept(Path(part.name))
+    part.truncate(size)
+    if before is None:
         part.write(json.dumps(settings).encode() + b"\n")
 
     todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
@@ -233,8 +233,8 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     seconds = progress.close()
     print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
 
-    for theirs in compute.gather(finished):
-        done |= theirs
+    for share in compute.gather(finished):
+        done |= share
     lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
     compute.once(lambda: write_whole(cfg.out, "".join(lines)))
     part.close()
