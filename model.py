@@ -192,7 +192,9 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, length, head_dim)
         if cache is not None and position is not None:  # one new token a row
             k, v = cache.append(layer, k, v, position)
-        elif cache is not None:  # the prompts, from position 0 on
+            parts = [attend(q[r], k[r, :, : m.size(-1)], v[r, :, : m.size(-1)], m, 0.0) for r, m in mask]
+            return self.proj(torch.cat(parts).transpose(1, 2).reshape(rows, length, width))
+        if cache is not None:  # the prompts, from position 0 on
             cache.keys[layer][:, :, :length], cache.values[layer][:, :, :length] = k, v
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(rows, length, width))
@@ -463,7 +465,12 @@ class GPT(nn.Module):
         device = self.wte.weight.device
         position, cache.window = torch.tensor(lengths, device=device), max(lengths) + 1
         x = (self.wte(torch.tensor(tokens, device=device)) + self.wpe(position)).float().unsqueeze(1)  # (rows, 1, n_embd)
-        mask = torch.arange(cache.window, device=device).le(position[:, None])[:, None, None]  # (rows, 1, 1, window)
+        # a few rows at a time look no further than the longest of them: on a GPU more calls would cost more than that saves
+        few = 4 if device.type == "cpu" else len(lengths)
+        mask = []
+        for r in (slice(i, i + few) for i in range(0, len(lengths), few)):
+            at = torch.arange(max(lengths[r]) + 1, device=device)
+            mask.append((r, at.le(position[r, None])[:, None, None]))  # (few rows, 1, 1, their window)
         for layer, block in enumerate(self.blocks):
             x = block(x, mask, cache, layer, position)
         return x[:, 0]
