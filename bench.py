@@ -328,9 +328,12 @@ def harness_mcq(job: dict) -> dict:
 
 def ours_sample(job: dict) -> dict:
     """GPT.stream, what sample.py runs, greedy, after a prompt and a few tokens to warm up."""
+    import sample
+
     compute = distributed.setup(job["device"], job["dtype"])
     model = weights.load(job["folder"]).to(compute.device)
     prompts = dict(enumerate(job["prompts"]))
+    sample.lay_out(model, job["batch_size"], compute)
     with compute.autocast():
         list(model.stream({0: prompts[0]}, 4, -1))
         start = peers.now()
@@ -736,7 +739,7 @@ def gpu(cfg: Config, temp: Path) -> dict:
     for line in left:
         print(f"left out: {line}" + ("" if "no key" in line else f": the {cfg.minutes:g} minutes were up"))
     print(f"MFU: useful operations (a prompt once, however many completions) over the matrix product's rate; data: {said}")
-    print("sampling is measured with sample.py, not here yet")
+    print("sampling has a suite of its own: --suite sample")
     return report
 
 

@@ -23,6 +23,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import weights
 from data import jsonl
 from data.tokenizer import choose
@@ -38,7 +40,7 @@ from runtime.run import ModelKeys, build_model, restarted
 class Config:
     """Complete the prompts of a file, or those typed in."""
 
-    model: str = key(REQUIRED, "a model folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, openai:124M, …")
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" a line; empty = read them from the terminal')
     out: str = key("", "the JSONL file to write")
     n: int = key(1, "completions a prompt")
@@ -173,6 +175,12 @@ def resume(cfg: Config, settings: dict) -> dict[int, list[str]]:
     return done
 
 
+def lay_out(model, rows: int, compute) -> None:
+    """Make the model fast for so many completions at once; its weights can be read no more."""
+    if compute.device.type == "cpu" and compute.dtype == torch.float32:
+        model.lay_out(rows)
+
+
 # --- the two modes ---------------------------------------------------------------------------------------------------
 
 
@@ -194,15 +202,16 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     }
     part = open_part(cfg, compute)
     done = compute.once(lambda: resume(cfg, settings))
-    theirs, _, size = kept(Path(part.name))
-    part.truncate(size if theirs else 0)
-    if not theirs:
+    before, _, size = kept(Path(part.name))
+    part.truncate(size)
+    if before is None:
         part.write(json.dumps(settings).encode() + b"\n")
 
     todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
     todo = todo[compute.rank :: compute.world]
     print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
     progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
+    lay_out(model, min(cfg.batch_size, max(1, cfg.n * len(todo))), compute)
     text, found, finished, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, {}, 0
     with compute.autocast():
         stream = model.stream(
@@ -224,8 +233,8 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     seconds = progress.close()
     print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
 
-    for theirs in compute.gather(finished):
-        done |= theirs
+    for share in compute.gather(finished):
+        done |= share
     lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
     compute.once(lambda: write_whole(cfg.out, "".join(lines)))
     part.close()
@@ -239,6 +248,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
 def converse(cfg: Config, model, tokenizer, compute) -> None:
     """Answer line after line of standard input, until it ends."""
     ask = "> " if sys.stdin.isatty() else ""
+    lay_out(model, 1, compute)
     text = Text(tokenizer, cfg.stop)
     number = 0
     while True:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def _child(name: str, args: list, stderr: str, limit: int, env: dict) -> None:
 def spawn():
     """Start a script in a forked process of a server that has imported everything: no start-up to wait for."""
     context = multiprocessing.get_context("forkserver")
-    stages = ["sft", "dpo", "precompute_ref", "eval_mcq"]
+    stages = ["sft", "dpo", "precompute_ref", "eval_mcq", "sample"]
     context.set_forkserver_preload([*stages, "tests.conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
     def start(name: str, args: list, stderr: Path, limit: int = 0, env: dict | None = None):
@@ -162,3 +163,31 @@ def spawn():
         return process
 
     return start
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def world(spawn, tmp_path_factory):
+    """world(2, "sft", args, limits={1: bytes}): run a script in so many processes; returns (exit statuses, stderr)."""
+
+    def run(n: int, name: str, args: list, limits: dict | None = None) -> tuple[list[int], str]:
+        err = tmp_path_factory.mktemp("world") / "err"
+        port, children = free_port(), []
+        for rank in range(n):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {k: str(v) for k, v in env.items()} if n > 1 else {}
+            children.append(spawn(name, args, err, (limits or {}).get(rank, 0), env))
+        for child in children:
+            child.join(120)
+        alive = [child for child in children if child.exitcode is None]
+        for child in alive:
+            child.kill()
+        assert not alive, f"{len(alive)} of {n} processes hang: {err.read_text()}"
+        return [child.exitcode for child in children], err.read_text() if err.exists() else ""
+
+    return run

@@ -120,6 +120,18 @@ def test_mcq_suite_does_the_same_work(small, monkeypatch, tmp_path, capsys):
     assert len(report["results"]["ours"][0]["logps"]) == 12
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_sample_suite_writes_the_same(batch_size, small, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "NEW_TOKENS", 9)
+    report = bench.sampling(config(suite="sample", batch_size=batch_size), tmp_path)
+    (found,) = report["sizes"].values()
+    assert found["same_completions"] == 1 and found["speed_ratio"] > 0 and found["floor_s"] > 0
+    assert [len(ids) for ids in found["results"]["ours"][0]["tokens"]] == [9] * 4
+    out = capsys.readouterr().out
+    assert f"batch {batch_size}: 4 prompts" in out and "trying transformers as it comes" in out and "floor: " in out
+
+
 def test_gpu_suite_runs_on_a_cpu(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "GPU_SETTINGS", {"plain": {}, "packed": {"row_len": 256}, "unheard of": {"no_such": 1}})
     report = bench.gpu(config(suite="gpu", models="tiny", peer="none", pairs=2), tmp_path)

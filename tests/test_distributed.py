@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,38 +18,10 @@ from safetensors.torch import load_file
 
 import model
 from runtime import checkpoint, distributed, errors
-from tests.conftest import SHARED, dpo_args, flags, metrics, ref_args, sft_args
+from tests.conftest import SHARED, dpo_args, flags, free_port, metrics, ref_args, sft_args
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("NANOPREF_KILLS", "3"))  # random moments of `kill -9`, with and without restarts
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def world(spawn, tmp_path_factory):
-    """world(2, "sft", args, limits={1: bytes}): run a script in so many processes; returns (exit statuses, stderr)."""
-
-    def run(n: int, name: str, args: list, limits: dict | None = None) -> tuple[list[int], str]:
-        err = tmp_path_factory.mktemp("world") / "err"
-        port, children = free_port(), []
-        for rank in range(n):
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = {k: str(v) for k, v in env.items()} if n > 1 else {}
-            children.append(spawn(name, args, err, (limits or {}).get(rank, 0), env))
-        for child in children:
-            child.join(120)
-        alive = [child for child in children if child.exitcode is None]
-        for child in alive:
-            child.kill()
-        assert not alive, f"{len(alive)} of {n} processes hang: {err.read_text()}"
-        return [child.exitcode for child in children], err.read_text() if err.exists() else ""
-
-    return run
 
 
 def good(result: tuple[list[int], str]) -> None:

@@ -1,10 +1,10 @@
 """GPT.stream and sample.py: greedy against transformers, draws that follow from seed and place, files that survive a kill."""
 
+import copy
 import io
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -12,23 +12,26 @@ import numpy as np
 import pytest
 import torch
 
+import adapters
 import sample
 import weights
 from data.tokenizer import get
-from model import GPT, draw, exponential_noise
+from model import GPT, LoRAConfig, draw, exponential_noise
 from tests import peers
-from tests.conftest import flags
+from tests.conftest import flags, script
+from tests.test_distributed import good
 
 DRAWS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7, "temperature": 1.7}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random model of the toy vocabulary, its logits far enough apart to be of interest."""
+    """A random model of the toy vocabulary, its weights so large that tokens differ in likelihood and change."""
     toy = get("toy")
     model = weights.load("scratch", seed=3, n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=toy.size)
     with torch.no_grad():
-        model.wte.weight.mul_(10)
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
     path = tmp_path_factory.mktemp("sample") / "model"
     weights.save(model, toy, path)
     return path
@@ -66,12 +69,12 @@ def test_greedy_equals_transformers_for_100_prompts(tmp_path):
 @pytest.mark.parametrize("how", DRAWS)
 def test_the_same_samples_whatever_is_in_the_batch(gpt, how):
     """Batch 1 and 16 (rows that stop leave, others come), a part of the prompts, and n = 3 against n = 5."""
-    given, stop = prompts(40, 30, gpt.config.vocab_size), 5
+    given, stop = prompts(25, 30, gpt.config.vocab_size), 5
     how = {"temperature": 1.0, "seed": 11, **how}
     want = collect(gpt, given, stop=stop, n=3, batch_size=1, **how)
-    assert len(want) == 120 and len({len(ids) for ids in want.values()}) > 3
+    assert len(want) == 75 and len({len(ids) for ids in want.values()}) > 3
     assert collect(gpt, given, stop=stop, n=3, batch_size=16, **how) == want
-    few = {i: given[i] for i in (31, 4, 17)}
+    few = {i: given[i] for i in (21, 4, 17)}
     five = collect(gpt, few, stop=stop, n=5, batch_size=3, **how)
     assert {place: ids for place, ids in five.items() if place[1] < 3} == {p: ids for p, ids in want.items() if p[0] in few}
     assert collect(gpt, given, stop=stop, n=3, **how | {"seed": 12}) != want
@@ -122,6 +125,30 @@ def test_ends(gpt):
     gpt.eval()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_matrices_laid_out_for_speed_say_the_same(gpt, rows):
+    given, how = prompts(20, 30, gpt.config.vocab_size), {"temperature": 1.0, "n": 2, "n_ids": 60}
+    fast = copy.deepcopy(gpt)
+    fast.lay_out(rows)
+    assert not torch.equal(gpt.blocks[0].mlp.fc.weight.flatten()[:9], fast.blocks[0].mlp.fc.weight.to_dense().T.flatten()[:9])
+    assert all(p.is_mkldnn or p.t().is_contiguous() for p in (fast.head.weight, fast.blocks[1].attn.qkv.weight))
+    assert collect(fast, given, batch_size=rows, **how) == collect(gpt, given, batch_size=rows, **how)
+    x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fast.project(x, 60), gpt.project(x, 60))
+
+
+def test_bfloat16(gpt):
+    """Under autocast the same samples on every call and the first tokens mostly those of float32; logits stay float32."""
+    given, how = prompts(40, 30, gpt.config.vocab_size), {"temperature": 1.0, "batch_size": 8}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect(gpt, given, **how)
+        assert collect(gpt, given, **how) == found
+        assert gpt.project(torch.randn(3, 32)).dtype == torch.float32
+    want = collect(gpt, given, **how)
+    assert found != want, "autocast did nothing"
+    assert sum(found[place][0] == want[place][0] for place in want) >= 32  # of 40
+
+
 def test_n_ids_leaves_padded_vocabulary_out(gpt):
     found = collect(gpt, prompts(20, 9, 30), n_ids=30, temperature=5.0)
     assert max(max(ids) for ids in found.values()) == 29
@@ -144,6 +171,31 @@ def test_draws_follow_the_distribution():
         assert ((counts[p > 0] - want) ** 2 / want).sum() < 20.5, how
 
 
+@pytest.mark.parametrize("size", [6, 1000, 9000])
+@pytest.mark.parametrize(
+    "how", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}, {"top_k": 10**6, "top_p": 0.99}]
+)
+def test_a_draw_written_out_plainly(size, how):
+    """Sort, keep the top_k, then as many as have top_p, and take the largest p / noise; past the widths sorted in parts."""
+    logits = 3 * torch.randn(20, size, generator=torch.Generator().manual_seed(size))
+    places = [(i, i % 3, 7 * i) for i in range(20)]
+    noise = exponential_noise(torch.arange(size), places, 4).tolist()
+    want = []
+    for row, e in zip(logits, noise, strict=True):
+        p = (row.double() / 0.7).softmax(0).tolist()
+        order = sorted(range(size), key=lambda i: -p[i])[: how.get("top_k", size)]
+        total, kept, sum_kept = sum(p[i] for i in order), [], 0.0
+        for i in order:
+            if sum_kept < how.get("top_p", 1.0) * total:
+                kept.append(i)
+                sum_kept += p[i]
+        want.append(max(kept, key=lambda i: p[i] / e[i]))
+    assert draw(logits, places, temperature=0.7, seed=4, **how) == want
+    assert draw(logits, places, temperature=0) == logits.argmax(-1).tolist()
+    if size > 6:
+        assert len(set(want)) > 5 and draw(logits, places, temperature=0.7, seed=5, **how) != want
+
+
 @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}, {"top_k": 1}, {"top_p": 1e-9}])
 def test_what_is_kept_is_what_transformers_keeps(how):
     """Over a vocabulary with a long tail, past the widths at which it is sorted in parts."""
@@ -164,7 +216,7 @@ def test_what_is_kept_is_what_transformers_keeps(how):
 def test_noise_is_exponential_and_unlike_from_place_to_place():
     places = [(i, j, k) for i in range(4) for j in range(2) for k in range(4)]
     e = exponential_noise(torch.arange(20000), places, 0)
-    assert e.shape == (32, 20000) and e.min() > 0
+    assert e.shape == (32, 20000) and e.min() > 0 and e.isfinite().all()
     u, n = (-e).exp(), e.numel()
     counts = torch.histc(u, 100, 0, 1)
     assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 149  # 99 degrees of freedom: the 99.9th percentile
@@ -189,14 +241,8 @@ def test_gpu_draws_are_those_of_the_cpu(gpt):
     given = prompts(30, 30, gpt.config.vocab_size)
     how = {"temperature": 1.0, "n": 2, "batch_size": 16}
     want = collect(gpt, given, **how)
-    found = collect(weights_copy(gpt).cuda(), given, **how)
+    found = collect(copy.deepcopy(gpt).cuda(), given, **how)
     assert sum(found[place] == want[place] for place in want) >= 58  # of 60: rounding may turn a draw
-
-
-def weights_copy(model: GPT) -> GPT:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 # --- sample.py ---------------------------------------------------------------------------------------------------------
@@ -213,7 +259,7 @@ def asked(tmp_path_factory) -> Path:
     return path
 
 
-def args(folder, asked, out, **keys) -> list[str]:
+def args(folder, asked, out, /, **keys) -> list[str]:
     return flags(**{"model": folder, "prompts": asked, "out": out, "n": 2, "max_new_tokens": 12, "seed": 5, **keys})
 
 
@@ -224,8 +270,6 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(folder, asked, tmp_path_factory) -> bytes:
     """What an unbroken run writes."""
-    from tests.conftest import script
-
     out = tmp_path_factory.mktemp("whole") / "out.jsonl"
     assert script("sample", *args(folder, asked, out)) == 0
     return out.read_bytes()
@@ -252,10 +296,14 @@ def test_an_empty_prompt_is_the_start_of_a_text(gpt, whole):
 
 def test_a_stop_text_ends_a_completion(folder, asked, whole, call, tmp_path):
     texts = [c for line in whole.splitlines() for c in json.loads(line)["completions"]]
-    word = max((w for t in texts for w in t.split()), key=lambda w: sum(w in t for t in texts))
-    assert call("sample", *args(folder, asked, tmp_path / "out", stop=word))[0] == 0
-    cut = [c for line in lines(tmp_path / "out") for c in line["completions"]]
-    assert cut == [t.partition(word)[0] for t in texts] and cut != texts
+    assert len(texts) == 48 and len(set(texts)) > 40
+    long = max(texts, key=lambda t: len(t.split())).split()
+    middle = len(long) // 2
+    over_two = f"{long[middle][-1]} {long[middle + 1]}"  # the end of a token, and the next one
+    for stop in (long[middle], over_two):
+        assert call("sample", *args(folder, asked, tmp_path / "out", stop=stop))[0] == 0
+        cut = [c for line in lines(tmp_path / "out") for c in line["completions"]]
+        assert cut == [t.partition(stop)[0] for t in texts] and cut != texts
 
 
 def test_stop_texts_over_several_tokens():
@@ -273,68 +321,113 @@ def test_stop_texts_over_several_tokens():
     assert text.certain(list("caf\u00e9\nx".encode())) == "caf\u00e9\nx"
 
 
-def test_killed_runs_go_on(folder, asked, whole, call, tmp_path, monkeypatch):
-    """Cut off after 9 completions, its last line torn: what was finished is not written again, and the file is the same."""
-    out, counts = tmp_path / "out.jsonl", []
+@pytest.fixture(scope="module")
+def part(folder, asked, spawn, tmp_path_factory) -> bytes:
+    """The part file of a run that was killed (-9) when it had finished 9 of its 48 completions."""
+    out = tmp_path_factory.mktemp("killed") / "out.jsonl"
+    process = spawn("tests.test_sample", args(folder, asked, out, batch_size=4), out.with_name("err"))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and not out.exists()
+    return Path(f"{out}.part0").read_bytes()
+
+
+def main() -> None:
+    """sample.py, killed in the middle: what the fixture above starts."""
     stream = GPT.stream
 
-    def cut_off(limit):
-        def some(self, *rest, **how):
-            for n, found in enumerate(stream(self, *rest, **how)):
-                if n == limit:
-                    os.kill(os.getpid(), signal.SIGINT)
-                counts.append(found)
-                yield found
+    def killed(self, *rest, **how):
+        for n, found in enumerate(stream(self, *rest, **how)):
+            if n == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield found
 
-        return some
-
-    monkeypatch.setattr(GPT, "stream", cut_off(9))
-    status, _, err = call("sample", *args(folder, asked, out, batch_size=4))
-    part = Path(f"{out}.part0")
-    assert status == 130 and "interrupted" in err and not out.exists()
-    kept = len(part.read_bytes().splitlines()) - 1
-    assert 2 <= kept <= 4
-    part.write_bytes(part.read_bytes()[:-7])
-    counts.clear()
-    monkeypatch.setattr(GPT, "stream", cut_off(-1))
-    status, printed, _ = call("sample", *args(folder, asked, out))
-    assert status == 0 and f"{kept - 1} finished before" in printed and len(counts) == 2 * (24 - kept + 1)
-    assert out.read_bytes() == whole and not part.exists()
+    GPT.stream = killed
+    sample.main()
 
 
-@pytest.mark.parametrize("keys", [{"temperature": 0.5}, {"seed": 6}, {"n": 3}, {"top_p": 0.9}, {"stop": "x"}, {"limit": 20}])
-def test_unfinished_samples_of_other_settings_are_not_mixed(folder, asked, refused, call, tmp_path, keys):
+@pytest.mark.parametrize("torn", [0, 7, 10**6])
+def test_killed_runs_go_on(folder, asked, whole, part, call, tmp_path, monkeypatch, torn):
+    """Also with the last line torn, or all of the file gone: only what was not finished is written, the file is the same."""
+    out, file, drawn = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part0", []
+    file.write_bytes(part[: max(0, len(part) - torn)])
+    finished = max(0, file.read_bytes().count(b"\n") - 1)
+    assert finished == 0 if torn > len(part) else 1 <= finished <= 4
+    stream = GPT.stream
+    monkeypatch.setattr(GPT, "stream", lambda *rest, **how: (drawn.append(f[0]) or f for f in stream(*rest, **how)))
+    status, printed, _ = call("sample", *args(folder, asked, out, batch_size=16))
+    assert status == 0 and f"{finished} finished before" in printed
+    assert len(drawn) == 2 * (24 - finished) and out.read_bytes() == whole and not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", 0.5), ("seed", 6), ("n", 3), ("top_p", 0.9), ("top_k", 9), ("stop", "x"), ("max_new_tokens", 11),
+     ("dtype", "bfloat16"), ("limit", 20), ("model", "another")],
+)  # fmt: skip
+def test_unfinished_samples_of_other_settings_are_not_mixed(folder, asked, part, refused, tmp_path, key, value):
+    out, file = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part3"
+    file.write_bytes(part)
+    if key == "model":
+        model = weights.load(folder)
+        with torch.no_grad():
+            model.wpe.weight[0, 0] += 1
+        weights.save(model, get("toy"), value := tmp_path / "model")
+    line = refused("sample", *args(folder, asked, out, **{key: value}), says="out.jsonl.part3 holds unfinished samples with ")
+    assert {"limit": "prompts", "model": "weights"}.get(key, key) in line and "--overwrite" in line
+    assert file.read_bytes() == part and not out.exists()
+
+
+def test_overwrite_throws_unfinished_samples_away(folder, asked, whole, part, call, tmp_path):
+    (tmp_path / "out.jsonl.part3").write_bytes(part)
+    status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out.jsonl", overwrite="true", seed=6))
+    assert status == 0 and "0 finished before" in printed and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_bytes() != whole
+
+
+@pytest.mark.parametrize("before", [None, 0, 5])
+def test_two_processes_write_the_same(folder, asked, whole, part, world, tmp_path, before):
+    """And take up what one process, or one of more, had finished."""
     out = tmp_path / "out.jsonl"
-    call("sample", *args(folder, asked, out))
-    other = sample.Config(model="m", prompts="p", out=str(out))
-    header = {"weights_sha256": "", **other.how}
-    Path(f"{out}.part3").write_text(json.dumps(header) + "\n[0, [1]]\n")
-    line = refused("sample", *args(folder, asked, out, **keys), says="out.jsonl.part3 holds unfinished samples with another")
-    assert "--overwrite" in line
-    status, _, _ = call("sample", *args(folder, asked, out, overwrite="true", **keys))
-    assert status == 0 and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    if before is not None:
+        Path(f"{out}.part{before}").write_bytes(part)
+    good(world(2, "sample", args(folder, asked, out)))
+    assert out.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_two_processes_write_the_same(folder, asked, whole, spawn, tmp_path):
-    """And take up what one process, and three, had finished."""
-    from tests.conftest import script
-
+def test_a_full_disk_loses_nothing_finished(folder, asked, whole, spawn, call, tmp_path):
     out, err = tmp_path / "out.jsonl", tmp_path / "err"
-    assert script("sample", *args(folder, asked, tmp_path / "one")) == 0
+    full = spawn("sample", args(folder, asked, out), err, limit=1500)
+    full.join(120)
+    line = err.read_text().strip().splitlines()[-1]
+    assert full.exitcode == 2 and line.startswith("error: no space left on the disk") and not out.exists()
+    status, printed, _ = call("sample", *args(folder, asked, out))
+    assert status == 0 and " 0 finished before" not in printed and out.read_bytes() == whole
 
-    def two():
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [{**env, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
-        children = [spawn("sample", args(folder, asked, out), err, env=rank) for rank in ranks]
-        for child in children:
-            child.join(120)
-        assert [c.exitcode for c in children] == [0, 0], err.read_text()
-        assert out.read_bytes() == whole and {p.name for p in tmp_path.iterdir()} <= {"one", "out.jsonl", "err"}
 
-    two()
+def test_adapters_and_an_output_projection_of_its_own(folder, asked, whole, call, tmp_path):
+    """An adapter's folder is sampled from as the model that it makes of its base; so is a model whose head is not tied."""
+    toy, base = get("toy"), weights.load(folder)
+    model = weights.load(folder)
+    model.add_lora(LoRAConfig(4, 8.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.3, generator=generator)
+    sha = weights.fingerprint(base)
+    model.origin = adapters.Origin(str(folder), sha, sha)
+    adapters.save(model, toy, tmp_path / "adapter")
+    merged = adapters.load(str(tmp_path / "adapter"))
+    assert not merged.config.tied
+    weights.save(merged, toy, tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        assert call("sample", *args(tmp_path / name, asked, tmp_path / f"{name}.jsonl"))[0] == 0
+    found = (tmp_path / "adapter.jsonl").read_bytes()
+    assert found == (tmp_path / "merged.jsonl").read_bytes() != whole
+    given = {i: toy.encode(r["prompt"])[-53:] or [toy.eot] for i, r in enumerate(lines(asked))}
+    want = collect(model.eval(), given, 12, toy.eot, n=2, temperature=1.0, seed=5)  # the adapters beside the weights
+    texts = [[toy.decode(want[i, j]) for j in range(2)] for i in given]
+    assert texts == [json.loads(line)["completions"] for line in found.splitlines()]
 
 
 def test_two_runs_never_share_a_file(folder, asked, refused, tmp_path):
