@@ -274,7 +274,7 @@ def test_lists_in_json_files(tmp_path):
 
 def test_unknown_recipes_name_the_known_ones():
     with pytest.raises(
-        UserError, match=r"alpaca, hellaswag, hh, human_labels:cnndm, .*: did you mean human_labels:sentiment\?"
+        UserError, match=r"alpaca, gsm8k, hellaswag, hh, human_labels:cnndm, .*: did you mean human_labels:sentiment\?"
     ):
         data.load("human_labels:sentimet", **PREFERENCE)
     for name in ("hh", "alpaca", "human_labels:tldr"):
