@@ -158,8 +158,8 @@ def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
     labels |= {MARGIN: "reward margin (nats)", **{name: f"log-prob gain of {name[5:]} (nats)" for name in GAINS}}
     curves = {name: [[series(r, split, name) for split in ("train", "val")] for r in runs.values()] for name in labels}
     # before the first update the model is the reference itself, which prefers nothing and so is never right
-    for run in curves[ACCURACY]:
-        run[:] = [(at[at > first], values[at > first]) for (at, values), first in zip(run, (1, 0), strict=True)]
+    for pair in curves[ACCURACY]:
+        pair[:] = [(at[at > first], values[at > first]) for (at, values), first in zip(pair, (1, 0), strict=True)]
     panels = [name for name in labels if any(len(steps) for run in curves[name] for steps, _ in run)]
     if not panels:
         raise UserError(f"nothing to draw: no finite loss in {', '.join(runs)}")
