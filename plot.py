@@ -3,18 +3,21 @@
     python plot.py runs/dpo runs/dpo-ipo --out curves.png --labels "sigmoid,ipo"
     python plot.py runs/small.json runs/medium.json --out winrate.png    # eval_winrate.py's: win rate against model size
 
-Reads only `metrics.jsonl`, so a run can be looked at while it goes on. The table needs no matplotlib.
+Reads only `metrics.jsonl` (and beta from `config.toml`), so a run can be looked at while it goes on. The table needs no
+matplotlib.
 """
 
 import argparse
 import json
 import math
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from losses import REFERENCE_FREE
 from runtime.errors import UserError, run, warn
 
 Records = list[dict[str, Any]]
@@ -23,6 +26,7 @@ Records = list[dict[str, Any]]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 MARGIN, ACCURACY = "rewards/margins", "rewards/accuracies"
+GAINS = {"gain/chosen": "rewards/chosen", "gain/rejected": "rewards/rejected"}  # what is drawn, and of which metric it is made
 
 
 def read_run(folder: str | Path) -> Records:
@@ -48,7 +52,24 @@ def read_run(folder: str | Path) -> Records:
                 raise UserError(f'{path}:{number}: no metrics record {{"step", "split", …}}: mend the line') from None
     if not records:
         raise UserError(f"{path}: no records yet: wait for the run's first step")
+    add_gains(records, path.with_name("config.toml"))
     return records
+
+
+def add_gains(records: Records, config: Path) -> None:
+    """Give a DPO run's records log pi - log ref of chosen and rejected, in nats, mean over pairs: a reward over its beta.
+
+    A run without a reference has none, and without its config.toml they stay unknown.
+    """
+    try:
+        settings = tomllib.loads(config.read_text(encoding="utf-8"))
+        beta, free = float(settings["beta"]), settings["loss"] in REFERENCE_FREE
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for record in records if beta > 0 and not free else []:
+        for name, reward in GAINS.items():
+            if isinstance(record.get(reward), int | float):
+                record[name] = record[reward] / beta
 
 
 def series(records: Records, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +141,7 @@ def table(runs: dict[str, Records]) -> str:
 def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
     """Draw the runs over each other into the PNG file `out`, 1600 pixels wide; it is written whole or not at all.
 
-    runs: label -> records. Panels: loss and learning rate, and for DPO runs reward margin and accuracy.
+    runs: label -> records. Panels: loss and learning rate, and for DPO runs accuracy, reward margin and log-prob gains.
     Raises UserError if `out` is no .png or cannot be written, or if matplotlib is missing.
     """
     out = check_out(out)
@@ -133,17 +154,23 @@ def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
 
     is_dpo = [any(MARGIN in record for record in records) for records in runs.values()]
     loss = "loss (per pair)" if all(is_dpo) else "loss" if any(is_dpo) else "loss (nats per token)"
-    labels = {"loss": loss, "lr": "learning rate", MARGIN: "reward margin (nats)"}
-    labels[ACCURACY] = "reward accuracy (share of pairs)"
+    labels = {"loss": loss, "lr": "learning rate", ACCURACY: "chosen over rejected (share of pairs)"}
+    labels |= {MARGIN: "reward margin (nats)", **{name: f"log-prob gain of {name[5:]} (nats)" for name in GAINS}}
     curves = {name: [[series(r, split, name) for split in ("train", "val")] for r in runs.values()] for name in labels}
+    # before the first update the model is the reference itself, which prefers nothing and so is never right
+    for pair in curves[ACCURACY]:
+        pair[:] = [(at[at > first], values[at > first]) for (at, values), first in zip(pair, (1, 0), strict=True)]
     panels = [name for name in labels if any(len(steps) for run in curves[name] for steps, _ in run)]
     if not panels:
         raise UserError(f"nothing to draw: no finite loss in {', '.join(runs)}")
-    rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+    rows = 2 if len(panels) > 3 else 1
+    columns = -(-len(panels) // rows)
     fig = Figure(figsize=(16, 9.5 if rows == 2 else 6.5), dpi=100, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
     axes = fig.subplots(rows, columns, squeeze=False, width_ratios=[3, 2] if len(panels) == 2 else None)
-    for name, ax in zip(panels, axes.flat, strict=True):
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for name, ax in zip(panels, axes.flat, strict=False):
         for i, ((steps, values), (val_steps, val_values)) in enumerate(curves[name]):
             style = {"color": COLOURS[i % 7], "linestyle": "-" if i < 7 else "--"}
             width = 1.6
@@ -157,7 +184,7 @@ def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
             marks = {"marker": MARKERS[i % 7], "markersize": 9, "markeredgecolor": "white"}
             every = max(1, len(val_steps) // 20)
             ax.plot(val_steps, val_values, **style, **marks, markevery=every, linewidth=2.4, zorder=3)
-        if name in (MARGIN, ACCURACY):  # where a model that prefers nothing stands
+        if name in (MARGIN, ACCURACY, *GAINS):  # where the reference stands
             ax.axhline(0.5 if name == ACCURACY else 0, color="0.3", linewidth=1.4, linestyle=(0, (2, 3)), zorder=1)
         ax.set_xlabel("optimizer step", fontsize=14)
         ax.set_ylabel(labels[name], fontsize=14)
@@ -170,6 +197,9 @@ def draw(runs: dict[str, Records], out: str | Path, title: str = "") -> None:
         ax.grid(color="0.9")
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
+    gained = [ax for name, ax in zip(panels, axes.flat, strict=False) if name in GAINS]
+    for ax in gained:  # to be compared
+        ax.set_ylim(*(pick(ax.get_ylim()[side] for ax in gained) for side, pick in ((0, min), (1, max))))
     handles = []
     for i, label in enumerate(runs):
         # matplotlib takes $ for mathematics and leaves out a label that starts with _

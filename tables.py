@@ -13,6 +13,7 @@ import math
 import os
 import textwrap
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def answers(files: dict[str, str], rows: int) -> Table:
             if prompt != lines[0][1]:
                 raise UserError(f"{where}: another prompt than at {lines[0][0]}: sample the same prompts in the same order")
         prompt = lines[0][1].strip()
-        shown = [text.strip() for _, _, text in lines]
+        shown = [text.strip() or "(empty)" for _, _, text in lines]
         cut = [text if len(text) <= CELL else text[:CELL] + " …" for text in shown]
         table.append([prompt if len(prompt) <= CELL else "… " + prompt[-CELL:], *cut])
     return table
@@ -139,19 +140,23 @@ def markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]]) + "\n"
 
 
-def draw(table: Table, out: str | Path) -> None:
-    """Draw a table into the PNG file `out`, long texts broken into lines; it is written whole or not at all."""
+def draw(table: Table, out: str | Path, texts: int) -> None:
+    """Draw a table into the PNG file `out`, long texts broken into lines; it is written whole or not at all.
+
+    texts: so many columns are text, the others numbers, which stand flush right.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
         raise UserError(f"matplotlib is needed to draw {out}: pip install matplotlib") from None
 
-    needed = [max(len(line) for row in table for line in row[i].splitlines() or [""]) for i in range(len(table[0]))]
-    widths = list(needed)
-    while sum(widths) > LETTERS:  # the widest give way
-        at = widths.index(max(widths))
-        widths[at] -= 1
+    columns = range(len(table[0]))
+    widths = [max(len(line) for row in table for line in row[i].splitlines() or [""]) for i in columns]
+    length = [sum(len(row[i]) for row in table) for i in columns]
+    while sum(widths) > LETTERS:  # the text with the fewest lines gives way
+        wide = [i for i in columns if widths[i] > 20] or columns
+        widths[min(wide, key=lambda i: length[i] / widths[i])] -= 1
     rows = []
     for row in table:
         cells = []
@@ -166,8 +171,7 @@ def draw(table: Table, out: str | Path) -> None:
     for n, (cells, height) in enumerate(zip(rows, heights, strict=True)):
         x = 2 * PAD
         for i, (lines, width) in enumerate(zip(cells, widths, strict=True)):
-            # numbers stand flush right, under a head that does so too
-            right = needed[i] < 16 and i > 0
+            right = i >= texts
             style = {"family": "monospace", "size": 10, "weight": "bold" if n == 0 else "normal", "parse_math": False}
             for k, line in enumerate(lines, start=1):
                 at = (x + width * LETTER if right else x) / wide, (y - k * LINE) / high
@@ -176,7 +180,8 @@ def draw(table: Table, out: str | Path) -> None:
         y -= height
         fig.add_artist(Line2D([0, 1], [y / high] * 2, color="0.3" if n == 0 else "0.85", linewidth=1.4 if n == 0 else 0.8))
     picture = io.BytesIO()
-    fig.savefig(picture, format="png")
+    with warnings.catch_warnings(action="ignore"):  # a sign that the font lacks is drawn as a box
+        fig.savefig(picture, format="png")
     write_whole(out, picture.getvalue())
 
 
@@ -217,7 +222,7 @@ def main() -> None:
     if args.out:
         write_whole(args.out, text)
     if args.png:
-        draw(table, args.png)
+        draw(table, args.png, texts=2 if table[0] is HEAD else len(table[0]))
 
 
 if __name__ == "__main__":

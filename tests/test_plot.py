@@ -105,9 +105,35 @@ def test_draw_has_the_panels_the_runs_have(tmp_path, monkeypatch):
     assert [ax.get_ylabel() for ax in sft.axes] == ["loss (nats per token)", "learning rate"]
     dpo = figure({"dpo": DPO}, tmp_path, monkeypatch)
     names = [ax.get_ylabel().partition(" (")[0] for ax in dpo.axes]
-    assert names == ["loss", "learning rate", "reward margin", "reward accuracy"]
+    assert names == ["loss", "learning rate", "chosen over rejected", "reward margin"]
     assert all(ax.get_xlabel() == "optimizer step" for ax in dpo.axes)
     assert size(tmp_path / "x.png")[0] == 1600
+
+
+def test_accuracy_begins_with_the_first_update(tmp_path, monkeypatch):
+    values = {0: 0.0, 1: 0.6, 2: 0.7}
+    records = [record(s, "val", **{plot.MARGIN: 0.0, plot.ACCURACY: values[s]}) for s in values]
+    records += [record(s, **{plot.MARGIN: 0.0, plot.ACCURACY: values[s]}) for s in (1, 2)]
+    lines = figure({"dpo": records}, tmp_path, monkeypatch).axes[1].lines
+    shown = [line.get_ydata().tolist() for line in lines if len(line.get_xdata()) and line.get_color() != "0.3"]
+    assert shown == [[0.7], [0.7], [0.6, 0.7]]  # training, training smoothed, validation
+
+
+def test_log_prob_gains_are_rewards_over_beta(tmp_path, monkeypatch):
+    rewards = [{**r, "rewards/chosen": 0.5, "rewards/rejected": -r["step"] / 10} for r in DPO]
+    path = folder(tmp_path / "r", rewards)
+    config = tmp_path / "r" / "config.toml"
+    for text in (None, "beta = ", 'beta = "much"\nloss = "ipo"', 'beta = 0.25\nloss = "simpo"', "beta = 0.25"):
+        if text:
+            config.write_text(text)
+        assert plot.read_run(path) == rewards, "unknown without config.toml, and none without a reference"
+    config.write_text('beta = 0.25\nloss = "sigmoid"\n')
+    found = plot.read_run(path)
+    assert plot.series(found, "val", "gain/chosen")[1].tolist() == [2.0]
+    assert plot.series(found, "train", "gain/rejected")[1][:2].tolist() == pytest.approx([-0.4, -0.8])
+    fig = figure({"dpo": found}, tmp_path, monkeypatch)
+    assert [ax.get_ylabel() for ax in fig.axes[4:]] == ["log-prob gain of chosen (nats)", "log-prob gain of rejected (nats)"]
+    assert fig.axes[4].get_ylim() == fig.axes[5].get_ylim()
 
 
 def test_draw_shows_single_points_and_every_run_in_one_legend(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_answers(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| prompt | before | after |"
     assert lines[2] == "| x\\|y<br>&lt;b> | one | 1 |"
-    assert lines[3] == f"| … {long[-500:]} |  | {'z' * 500} … |"
+    assert lines[3] == f"| … {long[-500:]} | (empty) | {'z' * 500} … |"
     main(monkeypatch, a, b, "--rows", 1)
     assert len(capsys.readouterr().out.splitlines()) == 3
 
