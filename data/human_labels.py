@@ -79,7 +79,7 @@ def load(split: str, view: str, data_dir: str = "", limit: int = 0, part: str = 
             groups += 1
             pairs = [(best, other) for other in rest] if view == "preference" else [(best,)]
             examples += [Example(query, pair, group=groups, source=where) for pair in pairs]
-    report(f"human_labels:{part} {split} of {', '.join(file.name for file in files)}", groups, {})
+    report(f"human_labels:{part} {split}, queries of {', '.join(file.name for file in files)}", groups, {})
     if not examples:
         raise UserError(f"{files[0]}: none of its {others:,} queries falls into the {split} split: it is too small to be split")
     return examples
