@@ -36,9 +36,8 @@ def test_toy_sums_are_right_and_splits_disjoint():
     made = {split: toy_math.problems(split, 1000) for split in ("train", "val", "test")}
     for text, solution, answer, level in made["train"]:
         assert eval(text) == int(answer) and 2 <= level <= 5 and len(text.replace("+", "-").split("-")) == level + 1
-        assert solution.endswith(f"\n#### {answer}") and all(
-            eval(step.replace("=", "==")) for step in solution.partition("\n")[0].split(", ")
-        )
+        steps, _, last = solution.partition("\n")
+        assert last == f"####{answer}" and all(eval(step.replace("=", "==")) for step in steps.split(","))
     texts = [{p[0] for p in problems} for problems in made.values()]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
     assert toy_math.problems("train", 30) == toy_math.problems("train", 1000)[:30]
@@ -133,14 +132,14 @@ def test_final_answer(text, answer):
 EQUAL = [
     ("0.5", ".5", "1/2", r"\frac12", r"\dfrac{1}{2}", r"$\tfrac{1}{2}$", "0.50", "x = 1/2", r"\(0.5\)"),
     (r"12\frac{3}{5}", "12 3/5", "12.6", "63/5", r"\frac{63}{5}"),
-    ("1,000", "1000", "$1,000.00", "1000.", r"1{,}000", r"10^3" if False else "1e3" if False else "1000 dollars"),
+    ("1,000", "1000", "$1,000.00", "1000.", r"1{,}000", "1000 dollars"),
     (r"100\text{ square units}", "100", "100 square units"),
     (r"48^\circ", "48", r"48^{\circ}", "48 degrees", r"48\degree"),
     (r"198\%", "198%", "198"),
     (r"-\frac{1}{2}", r"\frac{-1}{2}", "-0.5", "−0.5"),
     (r"3\times10^5", "300000", r"3 \cdot 10^{5}"),
     (r"(3, \frac{1}{2})", "(3,0.5)", r"\left(3,\ .5\right)"),
-    ("1,2" if False else "1, 2", "2, 1", r"\{2, 1\}", r"\{1,2\}"),
+    ("1, 2", "2, 1", r"\{2, 1\}", r"\{1,2\}"),
     (r"2\sqrt3", r"2\sqrt{3}", r"2 \sqrt{3}"),
     (r"\text{Monday}", "Monday", "monday"),
     ("4a-2", "4a - 2"),
