@@ -36,8 +36,9 @@ def test_toy_sums_are_right_and_splits_disjoint():
     made = {split: toy_math.problems(split, 1000) for split in ("train", "val", "test")}
     for text, solution, answer, level in made["train"]:
         assert eval(text) == int(answer) and 2 <= level <= 5 and len(text.replace("+", "-").split("-")) == level + 1
-        steps, _, last = solution.partition("\n")
-        assert last == f"####{answer}" and all(eval(step.replace("=", "==")) for step in steps.split(","))
+        *steps, last = solution.split("\n")
+        assert last == f"####{answer}" and all(eval(s.replace("=", "==")) for line in steps for s in line.split(","))
+    assert 250 < sum("\n" in solution for _, solution, _, _ in made["train"]) < 420, "one of three shows its steps"
     texts = [{p[0] for p in problems} for problems in made.values()]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
     assert toy_math.problems("train", 30) == toy_math.problems("train", 1000)[:30]
