@@ -11,6 +11,7 @@ import pytest
 
 import loop
 from data import toy_math
+from runtime import config
 from runtime.errors import UserError
 from tests.conftest import flags, script
 
@@ -166,6 +167,16 @@ def test_a_user_s_problems(start, tmp_path, call):
     status, _, err = call("loop", *keys(start, tmp_path / "out", **files))
     assert status == 0, err
     assert (tmp_path / "out/round_2/prompts.jsonl").read_text().count("\n") == 6
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configs_of_loops(path):
+    """Every stage takes what a loop's TOML has for it."""
+    if "loop.py --config" not in path.read_text():
+        pytest.skip("no loop's")
+    plan = loop.Plan(config.load(loop.Config, ["--config", str(path)]), 10_000)
+    stages = {name: loop.load_stage(name, keys) for name, keys, _ in plan.round(0) + plan.round(1)}
+    assert {"problems", "sample", "eval_math", "pairs", "dpo"} <= set(stages)
 
 
 def test_words():

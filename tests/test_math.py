@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import signal
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +18,7 @@ from data.samples import Sample
 from data.tokenizer import get
 from eval_math import evaluate, interval, maj_at_k, pass_at_k, votes
 from runtime.errors import UserError
+from tests.conftest import flags
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data is not there")
@@ -423,3 +427,43 @@ def test_pairs_of_real_samples(tmp_path, call):
             )
             assert right[p["chosen"]] is True and right[p["rejected"]] is False
             assert grading.plain_equal(r.get("answer") or grading.extract(r["ground_truth"]), grading.extract(p["chosen"]))
+
+
+@shared
+def test_lora_dpo_on_pairs_of_real_samples(tmp_path, call, spawn):
+    """A random small GPT-2: killed after a checkpoint and gone on with it ends in the adapter of the unbroken run, which peft
+    loads on transformers' GPT-2 with the logits of model/."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import torch
+
+    import weights
+
+    pairs, err = tmp_path / "pairs.jsonl", tmp_path / "err"
+    samples = SHARED / "gsm8k_model_solutions.jsonl.gz"
+    assert call("pairs", "--samples", samples, "--out", pairs, "--max_pairs", 1)[0] == 0
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 512}
+    keys = {"init_from": "scratch", "tokenizer": "gpt2", **shape, "data": pairs, "limit": 12, "max_len": 512, "batch_size": 2}
+    keys |= {"lora_rank": 4, "lr": 1e-3, "save_every": 1, "samples": 0}
+    assert call("dpo", *flags(**keys, out_dir=tmp_path / "whole"))[0] == 0
+    run = tmp_path / "run"
+    process = spawn("dpo", flags(**keys, out_dir=run), err)
+    until = time.monotonic() + 60
+    while not (run / "checkpoints/step_2").exists() and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (run / "checkpoints/step_2").exists() and not (run / "adapter").exists(), err.read_text()
+    status, said, _ = call("dpo", *flags(**keys, out_dir=run))
+    assert status == 0 and f"resuming {run} at step" in said
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    weights.save(weights.load("scratch", seed=0, vocab_size=get("gpt2").size, **shape), get("gpt2"), tmp_path / "base")
+    tokens = torch.arange(1000, 1040).view(2, 20)
+    base, ours = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tmp_path / "base", run / "model")
+    )
+    with torch.no_grad():
+        before, want = base(tokens).logits, ours(tokens).logits
+        got = peft.PeftModel.from_pretrained(base, run / "adapter").eval()(tokens).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (got - before).abs().max() > 1e-4, "the adapter does something"
