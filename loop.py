@@ -230,7 +230,7 @@ def verdict(row: dict, cfg: Config) -> bool:
         warn(f"round {row['round']}: all answers right in {row['all_right']:,} problems: too easy; raise the temperature")
     if gain < -doubt:
         warn(f"round {row['round']} made pass@1 worse: {gain:+.3f} ± {doubt:.3f} (a lower lr, a higher beta, sft_weight?)")
-    elif gain < doubt:
+    elif gain <= doubt:
         warn(f"round {row['round']} shows no gain in pass@1 beyond its interval: {gain:+.3f} ± {doubt:.3f}")
     return gain < -doubt
 

@@ -1,11 +1,12 @@
 """The toy task of recipe C: sums of small numbers, a step at a time, made by code and learnt in minutes on a CPU.
 
-    Question: 3+8-5+9
-    Answer:3+8=11,11-5=6,6+9=15
+    Question: 3+8-5+9                   Question: 3+8-5+9
+    Answer:3+8=11,11-5=6,6+9=15         Answer:####15
     ####15
 
-A problem has 2 to 4 steps, its level, of 1 to 9 up or down, and never leaves 0 to 20. A step is one of 320 facts, so that a
-model that has seen few demonstrations knows some of them, and one wrong step spoils the answer.
+A problem has 2 to 4 steps, its level, of 1 to 9 up or down, and never leaves 0 to 20. All demonstrations are right, but two
+of three name the answer at once, and a small model can do that for few problems: it writes in either way, and is right far
+more often when it takes the steps. Nothing but the grades tells it so. That is for DPO to find out.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ PATTERN = "|".join(KEYWORDS) + r"|1[0-9]|20|[^\S\n]|\n|\S"  # a keyword, a numbe
 SIZES = {"train": 40_000, "val": 2_000, "test": 2_000}
 SPLITS = {0: "val", 1: "test"}  # of ten shares of all problems; the other eight are for training
 LEVELS = (2, 4)  # fewest and most steps
+WORKED = 3  # one demonstration of so many shows its steps
 
 
 def _problem(rng: random.Random) -> tuple[str, str, str, int]:
@@ -29,7 +31,8 @@ def _problem(rng: random.Random) -> tuple[str, str, str, int]:
         change = rng.choice([c for c in range(-9, 10) if c and 0 <= total + c <= MOST])
         steps.append(f"{total}{change:+}={total + change}")
         text, total = f"{text}{change:+}", total + change
-    return text, f"{','.join(steps)}\n####{total}", str(total), level
+    worked = hashlib.sha256(text.encode()).digest()[1] % WORKED == 0
+    return text, f"{','.join(steps)}\n####{total}" if worked else f"####{total}", str(total), level
 
 
 def problems(split: str, n: int, seed: int = 0) -> list[tuple[str, str, str, int]]:

@@ -1,8 +1,9 @@
 """The loop: its steps in order, killed at each of them and gone on with, and what it says when nothing is learnt."""
 
 import json
+import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import pytest
 
 import loop
 from data import toy_math
+from runtime import config
 from runtime.errors import UserError
 from tests.conftest import flags, script
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,14 @@ def start(tmp_path_factory) -> Path:
 
 
 def keys(start: Path, out: Path, **more) -> list[str]:
-    settings = {"init_from": start, "data": "toy_math", "problems": 40, "eval_problems": 24, "rounds": 2, "out_dir": out}
-    settings |= {"sample": "--n 6 --max_new_tokens 30", "eval_sample": "--n=4", "pairs": "--max_pairs 2"}
-    settings |= {"dpo": "--beta 0.5 --lr 1e-3 --batch_size 8 --save_every 1", "device": "cpu"}
+    settings = {"init_from": start, "data": "toy_math", "problems": 24, "eval_problems": 16, "rounds": 2, "out_dir": out}
+    settings |= {
+        "sample": "--n 6 --max_new_tokens 30",
+        "eval_sample": "--n=4",
+        "pairs": "--max_pairs 2",
+        "grade": "--grader plain",
+    }
+    settings |= {"dpo": "--beta 0.5 --lr 1e-3 --batch_size 16 --save_every 1", "device": "cpu"}
     return [f"--{name}={value}" for name, value in {**settings, **more}.items()]
 
 
@@ -61,64 +66,52 @@ def test_table_and_files(whole, start):
         pairs = [json.loads(line) for line in (whole / f"round_{r}/pairs.jsonl").read_text().splitlines()]
         assert rows[r]["pairs"] == len(pairs) > 0
         graded = [json.loads(line) for line in (whole / f"round_{r}/graded.jsonl").read_text().splitlines()]
-        assert len(graded) == 40 and all(len(g["grades"]) == 6 for g in graded)
+        assert len(graded) == 24 and all(len(g["grades"]) == 6 for g in graded)
         right = {(g["prompt"], c) for g in graded for c, good in zip(g["completions"], g["grades"], strict=True) if good}
         assert all((p["prompt"], p["chosen"]) in right and (p["prompt"], p["rejected"]) not in right for p in pairs)
         now, before = (loop.shares(whole / f"round_{i}/eval_graded.jsonl") for i in (r, r - 1))
-        assert rows[r]["gain"] == pytest.approx(sum(now) / 24 - sum(before) / 24)
-        assert rows[r]["pass_at_1"] == pytest.approx(sum(now) / 24)
+        assert rows[r]["gain"] == pytest.approx(sum(now) / 16 - sum(before) / 16)
+        assert rows[r]["pass_at_1"] == pytest.approx(sum(now) / 16)
     first, second = ({json.loads(line)["prompt"] for line in (whole / f"round_{r}/prompts.jsonl").open()} for r in (1, 2))
     assert not first & second, "each round takes the next problems"
     assert (whole / "rounds.md").read_text().count("\n") == 5
     assert f'init_from = "{start}"' in (whole / "config.toml").read_text()
 
 
-def test_killed_at_every_step_it_gives_the_table_of_the_unbroken_one(start, whole, tmp_path):
-    """The process is killed (it leaves at once, nothing is tidied up) just after the nth file of the loop came to be, and in
-    the middle of training; the same command is given until it comes through."""
-    out = tmp_path / "killed"
-    code = (
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import runtime.files, runtime.checkpoint, runtime.run, loop\n"
-        "from runtime.errors import run\n"
-        "real = os.replace\n"
-        "left = [int(sys.argv.pop(1))]\n"
-        "def replace(*args, **kw):\n"
-        "    left[0] -= 1\n"
-        "    if not left[0]: os._exit(9)  # before the file is in its place\n"
-        "    real(*args, **kw)\n"
-        "os.replace = replace\n"
-        "run(loop.main)\n"
-    )
-    kills, at = 0, 3
-    while True:  # each try gets some files further than the last
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(at), *keys(start, out)], capture_output=True, text=True, timeout=300, cwd=ROOT
-        )
-        if done.returncode == 0:
-            break
-        assert done.returncode == 9, done.stderr
-        kills += 1
-        assert kills < 60
-    assert kills >= 8, "it was killed many times"
+def main() -> None:
+    """The loop, killed before the first file or folder of a stage comes to its place, unless this stage was killed before. For
+    a process of its own."""
+    killed = Path(os.environ["KILLED"])
+
+    def wrapped(real):
+        def put(source, to, **more):
+            to = Path(to)
+            place = f"{Path(sys.argv[0]).stem} {to.parent.name}"
+            before = killed.read_text().splitlines() if killed.exists() else []
+            if "round_1" in str(to) and not to.exists() and to.parent.suffix != ".tmp" and place not in before:
+                with open(killed, "a") as file:
+                    file.write(place + "\n")
+                os.kill(os.getpid(), signal.SIGKILL)  # nothing is tidied up
+            real(source, to, **more)
+
+        return put
+
+    os.replace, os.rename = wrapped(os.replace), wrapped(os.rename)
+    loop.main()
+
+
+def test_killed_at_every_step_it_gives_the_table_of_the_unbroken_one(start, whole, tmp_path, spawn):
+    """The same command again and again; each is killed in a stage further on, training also at a checkpoint."""
+    out, killed, err = tmp_path / "killed", tmp_path / "killed.txt", tmp_path / "err"
+    stages = ["problems", "sample", "eval_math", "pairs", "precompute_ref"]
+    places = [f"{stage} round_1" for stage in stages] + ["dpo dpo", "dpo checkpoints"]
+    for _ in places:
+        process = spawn("tests.test_loop", keys(start, out, rounds=1), err, env={"KILLED": str(killed)})
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, err.read_text()
+    assert killed.read_text().splitlines() == places
+    assert script("loop", *keys(start, out)) == 0
     assert made(out) == made(whole)
-
-
-def test_each_step_alone_missing_is_made_again_the_same(start, whole, tmp_path):
-    """Whatever step's file is gone, with all that came after it: what comes out is the same."""
-    steps = ["round_1/prompts.jsonl", "round_1/samples.jsonl", "round_1/train.json", "round_1/pairs.jsonl"]
-    steps += ["round_1/ref.safetensors", "round_1/dpo", "round_1/eval_samples.jsonl", "round_1/eval.json"]
-    out = tmp_path / "again"
-    for n in (1, 4, 6):
-        shutil.copytree(whole, out)
-        for name in steps[n:]:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(out / "round_2")
-        assert script("loop", *keys(start, out)) == 0
-        assert made(out) == made(whole)
-        shutil.rmtree(out)
 
 
 def test_marker_shows_when_training_takes(start, tmp_path, call):
@@ -133,11 +126,11 @@ def test_marker_shows_when_training_takes(start, tmp_path, call):
 
 def test_it_says_early_that_nothing_is_learnt(start, tmp_path, call):
     out = tmp_path / "still"
-    status, _, err = call("loop", *keys(start, out, rounds=1, marker="!", dpo="--lr 0 --batch_size 64"))
+    status, _, err = call("loop", *keys(start, out, rounds=1, marker="!?", dpo="--lr 0 --batch_size 64"))
     assert status == 0
     assert "round 1 shows no gain in pass@1" in err and "the marker shows in 0.0% of outputs: training does not take" in err
     status, said, err = call(
-        "loop", *keys(start, tmp_path / "worse", rounds=3, stop_early="true", dpo="--lr 0.1 --batch_size 8")
+        "loop", *keys(start, tmp_path / "worse", rounds=2, eval_problems=80, stop_early="true", dpo="--lr 0.3 --batch_size 4")
     )
     assert status == 0 and "made pass@1 worse" in err and "left after round 1" in said
 
@@ -155,7 +148,7 @@ def test_bad_settings_before_anything_runs(start, tmp_path, refused):
 
 
 def test_other_settings_are_refused_and_more_rounds_are_not(start, whole, tmp_path, refused, call):
-    refused("loop", *keys(start, whole, problems=39), says="holds a loop with problems = 40, not 39")
+    refused("loop", *keys(start, whole, problems=23), says="holds a loop with problems = 24, not 23")
     out = tmp_path / "more"
     shutil.copytree(whole, out)
     assert call("loop", *keys(start, out, rounds=3))[0] == 0
@@ -167,10 +160,28 @@ def test_a_user_s_problems(start, tmp_path, call):
     for name, split in (("train", "train"), ("test", "test")):
         rows = [{"problem": p, "answer": a} for p, _, a, _ in toy_math.problems(split, 30)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    files = {"data": tmp_path / "train.jsonl", "eval_data": tmp_path / "test.jsonl", "problems": 20}
+    files = {
+        "data": tmp_path / "train.jsonl",
+        "eval_data": tmp_path / "test.jsonl",
+        "problems": 20,
+        "sample": "--n 24 --max_new_tokens 9",
+    }
     status, _, err = call("loop", *keys(start, tmp_path / "out", **files))
     assert status == 0, err
     assert (tmp_path / "out/round_2/prompts.jsonl").read_text().count("\n") == 10
+
+
+LOOPS = [
+    path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.toml")) if "loop.py --config" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
+def test_the_configs_of_loops(path):
+    """Every stage takes what a loop's TOML has for it."""
+    plan = loop.Plan(config.load(loop.Config, ["--config", str(path)]), 10_000)
+    stages = {name: loop.load_stage(name, keys) for name, keys, _ in plan.round(0) + plan.round(1)}
+    assert {"problems", "sample", "eval_math", "pairs", "dpo"} <= set(stages)
 
 
 def test_words():
