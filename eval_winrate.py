@@ -16,12 +16,13 @@ import math
 import random
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import adapters
 import weights
 from data import jsonl
 from data.hh import TURN
@@ -434,8 +435,9 @@ def by_judge(cfg: Config) -> dict | None:
 
 
 def parameters_of(model: str) -> int:
-    """Parameters of a model folder or of GPT-2's sizes by name, the head not counted apart; no weights are read."""
-    shape = GPTConfig(*SIZES[model]) if model in SIZES else weights.read_config(Path(model) / weights.CONFIG)
+    """Parameters of a model or adapter folder or of a known name, the head not counted apart; no weights are read."""
+    known = dict(zip((f"openai:{size}" for size in weights.OPENAI), SIZES.values(), strict=True)) | SIZES
+    shape = GPTConfig(*known[model]) if model in known else replace(adapters.source(model)[0], tied=True)
     return sum(p.numel() for p in weights.empty(shape).parameters())
 
 

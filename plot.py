@@ -90,20 +90,26 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def jumps(records: Records) -> list[tuple[int, float, float]]:
     """Where the training loss jumped: (step, loss before, loss after), once for every 50 records at most.
 
-    A jump is where two of three losses in a row lie more than 5 robust deviations over the median of the 50 before them (at
-    least 10): one hard batch is none. The robust deviation is 1.4826 times the median distance from that median, and
-    at the least 2% of it.
+    A jump is where the median of three losses lies more than 5 robust deviations over the median of the 50 before them (at
+    least 10), so that one hard batch is none; or, for small batches, whose losses differ much, the median of 30 more than 1.5
+    over that of the 150 before. The robust deviation is 1.4826 times the median distance from that median, and at the least 2%
+    of it.
     """
     steps, loss = series(records, "train", "loss")
     found, free = [], 10
     for at in range(10, len(loss) - 2):
-        before = loss[max(0, at - 50) : at]
-        middle = np.median(before)
-        deviation = max(1.4826 * np.median(np.abs(before - middle)), 0.02 * abs(middle))
-        after = np.median(loss[at : at + 3])
-        if at >= free and loss[at] > middle + 5 * deviation and after > middle + 5 * deviation:
-            found.append((int(steps[at]), float(middle), float(after)))
-            free = at + 50
+        if at < free:
+            continue
+        for length, least, width, times in ((50, 10, 3, 5), (150, 150, 30, 1.5)):
+            before, after = loss[max(0, at - length) : at], loss[at : at + width]
+            if len(before) < least or len(after) < width:
+                continue
+            middle = np.median(before)
+            bound = middle + times * max(1.4826 * np.median(np.abs(before - middle)), 0.02 * abs(middle))
+            if loss[at] > bound and np.median(after) > bound:
+                found.append((int(steps[at]), float(middle), float(np.median(after))))
+                free = at + length
+                break
     return found
 
 
@@ -124,6 +130,8 @@ def table(runs: dict[str, Records]) -> str:
     for label, records in runs.items():
         loss, rate, speed = (series(records, "train", name)[1] for name in ("loss", "lr", "tokens_per_s"))
         val_steps, val = series(records, "val", "loss")
+        trained = val_steps > 0  # the model that it began with is no result
+        val_steps, val = (val_steps[trained], val[trained]) if trained.any() else (val_steps, val)
         row = [label, str(max(r["step"] for r in records)), f"{loss[-1]:.4f}" if len(loss) else "-"]
         row += [f"{val.min():.4f} @ {val_steps[val.argmin()]:.0f}", f"{val[-1]:.4f}"] if len(val) else ["-", "-"]
         row += [f"{rate.max():.2e} / {rate[-1]:.2e}" if len(rate) else "-"]

@@ -73,8 +73,8 @@ def run_row(label: str, folder: str | Path, records: Records) -> list[str]:
     """A run's line. The loss is the best of validation, that of the saved model; perplexity, where the loss is one a token, is
     exp of it; time is the sum of its steps' seconds, without validation and saving."""
     cfg = read_config(folder)
-    val = series(records, "val", "loss")[1]
-    val = val[1:] if len(val) > 1 else val  # the first is that of the model it began with
+    steps, val = series(records, "val", "loss")
+    val = val[steps > 0]  # the first is that of the model it began with
     seconds = series(records, "train", "step_s")[1].sum()
     rank = cfg.get("lora_rank", 0)
     preference = any(MARGIN in record for record in records)
@@ -103,17 +103,17 @@ def answers(files: dict[str, str], rows: int) -> Table:
     """
     table: Table = [["prompt", *files]]
     loaded = {}
-    for path in files.values():
-        loaded[path] = []
+    for label, path in files.items():
+        loaded[label] = []
         for where, record in read(path, rows):
             completions = get(record, "completions", list, where)
             if not completions or not isinstance(completions[0], str):
                 raise UserError(f"{where}: 'completions' must be a list of texts: is it a file of sample.py?")
-            loaded[path].append((where, get(record, "prompt", str, where), completions[0]))
-    first, *others = files.values()
-    for path in others:
-        if len(loaded[path]) != len(loaded[first]):
-            raise UserError(f"{path} has {len(loaded[path])} lines, {first} has {len(loaded[first])}: sample the same prompts")
+            loaded[label].append((where, get(record, "prompt", str, where), completions[0]))
+    first, *others = files
+    for label in others:
+        if (here := len(loaded[label])) != (there := len(loaded[first])):
+            raise UserError(f"{files[label]} has {here} lines, {files[first]} has {there}: sample the same prompts")
     for lines in zip(*loaded.values(), strict=True):
         for where, prompt, _ in lines:
             if prompt != lines[0][1]:

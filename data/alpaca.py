@@ -15,7 +15,7 @@ URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/"
 FILE = "alpaca_data.json"
 VAL, TEST = 0.05, 0.10  # shares of all entries, drawn by their hash
 
-# The data set's own prompt, word for word: models and judges know the task by it.
+# The data set's own prompt, by which models and judges know the task, and a new line behind it, so that the answer begins one.
 ASKED = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n{given}### Response:\n"

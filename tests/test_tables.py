@@ -32,6 +32,18 @@ def test_jumps(seed):
     assert [step for step, _, _ in plot.jumps(twice)] == [81, 221]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_jumps_of_small_batches(seed):
+    """At batch 2 losses differ by half a nat from step to step: a rise of one that lasts is seen, none is made up."""
+    noisy = losses(4000, seed=seed)
+    for record, noise in zip(noisy, np.random.default_rng(seed).normal(0, 0.5, 4000), strict=True):
+        record["loss"] += noise
+    assert plot.jumps(noisy) == []
+    for record in noisy[2000:2200]:
+        record["loss"] += 1.5
+    assert [abs(step - 2000) < 30 for step, *_ in plot.jumps(noisy)] == [True]
+
+
 def test_jumps_of_short_and_flat_runs():
     assert plot.jumps([]) == plot.jumps(losses(5, jump=9, at=3)) == []
     flat = [{"step": i, "split": "train", "loss": 0.6931} for i in range(30)]

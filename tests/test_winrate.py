@@ -898,7 +898,7 @@ def test_standard_errors_count_a_group_once():
 def test_size_of_a_model(sft_run):
     from eval_winrate import parameters_of
 
-    assert parameters_of("gpt2") == 124_439_808 and parameters_of("gpt2-large") == 774_030_080
+    assert parameters_of("gpt2") == parameters_of("openai:124M") == 124_439_808 and parameters_of("gpt2-large") == 774_030_080
     state = (sft_run / "model" / "model.safetensors").stat().st_size
     assert abs(4 * parameters_of(str(sft_run / "model")) / state - 1) < 0.1
 
