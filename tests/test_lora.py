@@ -26,13 +26,14 @@ from data.packing import collate
 from data.tokenizer import get
 from model import LINEAR, SIZES, GPTConfig, LoRAConfig, as_started, target_logps
 from tests import peers
-from tests.conftest import dpo_args, flags, metrics, script, sft_args
+from tests.conftest import dpo_args, flags, metrics, ref_args, script, sft_args
 from tests.test_model import CONFIG, example, plain_logps
 from tests.test_runs import close
 from tests.test_step import METRICS, in_our_order, run_script
 
 ROOT = Path(__file__).parents[1]
 LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 1e-2}
+MATRICES = tuple(f"{name}.weight" for name in LINEAR)  # what is cast to bfloat16
 TOKENS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -359,13 +360,18 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call, tmp_path):
     assert "lora_rank = 4" in config and 'lora_targets = ""' in config
 
 
-def test_reference_without_a_file_equals_one_with(files, sft_run, reference, call, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reference_without_a_file_equals_one_with(dtype, files, sft_run, call, tmp_path):
     """Adapters off is the model that the file was made from: the same run, loss for loss."""
+    reference = tmp_path / "ref.safetensors"
+    assert call("precompute_ref", *ref_args(files, sft_run, reference, dtype=dtype))[0] == 0
     for name, ref in (("off", None), ("file", reference)):
-        args = lora_dpo(files, sft_run, tmp_path / name, ref=ref, loss="aot", micro_tokens=300)
+        args = lora_dpo(files, sft_run, tmp_path / name, ref=ref, loss="aot", micro_tokens=300, dtype=dtype)
         status, printed, err = call("dpo", *args)
         assert status == 0, err
         assert ("without the run's adapters" in printed) == (name == "off")
+    gap = float(re.search(r"differ by at most (\S+) nats a token", printed)[1])
+    assert gap < 1e-5, "the model trained is not the one that the file was made from"
     off, file = metrics(tmp_path / "off"), metrics(tmp_path / "file")
     close(off, file, 1e-5)
     assert abs([r for r in off if r["split"] == "train"][-1]["rewards/margins"]) > 0.001
@@ -431,7 +437,10 @@ def test_ways_to_run(more, files, sft_run, lora_sft, call, tmp_path):
         cfg = config.load(sft.Config, args)
         model = build_model(cfg, get("toy"), distributed.setup("cpu", "bfloat16"))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        assert {p.dtype for p in model.parameters() if not p.requires_grad and p.dim() > 1} == {torch.bfloat16}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        assert {n for n, p in frozen.items() if p.dtype == torch.bfloat16} == {n for n in frozen if n.endswith(MATRICES)}
+        whole = weights.load(sft_run / "model")
+        assert torch.equal(model.wte.weight, whole.wte.weight) and torch.equal(model.wpe.weight, whole.wpe.weight)
         merged, start = (load_file(f / "model/model.safetensors") for f in (tmp_path / "run", sft_run))
         assert torch.equal(merged["transformer.ln_f.weight"], start["transformer.ln_f.weight"])
 
