@@ -187,6 +187,11 @@ class Run:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
         if model.lora:
             self.binding["base"] = model.origin.start_sha256  # the checkpoints hold the adapters only
+            if Path(model.origin.base).is_relative_to(self.folder.resolve()):
+                raise UserError(
+                    f"out_dir {self.folder}: the base of the adapters, {model.origin.base}, lies in it, and the run would "
+                    "write over it: name another out_dir"
+                )
         again = any(self.compute.gather(restarted()))
         found = self.compute.once(lambda: self._find(again))
         done, seen = 0, 0

@@ -294,6 +294,15 @@ def peft_adapter(base: Path, folder: Path, **settings) -> Path:
     return folder
 
 
+def test_a_bfloat16_copy_of_the_head_is_no_other_head(base, tmp_path):
+    """peft adds a targeted head's own weights, in the precision that the adapter is saved in."""
+    folder = peft_adapter(base, tmp_path / "adapter", **PEFT["head"])
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / adapters.WEIGHTS).items()}
+    assert [name for name in tensors if adapters.COPY.fullmatch(name)]
+    save_file(tensors, folder / adapters.WEIGHTS, {"format": "pt"})
+    adapters.load(str(folder))
+
+
 @pytest.mark.parametrize("kind", PEFT)
 def test_an_adapter_of_peft(kind, base, tmp_path):
     """Merged, and, where all layers are alike, as adapters to train on: its logits."""
@@ -445,11 +454,13 @@ def test_ways_to_run(more, files, sft_run, lora_sft, call, tmp_path):
         assert torch.equal(merged["transformer.ln_f.weight"], start["transformer.ln_f.weight"])
 
 
-def test_from_scratch(files, call, tmp_path):
+def test_from_scratch(files, call, refused, tmp_path):
     """A base that no folder holds is made again from its seed."""
     assert call("sft", *sft_args(files, tmp_path / "run", **LORA, seed=7))[0] == 0
     plain = weights.load("scratch", seed=7, n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=get("toy").size)
     assert torch.equal(weights.load(tmp_path / "run/model").wte.weight, plain.wte.weight)
+    says = "trained on weights that no file holds: use the run's model/"
+    refused("eval_mcq", *flags(model=tmp_path / "run/adapter", data=files["mcq"]), says=says)
 
 
 # --- TRL and peft ----------------------------------------------------------------------------------------------------
@@ -563,6 +574,18 @@ def test_another_base_is_not_resumed(files, sft_run, lora_sft, call, refused, tm
     shutil.copyfile(lora_sft / "model/model.safetensors", folder / "model.safetensors")
     refused("sft", *args, says="the base differs from when its run was begun")
     refused("eval_mcq", *flags(model=tmp_path / "run/adapter", data=files["mcq"]), says="an adapter for other weights")
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_run_does_not_write_over_its_own_base(config, files, sft_run, refused, tmp_path):
+    """With --overwrite it would delete it first; where no config.toml says that it is a run's, it would be written over."""
+    shutil.copytree(sft_run / "model", tmp_path / "run/model")
+    if config:
+        shutil.copy(sft_run / "config.toml", tmp_path / "run")
+    whole = (tmp_path / "run/model/model.safetensors").read_bytes()
+    args = lora_args(files, sft_run, tmp_path / "run", init_from=tmp_path / "run/model", overwrite="true" if config else None)
+    refused("sft", *args, says="lies in it, and the run would write over it: name another out_dir")
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.parametrize("replicate", [1, 0])
