@@ -103,7 +103,7 @@ class Adapter:
         copies = {"wte.weight" if tied else where: copy for where, copy in self.copies.items()}
         for name, tensor in tensors:
             digests[name] = weights.digest(tensor)
-            if name in copies and not torch.equal(copies[name].float(), tensor):
+            if name in copies and not torch.equal(copies[name], tensor.to(copies[name].dtype)):
                 raise UserError(f"{self.folder}: an adapter for another model: it has another {name} than {self.base}")
             yield name, tensor
         if self.base_sha256 and self.base_sha256 != (found := weights.combine(digests)):
@@ -174,6 +174,8 @@ def load(init_from: str, **options) -> GPT:
 
 def base(adapter: Adapter, **options) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
     """Config and weights of the model that an adapter belongs to."""
+    if adapter.base == "scratch" and not all(options.get(size) for size in ("n_layer", "n_head", "n_embd", "block_size")):
+        raise UserError(f"{adapter.folder}: trained on weights that no file holds: use the run's model/")
     if is_folder(adapter.base):
         raise UserError(f"{adapter.folder / CONFIG}: base_model_name_or_path {adapter.base} is an adapter too: name a model")
     try:
@@ -375,7 +377,7 @@ def _part(layer: str, a: Tensor, b: Tensor, raw: dict, metadata: dict, path: Pat
 
 
 def _uniform(parts: dict[str, Part], raw: dict) -> LoRAConfig | None:
-    """The config that makes adapters of these shapes and scales on a whole model, if there is one."""
+    """The config that makes adapters of these shapes and scales, if there is one; `Adapter.check` asks for all blocks."""
     kinds = {kind: [p for name, p in parts.items() if name.endswith(kind)] for kind in LINEAR}
     targets = tuple(kind for kind in LINEAR if kinds[kind])
     config = LoRAConfig(
@@ -385,11 +387,9 @@ def _uniform(parts: dict[str, Part], raw: dict) -> LoRAConfig | None:
         stabilised=bool(raw.get("use_rslora")),
         qkv_parts=max((p.parts for p in kinds["attn.qkv"]), default=3),
     )
-    n_layer = 1 + max((int(name.split(".")[1]) for name in parts if name != "head"), default=0)
-    whole_model = all(len(kinds[kind]) == (1 if kind == "head" else n_layer) for kind in targets)
     same = all(
         p.b.shape[1] == config.rank and math.isclose(p.scale, config.scale) and p.parts == (config.qkv_parts if q else 1)
         for name, p in parts.items()
         for q in [name.endswith("qkv")]
     )
-    return config if whole_model and same else None
+    return config if same else None
