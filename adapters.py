@@ -36,8 +36,8 @@ BEYOND = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model in LoRA training comes from: its frozen base, by name and fingerprint, and the fingerprint of what it
-    started as, which is another where it went on from an adapter."""
+    """Where a model in LoRA training, or one with an adapter merged into it, comes from: its base, by name and fingerprint, and
+    the fingerprint of what was read, which is another where that was an adapter too."""
 
     base: str
     base_sha256: str
@@ -112,6 +112,22 @@ class Adapter:
                 f"({found[:12]}…): restore those, or name them in its {CONFIG} as base_model_name_or_path"
             )
 
+    def merged(
+        self, tensors: Iterator[tuple[str, Tensor]], config: GPTConfig
+    ) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
+        """The base's tensors and config -> those of the model with the adapter in it."""
+        pairs = (pair for name, tensor in tensors for pair in self.merge(name, tensor, config.tied))
+        return replace(config, tied=config.tied and "head" not in self.parts), pairs
+
+    def fingerprint(self, base_digests: dict[str, str]) -> str:
+        """SHA-256 of the base and of A, B and scale, as they were read. Not of the weights that they make: a product's last
+        bits differ between processors."""
+        own = {
+            f"{name}.lora": f"{weights.digest(part.a)} {weights.digest(part.b)} {part.scale!r}"
+            for name, part in self.parts.items()
+        }
+        return weights.combine(base_digests | own)
+
     def initial(self, keep_start: bool) -> Iterator[tuple[str, Tensor]]:
         """Its values as model parameters, instead of `GPT.initial_lora`."""
         for name, part in self.parts.items():
@@ -122,30 +138,29 @@ class Adapter:
 
 
 class Start:
-    """What LoRA training starts from: fingerprints, taken on rank 0 as the base's weights go by.
+    """What LoRA training starts from, or a merged model is made of: fingerprints, taken on rank 0 as the base's weights go by.
 
-    `old`: the adapter that it goes on from, if any.
+    `old`: the adapter that it goes on from, or that is merged, if any.
     """
 
     def __init__(self, init_from: str, tied: bool, old: Adapter | None):
         self.tied, self.old = tied, old
         self.base = old.base if old else init_from
-        self.base_digests: dict[str, str] = {}
-        self.start_digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
 
     def watched(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         if self.old:
-            tensors = self.old.watched(tensors, self.tied, self.base_digests)
+            yield from self.old.watched(tensors, self.tied, self.digests)
+            return
         for name, tensor in tensors:
-            for merged, value in self.old.merge(name, tensor, self.tied) if self.old else [(name, tensor)]:
-                self.start_digests[merged] = weights.digest(value)
+            self.digests[name] = weights.digest(tensor)
             yield name, tensor
 
     def origin(self) -> Origin:
         folder = Path(self.base).expanduser()
         base = str(folder.resolve()) if self.base not in SIZES and folder.is_dir() else self.base
-        start = weights.combine(self.start_digests)
-        return Origin(base, weights.combine(self.base_digests) if self.old else start, start)
+        found = weights.combine(self.digests)
+        return Origin(base, found, self.old.fingerprint(self.digests) if self.old else found)
 
 
 def is_folder(init_from: str) -> bool:
@@ -159,9 +174,7 @@ def source(init_from: str, **options) -> tuple[GPTConfig, Iterator[tuple[str, Te
         return weights.source(init_from, **options)
     adapter = read(init_from)
     config, tensors = base(adapter, **options)
-    tensors = adapter.watched(tensors, config.tied, {})
-    merged = (pair for name, tensor in tensors for pair in adapter.merge(name, tensor, config.tied))
-    return replace(config, tied=config.tied and "head" not in adapter.parts), merged
+    return adapter.merged(adapter.watched(tensors, config.tied, {}), config)
 
 
 def load(init_from: str, **options) -> GPT:

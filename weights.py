@@ -374,9 +374,9 @@ def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 (hex) over the parameters as float32, by sorted name, name and shape included, device not. Of a model with
-    adapters: of the weights that it started from, as they were read, before they were cast or changed."""
-    if getattr(model, "lora", None):
+    """SHA-256 (hex) over the parameters as float32, by sorted name, name and shape included, device not. Of a model that
+    `build_model` made with an adapter, beside the weights or merged: of what was read, see adapters.Adapter.fingerprint."""
+    if getattr(model, "origin", None):
         return model.origin.start_sha256
     return combine({name: digest(whole(p)) for name, p in model.named_parameters()})
 

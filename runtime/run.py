@@ -395,29 +395,31 @@ def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: 
     options = source_options(cfg, tokenizer, dropout, seed)
     with_lora = isinstance(cfg, TrainKeys) and cfg.lora_rank > 0
     tensors = iter(())
-    old = None  # the adapter to go on from, on rank 0
+    start = old = None  # on rank 0; old: the adapter that init_from is
 
     def find():
-        nonlocal tensors, old
-        if with_lora and adapters.is_folder(cfg.init_from):
+        nonlocal tensors, start, old
+        if adapters.is_folder(cfg.init_from):
             old = adapters.read(cfg.init_from)
-            shape, tensors = adapters.base(old, **options)
-        else:
-            shape, tensors = adapters.source(cfg.init_from, **options)
+        shape, tensors = adapters.base(old, **options) if old else weights.source(cfg.init_from, **options)
         if tokenizer.size > shape.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
                 f"{shape.vocab_size}: give the --tokenizer that it was trained with"
             )
-        return shape, adapters.chosen(cfg, old, shape.n_embd) if with_lora else None, old is not None
+        lora = adapters.chosen(cfg, old, shape.n_embd) if with_lora else None
+        if lora or old:
+            start = adapters.Start(cfg.init_from, shape.tied, old)
+            tensors = start.watched(tensors)
+        if old and not lora:
+            shape, tensors = old.merged(tensors, shape)
+        return shape, lora, old is not None
 
-    shape, lora, goes_on = compute.once(find)
+    shape, lora, from_adapter = compute.once(find)
     model = weights.empty(shape)
-    start = None
     if lora:
-        model.add_lora(lora, compute.dtype, keep_start=goes_on)
-        start = adapters.Start(cfg.init_from, shape.tied, old)
-        tensors = itertools.chain(start.watched(tensors), old.initial(True) if old else model.initial_lora(seed))
+        model.add_lora(lora, compute.dtype, keep_start=from_adapter)
+        tensors = itertools.chain(tensors, old.initial(True) if old else model.initial_lora(seed))
     if isinstance(cfg, TrainKeys):
         for block in model.blocks:
             block.recompute = cfg.activation_checkpointing
@@ -425,8 +427,8 @@ def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: 
                 block.forward = torch.compile(block.forward, dynamic=True)
         distributed.shard(model, compute, cfg.replicate)
     distributed.fill(model, tensors, compute)
-    if start:
-        model.origin = compute.once(start.origin)
+    if lora or from_adapter:
+        model.origin = compute.once(lambda: start.origin())
     return model
 
 

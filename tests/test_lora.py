@@ -576,6 +576,33 @@ def test_another_base_is_not_resumed(files, sft_run, lora_sft, call, refused, tm
     refused("eval_mcq", *flags(model=tmp_path / "run/adapter", data=files["mcq"]), says="an adapter for other weights")
 
 
+def test_a_start_is_known_by_what_was_read(files, sft_run, lora_sft, call, refused, monkeypatch, tmp_path):
+    """Another CPU makes other last bits of base + B A: the run goes on there, and reference files fit. Not so another scale."""
+    begin, ref = tmp_path / "adapter", tmp_path / "ref.safetensors"
+    shutil.copytree(lora_sft / "adapter", begin)
+    made = ref_args(files, sft_run, ref, init_from=begin)
+    args = lora_dpo(files, sft_run, tmp_path / "run", ref=ref, init_from=begin, max_steps=2, lora_alpha=None)
+    full = dpo_args(files, sft_run, ref, tmp_path / "full", init_from=begin, max_steps=1)
+    assert call("precompute_ref", *made)[0] == 0
+    assert call("dpo", *args)[0] == 0
+    exact = adapters.lora_delta
+    monkeypatch.setattr(adapters, "lora_delta", lambda *args: exact(*args) * (1 + 1e-6))
+    for again in (args, full):
+        status, printed, err = call("dpo", *again)
+        assert status == 0 and "warning" not in err and ("resuming" in printed) == (again is args), err
+    config = begin / adapters.CONFIG
+    raw = json.loads(config.read_text())
+    raw["lora_alpha"], raw["alpha_pattern"] = 12, {"attn.c_attn": 36}
+    config.write_text(json.dumps(raw))
+    for again in (args, full):
+        refused("dpo", *again, says="holds the log-probs of other weights")
+    own = lora_dpo(files, sft_run, tmp_path / "own", init_from=begin, max_steps=1, lora_alpha=None)
+    assert call("dpo", *own)[0] == 0
+    raw["lora_alpha"], raw["alpha_pattern"] = 8, {"attn.c_attn": 24}
+    config.write_text(json.dumps(raw))
+    refused("dpo", *own, says="the base differs from when its run was begun")
+
+
 @pytest.mark.parametrize("config", [True, False])
 def test_a_run_does_not_write_over_its_own_base(config, files, sft_run, refused, tmp_path):
     """With --overwrite it would delete it first; where no config.toml says that it is a run's, it would be written over."""
