@@ -352,8 +352,8 @@ class Run:
         if model.lora:
             adapters.save(model, tokenizer, self.folder / "adapter", self.compute.rank)
             options = source_options(self.cfg, tokenizer, self.cfg.dropout, self.cfg.seed)
-            read = functools.partial(adapters.load, str(self.folder / "adapter"), **options)
-            self.compute.once(lambda: weights.save(read(), tokenizer, self.folder / "model"))
+            read = functools.partial(adapters.source, str(self.folder / "adapter"), **options)
+            self.compute.once(lambda: weights.save_tensors(*read(), tokenizer, self.folder / "model"))
         else:
             weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -574,6 +575,26 @@ def test_another_base_is_not_resumed(files, sft_run, lora_sft, call, refused, tm
     shutil.copyfile(lora_sft / "model/model.safetensors", folder / "model.safetensors")
     refused("sft", *args, says="the base differs from when its run was begun")
     refused("eval_mcq", *flags(model=tmp_path / "run/adapter", data=files["mcq"]), says="an adapter for other weights")
+
+
+def test_the_merged_model_is_written_a_tensor_at_a_time(files, sft_run, call, monkeypatch, tmp_path):
+    """Beside the model in training the base is never whole in memory again."""
+    source, seen, alive = adapters.source, [], []
+
+    def watched(*args, **options):
+        config, tensors = source(*args, **options)
+
+        def each():
+            for name, tensor in tensors:
+                seen.append(weakref.ref(tensor))
+                alive.append(sum(ref() is not None for ref in seen))
+                yield name, tensor
+
+        return config, each()
+
+    monkeypatch.setattr(adapters, "source", watched)
+    assert call("sft", *lora_args(files, sft_run, tmp_path / "run", max_steps=1))[0] == 0
+    assert len(seen) > 20 and max(alive) <= 4, "this one, the one before, and the two that the files tie"
 
 
 def test_a_start_is_known_by_what_was_read(files, sft_run, lora_sft, call, refused, monkeypatch, tmp_path):
