@@ -349,6 +349,8 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call, tmp_path):
     assert train[-1] < train[0]
     _, printed, _ = call("sft", *lora_args(files, sft_run, lora_sft))  # finished: writes the same again
     assert "adapter" in printed.splitlines()[-1] and "qkv_parts=3" in printed
+    # a token: 4 operations a frozen weight (12 width^2 + 13 width a block), 6 one of an adapter (rank * 18 width a block)
+    assert f"{2 * (4 * (12 * 32 * 32 + 13 * 32) + 6 * 4 * 18 * 32) / 1e6:,.1f} MFLOP a token" in printed
     state = torch.distributed.checkpoint.FileSystemReader(lora_sft / "checkpoints/step_10").read_metadata()
     names = [".".join(map(str, keys)) for keys in state.planner_data.values()]
     assert not [name for name in names if ".lora." not in name and not name.startswith("optimizer.param_groups")], names
@@ -387,8 +389,11 @@ def test_reference_without_a_file_equals_one_with(dtype, files, sft_run, call, t
     assert abs([r for r in off if r["split"] == "train"][-1]["rewards/margins"]) > 0.001
 
 
-def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, refused, tmp_path):
-    """DPO goes on from SFT's adapter: the reference is that start, not the bare base; what is written sits on the base."""
+def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, refused, monkeypatch, tmp_path):
+    """DPO goes on from SFT's adapter: the reference is that start, not the bare base; what is written sits on the base. The
+    start is kept only for a run that measures its reference itself."""
+    kept, keep = [], model_file.LoRA.keep_start
+    monkeypatch.setattr(model_file.LoRA, "keep_start", lambda lora: kept.append(lora) or keep(lora))
     begin, ref = lora_sft / "adapter", tmp_path / "ref.safetensors"
     data = {"init_from": begin, "data": files["pairs"], "val_data": files["val_pairs"], "out": ref}
     status, _, err = call("precompute_ref", *flags(**data))
@@ -396,7 +401,8 @@ def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, refused, tmp_p
     for name, file in (("own", None), ("file", ref)):
         status, printed, err = call("dpo", *lora_dpo(files, sft_run, tmp_path / name, ref=file, init_from=begin))
         assert status == 0 and "warning" not in err, err
-        assert "loss 0.6931" in printed
+        assert "loss 0.6931" in printed and bool(kept) == (name == "own")
+        kept.clear()
     own = metrics(tmp_path / "own")
     close(own, metrics(tmp_path / "file"), 1e-5)
     status, _, err = call("dpo", *dpo_args(files, sft_run, ref, tmp_path / "full", init_from=begin, max_steps=1))
@@ -453,6 +459,35 @@ def test_ways_to_run(more, files, sft_run, lora_sft, call, tmp_path):
         assert torch.equal(model.wte.weight, whole.wte.weight) and torch.equal(model.wpe.weight, whole.wpe.weight)
         merged, start = (load_file(f / "model/model.safetensors") for f in (tmp_path / "run", sft_run))
         assert torch.equal(merged["transformer.ln_f.weight"], start["transformer.ln_f.weight"])
+
+
+def test_the_keys_make_the_adapters(files, sft_run, call, tmp_path):
+    """lora_alpha 0 is the rank, which counts sqrt(rank) times when stabilised."""
+    import sft
+    from runtime import config, distributed
+    from runtime.run import build_model
+
+    keys = {"lora_rslora": "true", "lora_dropout": 0.2, "lora_alpha": 0, "lora_targets": "head, mlp.fc", "max_steps": 1}
+    args = lora_args(files, sft_run, tmp_path / "run", **keys)
+    want = LoRAConfig(4, 4.0, 0.2, ("mlp.fc", "head"), True)
+    model = build_model(config.load(sft.Config, args), get("toy"), distributed.setup("cpu"))
+    assert model.lora == want and {m.dropout for m in model.modules() if isinstance(m, model_file.LoRA)} == {0.2}
+    assert {m.scale for m in model.modules() if isinstance(m, model_file.LoRA)} == {2.0}
+    assert call("sft", *args)[0] == 0
+    raw = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (raw["r"], raw["lora_alpha"], raw["lora_dropout"], raw["use_rslora"]) == (4, 4, 0.2, True)
+    assert replace(adapters.read(tmp_path / "run/adapter").config, dropout=0.2) == want
+
+
+def test_a_run_from_before_lora_is_not_gone_on_with(files, call, refused, tmp_path):
+    """A key that an old config.toml does not have is said by its name."""
+    args = sft_args(files, tmp_path / "run", max_steps=1)
+    assert call("sft", *args)[0] == 0
+    path = tmp_path / "run/config.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("lora_")))
+    refused("sft", *args, "--lora_rank", 4, says="holds a run with lora_rank = 0, not 4")
+    assert call("sft", *args)[0] == 0
 
 
 def test_from_scratch(files, call, refused, tmp_path):
@@ -652,6 +687,20 @@ def test_two_processes_give_the_losses_of_one(replicate, files, lora_sft, sft_ru
     close(metrics(tmp_path / "two"), metrics(tmp_path / "one"), 1e-4)
     a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_two_processes_in_bfloat16(files, lora_sft, sft_run, world, tmp_path):
+    """Sharded, frozen bfloat16 matrices beside float32 adapters; the reference is the adapter at the start. SGD: AdamW's first
+    steps are as large for a gradient that is only rounding."""
+    for n in (1, 2):
+        more = {"init_from": lora_sft / "adapter", "max_steps": 4, "lora_dropout": 0, "dtype": "bfloat16", "replicate": 1}
+        more |= {"optimizer": "sgd", "lr": 1.0}
+        statuses, err = world(n, "dpo", lora_dpo(files, sft_run, tmp_path / str(n), **more, device="cpu"))
+        assert not any(statuses), err
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    for record in [*one, *two]:
+        record.pop("rewards/accuracies")  # of 12 pairs, some nearly ties
+    close(two, one, 1e-3)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
