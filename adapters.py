@@ -36,8 +36,8 @@ BEYOND = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model in LoRA training comes from: its frozen base, by name and fingerprint, and the fingerprint of what it
-    started as, which is another where it went on from an adapter."""
+    """Where a model in LoRA training, or one with an adapter merged into it, comes from: its base, by name and fingerprint, and
+    the fingerprint of what was read, which is another where that was an adapter too."""
 
     base: str
     base_sha256: str
@@ -103,7 +103,7 @@ class Adapter:
         copies = {"wte.weight" if tied else where: copy for where, copy in self.copies.items()}
         for name, tensor in tensors:
             digests[name] = weights.digest(tensor)
-            if name in copies and not torch.equal(copies[name].float(), tensor):
+            if name in copies and not torch.equal(copies[name], tensor.to(copies[name].dtype)):
                 raise UserError(f"{self.folder}: an adapter for another model: it has another {name} than {self.base}")
             yield name, tensor
         if self.base_sha256 and self.base_sha256 != (found := weights.combine(digests)):
@@ -111,6 +111,22 @@ class Adapter:
                 f"{self.folder}: an adapter for other weights (SHA-256 {self.base_sha256[:12]}…) than {self.base} has now "
                 f"({found[:12]}…): restore those, or name them in its {CONFIG} as base_model_name_or_path"
             )
+
+    def merged(
+        self, tensors: Iterator[tuple[str, Tensor]], config: GPTConfig
+    ) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
+        """The base's tensors and config -> those of the model with the adapter in it."""
+        pairs = (pair for name, tensor in tensors for pair in self.merge(name, tensor, config.tied))
+        return replace(config, tied=config.tied and "head" not in self.parts), pairs
+
+    def fingerprint(self, base_digests: dict[str, str]) -> str:
+        """SHA-256 of the base and of A, B and scale, as they were read. Not of the weights that they make: a product's last
+        bits differ between processors."""
+        own = {
+            f"{name}.lora": f"{weights.digest(part.a)} {weights.digest(part.b)} {part.scale!r}"
+            for name, part in self.parts.items()
+        }
+        return weights.combine(base_digests | own)
 
     def initial(self, keep_start: bool) -> Iterator[tuple[str, Tensor]]:
         """Its values as model parameters, instead of `GPT.initial_lora`."""
@@ -122,30 +138,29 @@ class Adapter:
 
 
 class Start:
-    """What LoRA training starts from: fingerprints, taken on rank 0 as the base's weights go by.
+    """What LoRA training starts from, or a merged model is made of: fingerprints, taken on rank 0 as the base's weights go by.
 
-    `old`: the adapter that it goes on from, if any.
+    `old`: the adapter that it goes on from, or that is merged, if any.
     """
 
     def __init__(self, init_from: str, tied: bool, old: Adapter | None):
         self.tied, self.old = tied, old
         self.base = old.base if old else init_from
-        self.base_digests: dict[str, str] = {}
-        self.start_digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
 
     def watched(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         if self.old:
-            tensors = self.old.watched(tensors, self.tied, self.base_digests)
+            yield from self.old.watched(tensors, self.tied, self.digests)
+            return
         for name, tensor in tensors:
-            for merged, value in self.old.merge(name, tensor, self.tied) if self.old else [(name, tensor)]:
-                self.start_digests[merged] = weights.digest(value)
+            self.digests[name] = weights.digest(tensor)
             yield name, tensor
 
     def origin(self) -> Origin:
         folder = Path(self.base).expanduser()
         base = str(folder.resolve()) if self.base not in SIZES and folder.is_dir() else self.base
-        start = weights.combine(self.start_digests)
-        return Origin(base, weights.combine(self.base_digests) if self.old else start, start)
+        found = weights.combine(self.digests)
+        return Origin(base, found, self.old.fingerprint(self.digests) if self.old else found)
 
 
 def is_folder(init_from: str) -> bool:
@@ -159,9 +174,7 @@ def source(init_from: str, **options) -> tuple[GPTConfig, Iterator[tuple[str, Te
         return weights.source(init_from, **options)
     adapter = read(init_from)
     config, tensors = base(adapter, **options)
-    tensors = adapter.watched(tensors, config.tied, {})
-    merged = (pair for name, tensor in tensors for pair in adapter.merge(name, tensor, config.tied))
-    return replace(config, tied=config.tied and "head" not in adapter.parts), merged
+    return adapter.merged(adapter.watched(tensors, config.tied, {}), config)
 
 
 def load(init_from: str, **options) -> GPT:
@@ -174,6 +187,8 @@ def load(init_from: str, **options) -> GPT:
 
 def base(adapter: Adapter, **options) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
     """Config and weights of the model that an adapter belongs to."""
+    if adapter.base == "scratch" and not all(options.get(size) for size in ("n_layer", "n_head", "n_embd", "block_size")):
+        raise UserError(f"{adapter.folder}: trained on weights that no file holds: use the run's model/")
     if is_folder(adapter.base):
         raise UserError(f"{adapter.folder / CONFIG}: base_model_name_or_path {adapter.base} is an adapter too: name a model")
     try:
@@ -375,7 +390,7 @@ def _part(layer: str, a: Tensor, b: Tensor, raw: dict, metadata: dict, path: Pat
 
 
 def _uniform(parts: dict[str, Part], raw: dict) -> LoRAConfig | None:
-    """The config that makes adapters of these shapes and scales on a whole model, if there is one."""
+    """The config that makes adapters of these shapes and scales, if there is one; `Adapter.check` asks for all blocks."""
     kinds = {kind: [p for name, p in parts.items() if name.endswith(kind)] for kind in LINEAR}
     targets = tuple(kind for kind in LINEAR if kinds[kind])
     config = LoRAConfig(
@@ -385,11 +400,9 @@ def _uniform(parts: dict[str, Part], raw: dict) -> LoRAConfig | None:
         stabilised=bool(raw.get("use_rslora")),
         qkv_parts=max((p.parts for p in kinds["attn.qkv"]), default=3),
     )
-    n_layer = 1 + max((int(name.split(".")[1]) for name in parts if name != "head"), default=0)
-    whole_model = all(len(kinds[kind]) == (1 if kind == "head" else n_layer) for kind in targets)
     same = all(
         p.b.shape[1] == config.rank and math.isclose(p.scale, config.scale) and p.parts == (config.qkv_parts if q else 1)
         for name, p in parts.items()
         for q in [name.endswith("qkv")]
     )
-    return config if whole_model and same else None
+    return config if same else None

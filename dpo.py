@@ -169,7 +169,8 @@ def main() -> int | None:
 
     # text -> tokens -> which pairs each step takes
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    model = build_model(cfg, tokenizer, compute, cfg.dropout, cfg.seed)
+    own_reference = cfg.loss not in REFERENCE_FREE and not cfg.ref
+    model = build_model(cfg, tokenizer, compute, cfg.dropout, cfg.seed, keep_start=own_reference)
     max_len = context(cfg.max_len, model)
     policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
     train = compute.once(lambda: load_encoded(cfg.data, "train", "preference", tokenizer, limit=cfg.limit, **policy))
@@ -206,7 +207,6 @@ def main() -> int | None:
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
     model.train()
-    own_reference = cfg.loss not in REFERENCE_FREE and not cfg.ref
     if own_reference:
         print("reference: this model as it starts, without the run's adapters")
     if own_reference and val:

@@ -271,14 +271,16 @@ class GPT(nn.Module):
             yield name, value
 
     def add_lora(self, config: LoRAConfig, dtype: torch.dtype = torch.float32, keep_start: bool = False) -> None:
-        """Freeze all weights, matrices cast to `dtype`, and put adapters beside them, their values still undefined: those of
-        `initial_lora`, or of an adapter (adapters.py) that `keep_start` has the model remember for `as_started`."""
-        for p in self.parameters():
-            p.requires_grad_(False)
-            if p.dim() > 1:  # biases and layer norms are few
-                p.data = p.data.to(dtype)
+        """Freeze all weights and put adapters beside them, their values still undefined: those of `initial_lora`, or of an
+        adapter (adapters.py) that `keep_start` has the model remember for `as_started`.
+
+        Matrices are cast to `dtype`, as their products would do; not the embeddings, whose sum is float32 without LoRA.
+        """
+        self.requires_grad_(False)
         with self.wte.weight.device:
             for name, layer in list(self.named_modules()):
+                if isinstance(layer, Linear) and layer.weight is not None:
+                    layer.weight.data = layer.weight.data.to(dtype)
                 if isinstance(layer, Linear) and name.endswith(config.targets):
                     parts = config.qkv_parts if name.endswith("qkv") else 1
                     layer.lora = LoRA(layer.in_features, layer.out_features, config, parts)

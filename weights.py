@@ -330,10 +330,15 @@ def save(model: GPT, tokenizer, folder: Path | str, rank: int = 0) -> None:
         for p in model.parameters():
             whole(p)
         return
+    save_tensors(model.config, ((name, whole(p)) for name, p in model.named_parameters()), tokenizer, folder)
+
+
+def save_tensors(config: GPTConfig, tensors: Iterator[tuple[str, Tensor]], tokenizer, folder: Path | str) -> None:
+    """`save` of what `source` gives, (name, tensor) in any order: one of them in memory at a time."""
 
     def write(new: Path) -> None:
-        _write_safetensors(model, new / "model.safetensors")
-        _write_json(new / CONFIG, _config(model.config, tokenizer.eot))
+        _write_safetensors(config, tensors, new / "model.safetensors")
+        _write_json(new / CONFIG, _config(config, tokenizer.eot))
         ids = {key: tokenizer.eot for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(new / "generation_config.json", ids)
         tokenizer.save(new)
@@ -374,9 +379,9 @@ def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 (hex) over the parameters as float32, by sorted name, name and shape included, device not. Of a model with
-    adapters: of the weights that it started from, as they were read, before they were cast or changed."""
-    if getattr(model, "lora", None):
+    """SHA-256 (hex) over the parameters as float32, by sorted name, name and shape included, device not. Of a model that
+    `build_model` made with an adapter, beside the weights or merged: of what was read, see adapters.Adapter.fingerprint."""
+    if getattr(model, "origin", None):
         return model.origin.start_sha256
     return combine({name: digest(whole(p)) for name, p in model.named_parameters()})
 
@@ -419,27 +424,30 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(model: GPT, path: Path) -> None:
+def _write_safetensors(config: GPTConfig, tensors: Iterator[tuple[str, Tensor]], path: Path) -> None:
     """The format is 8 bytes of header length, a JSON header, the tensors' bytes (github.com/huggingface/safetensors).
 
     Written here and not by the library, which wants all tensors at once and turns a full disk into an error of its own.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    parameters = dict(model.named_parameters())
-    plain = {name for name, _ in empty(model.config).named_parameters()}
-    if parameters.keys() != plain:
-        raise ValueError(f"not a plain GPT's parameters, merge or unwrap: {sorted(parameters.keys() ^ plain)[:3]}")
-    for name, p in parameters.items():
+    places = {}
+    for name, p in empty(config).named_parameters():
         shape = list(p.shape)[::-1] if transposed(name) else list(p.shape)
         begin, end = end, end + 4 * p.numel()
+        places[name] = begin, p.shape
         header[full_name(hf_name(name))] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begin on a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, p in parameters.items():
-            p = whole(p)
+        for name, p in tensors:
+            begin, expected = places.pop(name, (0, None))
+            if p.shape != expected:
+                raise ValueError(f"not a plain GPT's parameters, merge or unwrap: {name} {tuple(p.shape)}")
+            file.seek(8 + len(text) + begin)
             file.write(_bytes(p.t() if transposed(name) else p))
+    if places:
+        raise ValueError(f"not a plain GPT's parameters: without {sorted(places)[:3]}")
 
 
 def _fsync(path: Path) -> None:

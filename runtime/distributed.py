@@ -128,8 +128,9 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     if world == 1:
         return Compute(where, DTYPES[dtype])
 
-    if not os.environ.get("MASTER_ADDR"):
-        raise UserError(f"WORLD_SIZE is {world} but MASTER_ADDR is not set: start with torchrun --nproc_per_node {world}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"WORLD_SIZE is {world} but {name} is not set: start with torchrun --nproc_per_node {world}")
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
@@ -146,27 +147,36 @@ def meet(rank: int, world: int) -> dist.Store:
 
     torchrun keeps its store when it starts workers again, and torch's own start takes from there the address that a killed
     process left, and waits for it (seen with 2.13). So each process puts down a word drawn anew; rank 0 says which words it
-    sees, until every other has found its own among them and said so.
+    sees, until every other has found its own among them and said so. UserError, of each process for itself, where some do
+    not come for as long as STUCK; rank 0 says which.
     """
-    from torch.distributed.rendezvous import rendezvous
-
-    store = next(rendezvous("env://", rank, world, timeout=STUCK))[0]
-    word = secrets.token_hex(8)
-    store.set(f"word/{rank}", word)
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1)
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    missing, why = [], f"waited {STUCK}"
     deadline = time.monotonic() + STUCK.total_seconds()
-    while time.monotonic() < deadline:
-        if rank == 0:
-            words = b" ".join(store.multi_get([f"word/{r}" for r in range(world)]))
-            store.set("words", words)
-            store.set("seen/0", words)
-            if all(store.check([seen := f"seen/{r}"]) and store.get(seen) == words for r in range(world)):
-                store.set("start", words)
-        elif word in (words := store.get("words")).decode().split():
-            store.set(f"seen/{rank}", words)
-        if store.check(["start"]) and word in (start := store.get("start").decode()).split():
-            return dist.PrefixStore(hashlib.sha256(start.encode()).hexdigest(), store)
-        time.sleep(0.02)
-    raise UserError(f"rank {rank} has waited {STUCK} for the other processes to start: look for the one that did not")
+    try:  # torch's own way to the store waits for all processes, and cannot say for whom
+        store = dist.TCPStore(host, port, None, rank == 0 and not torchruns, STUCK, wait_for_workers=False, multi_tenant=True)
+        word = secrets.token_hex(8)
+        store.set(f"word/{rank}", word)
+        while time.monotonic() < deadline:
+            if rank == 0:
+                missing = [r for r in range(world) if not store.check([f"word/{r}"])]
+                if not missing:
+                    words = b" ".join(store.multi_get([f"word/{r}" for r in range(world)]))
+                    store.set("words", words)
+                    store.set("seen/0", words)
+                    missing = [r for r in range(world) if not store.check([f"seen/{r}"]) or store.get(f"seen/{r}") != words]
+                if not missing:
+                    store.set("start", words)
+            elif store.check(["words"]) and word in (words := store.get("words")).decode().split():
+                store.set(f"seen/{rank}", words)
+            if store.check(["start"]) and word in (start := store.get("start").decode()).split():
+                return dist.PrefixStore(hashlib.sha256(start.encode()).hexdigest(), store)
+            time.sleep(0.02)
+    except dist.DistError as error:  # the store is not there, or has gone with rank 0
+        why = str(error).splitlines()[0].rstrip(".")
+    who = f"rank {', '.join(map(str, missing))}" if missing else "others"
+    raise UserError(f"rank {rank}: {who} did not come to {host}:{port} ({why}): look for why they did not start", here=True)
 
 
 def _number(name: str, least: int) -> int:

@@ -33,8 +33,9 @@ def needed(
 
     tokens: positions of the largest micro-batch (micro_tokens at most), predicted: completion tokens among them. adapters:
     LoRA parameters, 0 = all weights are trained. Weights, gradients and optimizer are float32 and shared by the processes;
-    LoRA's frozen weights are in the compute dtype. `working`: weights as the products read them: casts to bfloat16 in one
-    process; in several the gathered embeddings and two blocks, and the whole gradient, added up over micro-batches.
+    of LoRA's frozen weights the blocks' matrices are in the compute dtype, the rest in float32. `working`: weights as the
+    products read them: casts to bfloat16 in one process (LoRA's of the tied head only); in several the gathered embeddings and
+    two blocks, and the whole gradient, added up over micro-batches.
     """
     total, width = parameters(c), 2 if bfloat16 else 4
     trained = adapters or total
@@ -44,10 +45,10 @@ def needed(
     if processes > 1:
         working = 4 * (c.vocab_size + c.block_size) * c.n_embd + width * 2 * linear // c.n_layer + 4 * trained
     else:
-        working = 2 * (linear + c.vocab_size * c.n_embd) if bfloat16 and not adapters else 0
+        working = 2 * ((0 if adapters else linear) + c.vocab_size * c.n_embd) if bfloat16 else 0
     logits = 4 * c.vocab_size * predicted
     return {
-        "weights": (4 * trained if not adapters else width * total + 4 * adapters) // processes,
+        "weights": (4 * trained if not adapters else width * linear + 4 * (total - linear + adapters)) // processes,
         "gradients": 4 * trained // processes,
         "optimizer": 4 * STATES[optimizer] * trained // processes,
         "working": working,

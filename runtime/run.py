@@ -107,7 +107,9 @@ class TrainKeys(ModelKeys, DataKeys):
     grad_clip: float = key(1.0, "largest global gradient norm, 0 = no clipping")
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)")
     lora_rank: int = key(0, "train adapters of this rank (LoRA) beside frozen weights, 0 = train the weights")
-    lora_alpha: float = key(0.0, "LoRA: the adapters count alpha / rank times, 0 = the rank: once")
+    lora_alpha: float = key(
+        0.0, "LoRA: the adapters count alpha / rank times, 0 = the rank: once (with lora_rslora sqrt(rank) times)"
+    )
     lora_dropout: float = key(0.0, "LoRA: dropout on what goes into an adapter")
     lora_targets: str = key("", "LoRA: layers with an adapter, of attn.qkv attn.proj mlp.fc mlp.proj head; empty = all")
     lora_rslora: bool = key(False, "LoRA: alpha / sqrt(rank) instead (rank-stabilised)")
@@ -187,6 +189,11 @@ class Run:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
         if model.lora:
             self.binding["base"] = model.origin.start_sha256  # the checkpoints hold the adapters only
+            if Path(model.origin.base).is_relative_to(self.folder.resolve()):
+                raise UserError(
+                    f"out_dir {self.folder}: the base of the adapters, {model.origin.base}, lies in it, and the run would "
+                    "write over it: name another out_dir"
+                )
         again = any(self.compute.gather(restarted()))
         found = self.compute.once(lambda: self._find(again))
         done, seen = 0, 0
@@ -235,10 +242,12 @@ class Run:
             before = tomllib.loads(path.read_text())
         except (OSError, ValueError):
             raise UserError(f"{path}: cannot be read, so this run cannot be resumed: start anew with --overwrite") from None
-        for name, now in dataclasses.asdict(self.cfg).items():
-            if name not in FREE and before.get(name, now) != now:
+        for field in dataclasses.fields(self.cfg):
+            name, now = field.name, getattr(self.cfg, field.name)
+            was = before.get(name, now if field.default is REQUIRED else field.default)  # a key may be younger than the run
+            if name not in FREE and was != now:
                 raise UserError(
-                    f"out_dir {self.folder} holds a run with {name} = {before[name]!r}, not {now!r}: resume it with the same "
+                    f"out_dir {self.folder} holds a run with {name} = {was!r}, not {now!r}: resume it with the same "
                     "settings, name another out_dir, or start anew with --overwrite"
                 )
 
@@ -347,8 +356,8 @@ class Run:
         if model.lora:
             adapters.save(model, tokenizer, self.folder / "adapter", self.compute.rank)
             options = source_options(self.cfg, tokenizer, self.cfg.dropout, self.cfg.seed)
-            read = functools.partial(adapters.load, str(self.folder / "adapter"), **options)
-            self.compute.once(lambda: weights.save(read(), tokenizer, self.folder / "model"))
+            read = functools.partial(adapters.source, str(self.folder / "adapter"), **options)
+            self.compute.once(lambda: weights.save_tensors(*read(), tokenizer, self.folder / "model"))
         else:
             weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
@@ -380,39 +389,42 @@ def source_options(cfg: ModelKeys, tokenizer, dropout: float, seed: int) -> dict
     return {name: getattr(cfg, name) for name in SCRATCH} | {"dropout": dropout, "vocab_size": tokenizer.size, "seed": seed}
 
 
-def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: int = 0):
+def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: int = 0, keep_start: bool = False):
     """The model that `init_from` names, in float32 on this process's device: for training sharded over all processes, else
     (a `cfg` that is no TrainKeys) whole on each. Rank 0 reads the weights. UserError if the tokenizer has more ids than it.
 
     With `lora_rank` its weights are frozen, in the compute dtype, with adapters beside them: new ones, or, where `init_from`
-    is an adapter, that one. Everywhere else an adapter is merged into its base.
+    is an adapter, that one; `keep_start`: with a copy of it as it starts, for `model.as_started`. Everywhere else an adapter is
+    merged into its base.
     """
     options = source_options(cfg, tokenizer, dropout, seed)
     with_lora = isinstance(cfg, TrainKeys) and cfg.lora_rank > 0
     tensors = iter(())
-    old = None  # the adapter to go on from, on rank 0
+    start = old = None  # on rank 0; old: the adapter that init_from is
 
     def find():
-        nonlocal tensors, old
-        if with_lora and adapters.is_folder(cfg.init_from):
+        nonlocal tensors, start, old
+        if adapters.is_folder(cfg.init_from):
             old = adapters.read(cfg.init_from)
-            shape, tensors = adapters.base(old, **options)
-        else:
-            shape, tensors = adapters.source(cfg.init_from, **options)
+        shape, tensors = adapters.base(old, **options) if old else weights.source(cfg.init_from, **options)
         if tokenizer.size > shape.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
                 f"{shape.vocab_size}: give the --tokenizer that it was trained with"
             )
-        return shape, adapters.chosen(cfg, old, shape.n_embd) if with_lora else None, old is not None
+        lora = adapters.chosen(cfg, old, shape.n_embd) if with_lora else None
+        if lora or old:
+            start = adapters.Start(cfg.init_from, shape.tied, old)
+            tensors = start.watched(tensors)
+        if old and not lora:
+            shape, tensors = old.merged(tensors, shape)
+        return shape, lora, old is not None
 
-    shape, lora, goes_on = compute.once(find)
+    shape, lora, from_adapter = compute.once(find)
     model = weights.empty(shape)
-    start = None
     if lora:
-        model.add_lora(lora, compute.dtype, keep_start=goes_on)
-        start = adapters.Start(cfg.init_from, shape.tied, old)
-        tensors = itertools.chain(start.watched(tensors), old.initial(True) if old else model.initial_lora(seed))
+        model.add_lora(lora, compute.dtype, keep_start=keep_start and from_adapter)
+        tensors = itertools.chain(tensors, old.initial(keep_start) if old else model.initial_lora(seed))
     if isinstance(cfg, TrainKeys):
         for block in model.blocks:
             block.recompute = cfg.activation_checkpointing
@@ -420,8 +432,8 @@ def build_model(cfg: ModelKeys, tokenizer, compute, dropout: float = 0.0, seed: 
                 block.forward = torch.compile(block.forward, dynamic=True)
         distributed.shard(model, compute, cfg.replicate)
     distributed.fill(model, tensors, compute)
-    if start:
-        model.origin = compute.once(start.origin)
+    if lora or from_adapter:
+        model.origin = compute.once(lambda: start.origin())
     return model
 
 
@@ -475,14 +487,14 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    blocks, head = (sum(p.numel() for p in part) for part in (model.blocks.parameters(), model.head_parameters()))
+    mflop, mflop_predicted = (step_flops(model, *one) / 1e6 for one in ((1, 0), (0, 1)))
     state = STATES[cfg.optimizer]
     here = [distributed.own(p) for p in parameters]
     memory = sum(p.nbytes * (2 + state if p.requires_grad else 1) for p in here) / 1e9
     part = f"; {sum(p.numel() for p in here):,} of them on this rank" if plan.world > 1 else ""
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
-        f"{memory:.2f} GB a rank; {6 * blocks / 1e6:,.0f} MFLOP a token and {6 * head / 1e6:,.0f} more a predicted one\n"
+        f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"
         f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
         + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,29 @@ def test_a_restart_does_not_meet_the_dead(monkeypatch):
         assert not stores[0].check(["who"]), "the same prefix as the start before"
         stores[0].set("who", str(late))
         assert [store.check(["who"]) and store.get("who") for store in stores] == [str(late).encode()] * 3
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["first start", "restart"])
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_process_that_never_comes(kept, absent, monkeypatch):
+    """Each of the others says so in a line, rank 0 who it is. A store that torchrun kept still has the words of the dead."""
+    monkeypatch.setattr(distributed, "STUCK", timedelta(seconds=2))
+    port = free_port()
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": kept}.items():
+        monkeypatch.setenv(name, str(value))
+    if kept:
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        for name in ("words", "start", "seen/0", "seen/1", "seen/2"):
+            store.set(name, "a b c")
+        for rank, word in enumerate("abc"):
+            store.set(f"word/{rank}", word)
+    here = [rank for rank in range(3) if rank != absent]
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(distributed.meet, rank, 3) for rank in here]
+        said = {rank: f.exception(30) for rank, f in zip(here, found, strict=True)}
+    assert all(isinstance(error, errors.UserError) and error.here for error in said.values()), said
+    assert all(str(error).startswith(f"rank {rank}: ") for rank, error in said.items())
+    assert absent == 0 or str(said[0]).startswith("rank 0: rank 2 did not come to 127.0.0.1:"), said
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True])

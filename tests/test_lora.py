@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,13 +27,14 @@ from data.packing import collate
 from data.tokenizer import get
 from model import LINEAR, SIZES, GPTConfig, LoRAConfig, as_started, target_logps
 from tests import peers
-from tests.conftest import dpo_args, flags, metrics, script, sft_args
+from tests.conftest import dpo_args, flags, metrics, ref_args, script, sft_args
 from tests.test_model import CONFIG, example, plain_logps
 from tests.test_runs import close
 from tests.test_step import METRICS, in_our_order, run_script
 
 ROOT = Path(__file__).parents[1]
 LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 1e-2}
+MATRICES = tuple(f"{name}.weight" for name in LINEAR)  # what is cast to bfloat16
 TOKENS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -293,6 +295,15 @@ def peft_adapter(base: Path, folder: Path, **settings) -> Path:
     return folder
 
 
+def test_a_bfloat16_copy_of_the_head_is_no_other_head(base, tmp_path):
+    """peft adds a targeted head's own weights, in the precision that the adapter is saved in."""
+    folder = peft_adapter(base, tmp_path / "adapter", **PEFT["head"])
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / adapters.WEIGHTS).items()}
+    assert [name for name in tensors if adapters.COPY.fullmatch(name)]
+    save_file(tensors, folder / adapters.WEIGHTS, {"format": "pt"})
+    adapters.load(str(folder))
+
+
 @pytest.mark.parametrize("kind", PEFT)
 def test_an_adapter_of_peft(kind, base, tmp_path):
     """Merged, and, where all layers are alike, as adapters to train on: its logits."""
@@ -338,6 +349,8 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call, tmp_path):
     assert train[-1] < train[0]
     _, printed, _ = call("sft", *lora_args(files, sft_run, lora_sft))  # finished: writes the same again
     assert "adapter" in printed.splitlines()[-1] and "qkv_parts=3" in printed
+    # a token: 4 operations a frozen weight (12 width^2 + 13 width a block), 6 one of an adapter (rank * 18 width a block)
+    assert f"{2 * (4 * (12 * 32 * 32 + 13 * 32) + 6 * 4 * 18 * 32) / 1e6:,.1f} MFLOP a token" in printed
     state = torch.distributed.checkpoint.FileSystemReader(lora_sft / "checkpoints/step_10").read_metadata()
     names = [".".join(map(str, keys)) for keys in state.planner_data.values()]
     assert not [name for name in names if ".lora." not in name and not name.startswith("optimizer.param_groups")], names
@@ -359,20 +372,28 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call, tmp_path):
     assert "lora_rank = 4" in config and 'lora_targets = ""' in config
 
 
-def test_reference_without_a_file_equals_one_with(files, sft_run, reference, call, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reference_without_a_file_equals_one_with(dtype, files, sft_run, call, tmp_path):
     """Adapters off is the model that the file was made from: the same run, loss for loss."""
+    reference = tmp_path / "ref.safetensors"
+    assert call("precompute_ref", *ref_args(files, sft_run, reference, dtype=dtype))[0] == 0
     for name, ref in (("off", None), ("file", reference)):
-        args = lora_dpo(files, sft_run, tmp_path / name, ref=ref, loss="aot", micro_tokens=300)
+        args = lora_dpo(files, sft_run, tmp_path / name, ref=ref, loss="aot", micro_tokens=300, dtype=dtype)
         status, printed, err = call("dpo", *args)
         assert status == 0, err
         assert ("without the run's adapters" in printed) == (name == "off")
+    gap = float(re.search(r"differ by at most (\S+) nats a token", printed)[1])
+    assert gap < 1e-5, "the model trained is not the one that the file was made from"
     off, file = metrics(tmp_path / "off"), metrics(tmp_path / "file")
     close(off, file, 1e-5)
     assert abs([r for r in off if r["split"] == "train"][-1]["rewards/margins"]) > 0.001
 
 
-def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, refused, tmp_path):
-    """DPO goes on from SFT's adapter: the reference is that start, not the bare base; what is written sits on the base."""
+def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, refused, monkeypatch, tmp_path):
+    """DPO goes on from SFT's adapter: the reference is that start, not the bare base; what is written sits on the base. The
+    start is kept only for a run that measures its reference itself."""
+    kept, keep = [], model_file.LoRA.keep_start
+    monkeypatch.setattr(model_file.LoRA, "keep_start", lambda lora: kept.append(lora) or keep(lora))
     begin, ref = lora_sft / "adapter", tmp_path / "ref.safetensors"
     data = {"init_from": begin, "data": files["pairs"], "val_data": files["val_pairs"], "out": ref}
     status, _, err = call("precompute_ref", *flags(**data))
@@ -380,7 +401,8 @@ def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, refused, tmp_p
     for name, file in (("own", None), ("file", ref)):
         status, printed, err = call("dpo", *lora_dpo(files, sft_run, tmp_path / name, ref=file, init_from=begin))
         assert status == 0 and "warning" not in err, err
-        assert "loss 0.6931" in printed
+        assert "loss 0.6931" in printed and bool(kept) == (name == "own")
+        kept.clear()
     own = metrics(tmp_path / "own")
     close(own, metrics(tmp_path / "file"), 1e-5)
     status, _, err = call("dpo", *dpo_args(files, sft_run, ref, tmp_path / "full", init_from=begin, max_steps=1))
@@ -431,16 +453,50 @@ def test_ways_to_run(more, files, sft_run, lora_sft, call, tmp_path):
         cfg = config.load(sft.Config, args)
         model = build_model(cfg, get("toy"), distributed.setup("cpu", "bfloat16"))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        assert {p.dtype for p in model.parameters() if not p.requires_grad and p.dim() > 1} == {torch.bfloat16}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        assert {n for n, p in frozen.items() if p.dtype == torch.bfloat16} == {n for n in frozen if n.endswith(MATRICES)}
+        whole = weights.load(sft_run / "model")
+        assert torch.equal(model.wte.weight, whole.wte.weight) and torch.equal(model.wpe.weight, whole.wpe.weight)
         merged, start = (load_file(f / "model/model.safetensors") for f in (tmp_path / "run", sft_run))
         assert torch.equal(merged["transformer.ln_f.weight"], start["transformer.ln_f.weight"])
 
 
-def test_from_scratch(files, call, tmp_path):
+def test_the_keys_make_the_adapters(files, sft_run, call, tmp_path):
+    """lora_alpha 0 is the rank, which counts sqrt(rank) times when stabilised."""
+    import sft
+    from runtime import config, distributed
+    from runtime.run import build_model
+
+    keys = {"lora_rslora": "true", "lora_dropout": 0.2, "lora_alpha": 0, "lora_targets": "head, mlp.fc", "max_steps": 1}
+    args = lora_args(files, sft_run, tmp_path / "run", **keys)
+    want = LoRAConfig(4, 4.0, 0.2, ("mlp.fc", "head"), True)
+    model = build_model(config.load(sft.Config, args), get("toy"), distributed.setup("cpu"))
+    assert model.lora == want and {m.dropout for m in model.modules() if isinstance(m, model_file.LoRA)} == {0.2}
+    assert {m.scale for m in model.modules() if isinstance(m, model_file.LoRA)} == {2.0}
+    assert call("sft", *args)[0] == 0
+    raw = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (raw["r"], raw["lora_alpha"], raw["lora_dropout"], raw["use_rslora"]) == (4, 4, 0.2, True)
+    assert replace(adapters.read(tmp_path / "run/adapter").config, dropout=0.2) == want
+
+
+def test_a_run_from_before_lora_is_not_gone_on_with(files, call, refused, tmp_path):
+    """A key that an old config.toml does not have is said by its name."""
+    args = sft_args(files, tmp_path / "run", max_steps=1)
+    assert call("sft", *args)[0] == 0
+    path = tmp_path / "run/config.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("lora_")))
+    refused("sft", *args, "--lora_rank", 4, says="holds a run with lora_rank = 0, not 4")
+    assert call("sft", *args)[0] == 0
+
+
+def test_from_scratch(files, call, refused, tmp_path):
     """A base that no folder holds is made again from its seed."""
     assert call("sft", *sft_args(files, tmp_path / "run", **LORA, seed=7))[0] == 0
     plain = weights.load("scratch", seed=7, n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=get("toy").size)
     assert torch.equal(weights.load(tmp_path / "run/model").wte.weight, plain.wte.weight)
+    says = "trained on weights that no file holds: use the run's model/"
+    refused("eval_mcq", *flags(model=tmp_path / "run/adapter", data=files["mcq"]), says=says)
 
 
 # --- TRL and peft ----------------------------------------------------------------------------------------------------
@@ -556,6 +612,65 @@ def test_another_base_is_not_resumed(files, sft_run, lora_sft, call, refused, tm
     refused("eval_mcq", *flags(model=tmp_path / "run/adapter", data=files["mcq"]), says="an adapter for other weights")
 
 
+def test_the_merged_model_is_written_a_tensor_at_a_time(files, sft_run, call, monkeypatch, tmp_path):
+    """Beside the model in training the base is never whole in memory again."""
+    source, seen, alive = adapters.source, [], []
+
+    def watched(*args, **options):
+        config, tensors = source(*args, **options)
+
+        def each():
+            for name, tensor in tensors:
+                seen.append(weakref.ref(tensor))
+                alive.append(sum(ref() is not None for ref in seen))
+                yield name, tensor
+
+        return config, each()
+
+    monkeypatch.setattr(adapters, "source", watched)
+    assert call("sft", *lora_args(files, sft_run, tmp_path / "run", max_steps=1))[0] == 0
+    assert len(seen) > 20 and max(alive) <= 4, "this one, the one before, and the two that the files tie"
+
+
+def test_a_start_is_known_by_what_was_read(files, sft_run, lora_sft, call, refused, monkeypatch, tmp_path):
+    """Another CPU makes other last bits of base + B A: the run goes on there, and reference files fit. Not so another scale."""
+    begin, ref = tmp_path / "adapter", tmp_path / "ref.safetensors"
+    shutil.copytree(lora_sft / "adapter", begin)
+    made = ref_args(files, sft_run, ref, init_from=begin)
+    args = lora_dpo(files, sft_run, tmp_path / "run", ref=ref, init_from=begin, max_steps=2, lora_alpha=None)
+    full = dpo_args(files, sft_run, ref, tmp_path / "full", init_from=begin, max_steps=1)
+    assert call("precompute_ref", *made)[0] == 0
+    assert call("dpo", *args)[0] == 0
+    exact = adapters.lora_delta
+    monkeypatch.setattr(adapters, "lora_delta", lambda *args: exact(*args) * (1 + 1e-6))
+    for again in (args, full):
+        status, printed, err = call("dpo", *again)
+        assert status == 0 and "warning" not in err and ("resuming" in printed) == (again is args), err
+    config = begin / adapters.CONFIG
+    raw = json.loads(config.read_text())
+    raw["lora_alpha"], raw["alpha_pattern"] = 12, {"attn.c_attn": 36}
+    config.write_text(json.dumps(raw))
+    for again in (args, full):
+        refused("dpo", *again, says="holds the log-probs of other weights")
+    own = lora_dpo(files, sft_run, tmp_path / "own", init_from=begin, max_steps=1, lora_alpha=None)
+    assert call("dpo", *own)[0] == 0
+    raw["lora_alpha"], raw["alpha_pattern"] = 8, {"attn.c_attn": 24}
+    config.write_text(json.dumps(raw))
+    refused("dpo", *own, says="the base differs from when its run was begun")
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_run_does_not_write_over_its_own_base(config, files, sft_run, refused, tmp_path):
+    """With --overwrite it would delete it first; where no config.toml says that it is a run's, it would be written over."""
+    shutil.copytree(sft_run / "model", tmp_path / "run/model")
+    if config:
+        shutil.copy(sft_run / "config.toml", tmp_path / "run")
+    whole = (tmp_path / "run/model/model.safetensors").read_bytes()
+    args = lora_args(files, sft_run, tmp_path / "run", init_from=tmp_path / "run/model", overwrite="true" if config else None)
+    refused("sft", *args, says="lies in it, and the run would write over it: name another out_dir")
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == whole
+
+
 @pytest.mark.parametrize("replicate", [1, 0])
 def test_two_processes_give_the_losses_of_one(replicate, files, lora_sft, sft_run, call, tmp_path):
     """Sharded (frozen and trained parameters in one group), and replicated; going on from an adapter, so with a start kept."""
@@ -572,6 +687,20 @@ def test_two_processes_give_the_losses_of_one(replicate, files, lora_sft, sft_ru
     close(metrics(tmp_path / "two"), metrics(tmp_path / "one"), 1e-4)
     a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_two_processes_in_bfloat16(files, lora_sft, sft_run, world, tmp_path):
+    """Sharded, frozen bfloat16 matrices beside float32 adapters; the reference is the adapter at the start. SGD: AdamW's first
+    steps are as large for a gradient that is only rounding."""
+    for n in (1, 2):
+        more = {"init_from": lora_sft / "adapter", "max_steps": 4, "lora_dropout": 0, "dtype": "bfloat16", "replicate": 1}
+        more |= {"optimizer": "sgd", "lr": 1.0}
+        statuses, err = world(n, "dpo", lora_dpo(files, sft_run, tmp_path / str(n), **more, device="cpu"))
+        assert not any(statuses), err
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    for record in [*one, *two]:
+        record.pop("rewards/accuracies")  # of 12 pairs, some nearly ties
+    close(two, one, 1e-3)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,16 @@ def test_activations_are_what_autograd_keeps(recompute, bfloat16, completions, l
     assert sum(n for n, _ in held.values()) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_weights_of_lora(bfloat16):
+    """The blocks' matrices in the compute dtype, the embeddings (most of this model) in float32."""
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=1001)
+    model = model_of(config)
+    model.add_lora(LoRAConfig(rank=2, alpha=2), torch.bfloat16 if bfloat16 else torch.float32)
+    formula = memory.needed(config, 1, 1, adapters=memory.adapter_parameters(config, 2), bfloat16=bfloat16)
+    assert sum(p.nbytes for p in model.parameters()) == formula["weights"]
+
+
 @pytest.mark.parametrize("optimizer", memory.STATES)
 def test_weights_gradients_and_optimizer(optimizer):
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=101)
