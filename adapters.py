@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 import weights
 from model import GPT, LINEAR, SIZES, GPTConfig, Linear, LoRAConfig, lora_delta
 from runtime.distributed import whole
 from runtime.errors import UserError
+from runtime.files import safetensors_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 THEIRS = dict(zip(LINEAR, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"), strict=True))
@@ -283,7 +283,7 @@ def save(model: GPT, tokenizer, folder: Path, rank: int = 0) -> None:
     metadata = {"format": "pt", "base_sha256": model.origin.base_sha256, "qkv_parts": str(parts)}
 
     def write(new: Path) -> None:
-        (new / WEIGHTS).write_bytes(to_bytes(tensors, metadata))  # what the library writes itself hides a full disk
+        (new / WEIGHTS).write_bytes(safetensors_bytes(tensors, metadata))  # what the library writes itself hides a full disk
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(new)
 

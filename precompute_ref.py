@@ -10,7 +10,6 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save
 
 import losses
 import weights
@@ -20,7 +19,7 @@ from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.errors import UserError, run
-from runtime.files import check_file, write_whole
+from runtime.files import check_file, safetensors_bytes, write_whole
 from runtime.log import Progress
 from runtime.run import DataKeys, ModelKeys, build_model, context
 
@@ -117,7 +116,7 @@ def main() -> None:
         "truncation": cfg.truncation,
         "dtype": str(compute.dtype).removeprefix("torch."),
     }
-    compute.once(lambda: write_whole(cfg.out, save(tensors, metadata)))
+    compute.once(lambda: write_whole(cfg.out, safetensors_bytes(tensors, metadata)))
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
     print(f"wrote {cfg.out}: {shapes}; mean log-prob chosen, rejected {tensors['logps'].mean(0).tolist()}")
 

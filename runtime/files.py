@@ -1,7 +1,11 @@
 """Files that are there whole or not at all."""
 
+import json
 import os
 from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
 
 from runtime.errors import UserError
 
@@ -20,6 +24,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file's bytes, the same for the same content: the library puts metadata in an order drawn anew each time."""
+    content = save(tensors, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a header of JSON, the tensors
+    header = json.dumps(json.loads(content[8:end]) | {"__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def check_file(key: str, path: str) -> None:

@@ -17,6 +17,7 @@ import weights
 from data.tokenizer import get
 from model import GPT, SIZES, GPTConfig
 from runtime.errors import UserError
+from runtime.files import safetensors_bytes
 from tests.hub import serving
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 40}
@@ -508,3 +509,13 @@ def test_fingerprint(model):
     transposed = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 2, bias=False)
     transposed[1].weight.data = transposed[0].weight.data.reshape(2, 3)
     assert weights.fingerprint(transposed[0]) != weights.fingerprint(transposed[1])
+
+
+def test_a_file_of_tensors_has_the_same_bytes_each_time(tmp_path):
+    metadata = {name: name * 3 for name in "fedcba"}
+    tensors = {"b": torch.randn(3, 2), "a": torch.arange(5)}
+    content = {safetensors_bytes(tensors, metadata) for _ in range(20)}
+    (tmp_path / "x.safetensors").write_bytes(content.pop())
+    assert not content
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == metadata and all(torch.equal(file.get_tensor(k), t) for k, t in tensors.items())
