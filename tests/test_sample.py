@@ -1,6 +1,7 @@
 """GPT.stream and sample.py: greedy against transformers, draws that follow from seed and place, files that survive a kill."""
 
 import copy
+import errno
 import io
 import json
 import os
@@ -357,6 +358,18 @@ def test_killed_runs_go_on(folder, asked, whole, part, call, tmp_path, monkeypat
     status, printed, _ = call("sample", *args(folder, asked, out, batch_size=16))
     assert status == 0 and f"{finished} finished before" in printed
     assert len(drawn) == 2 * (24 - finished) and out.read_bytes() == whole and not file.exists()
+
+
+def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, call, tmp_path, monkeypatch):
+    """On a terminal, where nothing is left to show the progress of."""
+    out, tty = tmp_path / "out.jsonl", io.StringIO()
+    with monkeypatch.context() as full:
+        full.setattr(sample, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        assert call("sample", *args(folder, asked, out))[0] == 2 and not out.exists()
+    monkeypatch.setattr(tty, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", tty)
+    status, printed, _ = call("sample", *args(folder, asked, out))
+    assert status == 0 and "24 finished before" in printed and out.read_bytes() == whole and "sampling" not in tty.getvalue()
 
 
 @pytest.mark.parametrize(
