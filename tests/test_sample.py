@@ -229,12 +229,17 @@ def test_noise_is_exponential_and_unlike_from_place_to_place():
     assert not torch.equal(exponential_noise(torch.arange(9), places, 1), e[:, :9])
 
 
-def test_a_model_of_nan_says_so(folder):
+@pytest.mark.parametrize("how", [{}, *({"temperature": 1.0, **how} for how in DRAWS)])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc.bias", "ln_f.bias", "wte.weight 50", "wpe.weight 3"])
+def test_a_model_of_nan_says_so(folder, name, how):
+    """Whichever weights it is: all of them, those of a token that no prompt has, those of a place behind the prompt."""
     model = weights.load(folder)
+    name, _, row = name.partition(" ")
     with torch.no_grad():
-        model.ln_f.weight.zero_(), model.blocks[0].mlp.fc.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError):
-        list(model.stream({0: [1]}, 2, -1))
+        damaged = model.get_parameter(name)
+        (damaged[int(row)] if row else damaged).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        list(model.stream({0: [1], 1: [2, 4]}, 5, -1, **how))
 
 
 @pytest.mark.gpu
