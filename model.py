@@ -514,14 +514,14 @@ def draw(
 ) -> list[int]:
     """A token for each row of logits (rows, vocab), float32; `places`: its (prompt number, sample, position).
 
-    Softmax at `temperature` (0: the likeliest token); of that the `top_k` likeliest (0: all); of those the fewest likeliest
-    that have `top_p` of their probability. Of what is left the token with the largest p / e is taken, e exponential noise:
-    that is a draw from p (the Gumbel-max trick). Unlike one uniform number compared with running sums, it gives another
-    token for logits that differ by rounding only where two tokens are that close.
+    Softmax at `temperature` (below 1e-6: the likeliest token); of that the `top_k` likeliest (0: all); of those the fewest
+    likeliest that have `top_p` of their probability. Of what is left the token with the largest p / e is taken, e exponential
+    noise: that is a draw from p (the Gumbel-max trick). Unlike one uniform number compared with running sums, it gives
+    another token for logits that differ by rounding only where two tokens are that close.
     Raises FloatingPointError for a row whose largest logit is nan (one of its logits is) or infinite.
     """
     most, tokens = logits.max(-1)
-    if temperature > 0:
+    if temperature >= 1e-6:  # one that is 0 in float32 would make 0 / 0 of the likeliest
         tokens = _draw((logits - most[:, None]) / temperature, places, top_k, top_p, seed)
     found = tokens.masked_fill(~most.isfinite(), -1).tolist()  # marked on the device: looking there would be one more wait
     if -1 in found:

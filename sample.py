@@ -44,7 +44,7 @@ class Config:
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" a line; empty = read them from the terminal')
     out: str = key("", "the JSONL file to write")
     n: int = key(1, "completions a prompt")
-    temperature: float = key(1.0, "divides the logits; 0 = always the likeliest token")
+    temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token")
     top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all")
     top_p: float = key(1.0, "draw from the fewest likeliest tokens that have this much of the probability")
     max_new_tokens: int = key(128, "most tokens of a completion")
