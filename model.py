@@ -415,7 +415,8 @@ class GPT(nn.Module):
         try:
             while waiting or ready or live:
                 free = slots - len(live)
-                if (waiting or ready) and (not live or 8 * free >= slots):  # the prompts of several at once
+                all_fit = len(ready) + n * len(waiting) <= free
+                if (waiting or ready) and (not live or 8 * free >= slots or all_fit):  # the prompts of several at once
                     if not ready:
                         group = _alike(waiting, prompts, max(1, free // n))
                         x, read = self._read([prompts[i] for i in group])

@@ -111,6 +111,19 @@ def test_a_prompt_is_read_once_and_a_finished_row_makes_room(gpt, monkeypatch):
     assert len(read) == 1
 
 
+def test_the_last_prompts_wait_for_nobody(gpt, monkeypatch):
+    """15 long ones and a short one, which would be too much padding beside them: all 16 are written side by side."""
+    rows, real_step = [], GPT._step
+    monkeypatch.setattr(GPT, "_step", lambda self, tokens, *rest: (rows.append(len(tokens)), real_step(self, tokens, *rest))[1])
+    given = {0: [5] * 30, **{i: [1 + i] * 27 for i in range(1, 15)}, 15: [3, 1]}
+    found = collect(gpt, given, new=12, batch_size=20)
+    assert rows == [16] * 11
+    assert {i: ids for (i, _), ids in found.items()} == dict(enumerate(gpt.generate([*given.values()], 12, -1)))
+    rows.clear()
+    collect(gpt, given, new=12, n=3, batch_size=50)  # 48 in all
+    assert rows == [48] * 11
+
+
 def test_ends(gpt):
     """At the token `stop`, at max_new_tokens, at the context's end, and where `ended` says so; train mode is given back."""
     free = collect(gpt, {0: [1, 2, 3], 1: [4] * 60, 2: [4] * 64}, new=30)
