@@ -15,10 +15,10 @@ Ctrl-C stops the text, Ctrl-D leaves.
 """
 
 import fcntl
-import glob
 import hashlib
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,8 @@ def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:
 
 # --- what is finished, kept until all is -----------------------------------------------------------------------------
 
+FIRST = b'{"weights_sha256": "'  # how a part file begins
+
 
 def kept(path: Path) -> tuple[dict | None, dict[int, list[str]], int]:
     """A part file's settings, completions by prompt number, and its bytes up to where a kill or a power cut tore it."""
@@ -139,7 +141,15 @@ def kept(path: Path) -> tuple[dict | None, dict[int, list[str]], int]:
 
 
 def part_files(out: str) -> list[Path]:
-    return [Path(p) for p in sorted(glob.glob(glob.escape(out) + ".part*"))]
+    """OUT.part0, OUT.part1, …, whatever the number of processes that wrote them. Raises UserError for what is not ours."""
+    name = re.compile(re.escape(Path(out).name) + r"\.part[0-9]+")
+    paths = sorted(p for p in Path(out).parent.iterdir() if name.fullmatch(p.name))
+    for path in paths:
+        with open(path, "rb") as file:
+            start = file.read(len(FIRST))
+        if not FIRST.startswith(start):  # shorter: a kill tore it
+            raise UserError(f"{path} was not written by sample.py and would be in its way: rename it, or name another --out")
+    return paths
 
 
 def open_part(cfg: Config, compute):
@@ -160,7 +170,7 @@ def open_part(cfg: Config, compute):
 def resume(cfg: Config, settings: dict) -> dict[int, list[str]]:
     """What an earlier run of the same settings has finished; refuses what one of others left behind."""
     done = {}
-    for path in part_files(cfg.out):
+    for path in part_files(cfg.out):  # all of them ours, before one is emptied
         if cfg.overwrite and not restarted():
             path.write_bytes(b"")
         theirs, found, _ = kept(path)
@@ -192,7 +202,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     if cut:
         print(f"{cut:,} of {len(prompts):,} prompts lost their start: the model's context is {model.config.block_size} tokens")
     settings = {
-        "weights_sha256": compute.once(lambda: weights.fingerprint(model)),
+        "weights_sha256": compute.once(lambda: weights.fingerprint(model)),  # the first: see FIRST
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -202,6 +212,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     }
     part = open_part(cfg, compute)
     done = compute.once(lambda: resume(cfg, settings))
+    earlier = part_files(cfg.out)
     before, _, size = kept(Path(part.name))
     part.truncate(size)
     if before is None:
@@ -240,7 +251,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     part.close()
     Path(part.name).unlink(missing_ok=True)
     if compute.rank == 0:  # also those of an earlier run with more processes
-        for path in part_files(cfg.out):
+        for path in earlier:
             path.unlink(missing_ok=True)
     print(f"wrote {cfg.out}")
 

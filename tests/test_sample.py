@@ -409,6 +409,25 @@ def test_unfinished_samples_of_other_settings_are_not_mixed(folder, asked, part,
     assert file.read_bytes() == part and not out.exists()
 
 
+def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refused, tmp_path):
+    """Also by --overwrite: names like those of part files are passed over, one that has such a name is in the way."""
+    out, others = tmp_path / "out.jsonl", ["out.jsonl.part1.gz", "out.jsonl.partaa", "out.jsonl.part", "xout.jsonl.part1"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"theirs\n")
+    (tmp_path / "out.jsonl.part3").write_bytes(part)
+    for theirs in (b"theirs\n", b"[1, 2]\n", b'{"prompt": 1}\n'):
+        for rank in (0, 7):
+            foreign = tmp_path / f"out.jsonl.part{rank}"
+            foreign.write_bytes(theirs)
+            refused("sample", *args(folder, asked, out, overwrite="true"), says=f"{foreign} was not written by sample.py")
+            assert foreign.read_bytes() == theirs and (tmp_path / "out.jsonl.part3").read_bytes() == part
+            foreign.unlink()
+    (tmp_path / "out.jsonl.part12").write_bytes(part[:9])  # ours, torn
+    assert call("sample", *args(folder, asked, out))[0] == 0 and out.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "out.jsonl"])
+    assert all((tmp_path / name).read_bytes() == b"theirs\n" for name in others)
+
+
 def test_overwrite_throws_unfinished_samples_away(folder, asked, whole, part, call, tmp_path):
     (tmp_path / "out.jsonl.part3").write_bytes(part)
     status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out.jsonl", overwrite="true", seed=6))
