@@ -327,7 +327,7 @@ def main() -> None:
         else:
             converse(cfg, model, tokenizer, compute)
     except FloatingPointError as error:
-        raise UserError(f"key model: {cfg.model}: {error}: its weights are damaged") from None
+        raise UserError(f"key model: {cfg.model}: {error}: its weights are damaged", here=True) from None
 
 
 if __name__ == "__main__":

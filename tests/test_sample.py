@@ -550,6 +550,20 @@ def test_damaged_weights(folder, asked, refused, tmp_path):
     refused("sample", *args(tmp_path / "model", asked, tmp_path / "out"), says="its weights are damaged")
 
 
+def test_damage_that_only_another_rank_meets_is_told(world, tmp_path):
+    """An embedding that is nan, of a word in the prompt of rank 1; the output projection has weights of its own."""
+    toy, path = get("toy"), tmp_path / "prompts.jsonl"
+    words = [t for t in toy.tokens if t.startswith(" ")][:2]
+    path.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    model = weights.load("scratch", n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=toy.size, tied=False)
+    with torch.no_grad():
+        model.wte.weight[toy.encode(words[1])] = float("nan")
+    weights.save(model, toy, tmp_path / "model")
+    statuses, err = world(2, "sample", args(tmp_path / "model", path, tmp_path / "out", n=1, max_new_tokens=1))
+    assert statuses[1] == 2 and statuses[0] != 0 and not (tmp_path / "out").exists()
+    assert err.count("error: ") == 1 and "its weights are damaged" in err, err
+
+
 # --- the terminal ------------------------------------------------------------------------------------------------------
 
 
