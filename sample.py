@@ -79,6 +79,8 @@ class Config:
             given, missing = ("prompts", "out") if self.prompts else ("out", "prompts")
             raise UserError(f"key {missing}: --{given} needs --{missing} too; without both, prompts are typed in")
         check_file("out", self.out)
+        if self.out.endswith(".gz"):
+            raise UserError(f"key out: {self.out}: what is written is not compressed: leave out .gz")
         if self.out and Path(self.out).resolve() == Path(self.prompts).resolve():
             raise UserError(f"key out: {self.out} is the prompts file: name another")
 

@@ -539,6 +539,7 @@ def test_places_that_cannot_be_written(folder, asked, refused, tmp_path):
     refused("sample", *args(folder, asked, tmp_path / "file" / "out"), says="cannot be written")
     refused("sample", *args(folder, asked, tmp_path), says="is a folder")
     refused("sample", *args(folder, asked, asked), says="is the prompts file")
+    refused("sample", *args(folder, asked, tmp_path / "out.jsonl.gz"), says="leave out .gz")
 
 
 def test_damaged_weights(folder, asked, refused, tmp_path):
