@@ -42,7 +42,7 @@ class Config:
 
     model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, openai:124M, …")
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" a line; empty = read them from the terminal')
-    out: str = key("", "the JSONL file to write")
+    out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole")
     n: int = key(1, "completions a prompt")
     temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token")
     top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all")

@@ -565,6 +565,11 @@ def test_damage_that_only_another_rank_meets_is_told(world, tmp_path):
     assert err.count("error: ") == 1 and "its weights are damaged" in err, err
 
 
+def test_help_says_what_becomes_of_a_finished_file(call):
+    status, printed, _ = call("sample", "--help")
+    assert status == 0 and "one that is there is replaced when the new one is whole" in " ".join(printed.split())
+
+
 # --- the terminal ------------------------------------------------------------------------------------------------------
 
 
