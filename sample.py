@@ -48,7 +48,7 @@ class Config:
     top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all")
     top_p: float = key(1.0, "draw from the fewest likeliest tokens that have this much of the probability")
     max_new_tokens: int = key(128, "most tokens of a completion")
-    stop: str = key("", "a text that ends a completion, beside <|endoftext|>; not part of it")
+    stop: str = key("", "a text that ends a completion, beside <|endoftext|>; not part of it; \\n in it is a new line")
     seed: int = key(0, "seed of the draws")
     limit: int = key(0, "use only the first so many prompts, 0 = all")
     batch_size: int = key(32, "completions written at once")
@@ -73,6 +73,7 @@ class Config:
             raise UserError("key temperature: inf is not a usable value")
         if not 0 < self.top_p <= 1:
             raise UserError(f"key top_p: {self.top_p} must be above 0 and at most 1 (1 = draw from all tokens)")
+        self.stop = self.stop.replace("\\n", "\n")
         if self.seed >= 2**63:
             raise UserError(f"key seed: {self.seed} is too large, the most is 2**63 - 1")
         if bool(self.prompts) != bool(self.out):

@@ -18,6 +18,7 @@ import sample
 import weights
 from data.tokenizer import get
 from model import GPT, LoRAConfig, draw, exponential_noise
+from runtime import config
 from tests import peers
 from tests.conftest import flags, script
 from tests.test_distributed import good
@@ -324,6 +325,13 @@ def test_a_stop_text_ends_a_completion(folder, asked, whole, call, tmp_path):
         assert call("sample", *args(folder, asked, tmp_path / "out", stop=stop))[0] == 0
         cut = [c for line in lines(tmp_path / "out") for c in line["completions"]]
         assert cut == [t.partition(stop)[0] for t in texts] and cut != texts
+
+
+def test_a_backslash_n_in_the_stop_text_is_a_new_line():
+    """As in a prompt that is typed: a shell has no short way of writing one."""
+    for given, want in (("a\\n\\nb", "a\n\nb"), ("a\nb", "a\nb"), ("", "")):
+        cfg = config.load(sample.Config, flags(model="gpt2", stop=given), prog="sample.py")
+        assert cfg.stop == want
 
 
 def test_stop_texts_over_several_tokens():
