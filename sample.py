@@ -2,6 +2,9 @@
 
     python sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4 --temperature 0.7
     python sample.py --model gpt2
+    torchrun --nproc_per_node 2 -- sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4
+
+torchrun needs its -- here: it would take --n for a short form of its own options, and refuse it as an ambiguous one.
 
 A line of the prompts file is {"prompt": …} with whatever else it has; the same line with "completions": […] comes out. What is
 drawn for a prompt follows from the seed, its place in the file, and which of its n completions it is, not from the batch or

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -576,6 +577,16 @@ def test_damage_that_only_another_rank_meets_is_told(world, tmp_path):
 def test_help_says_what_becomes_of_a_finished_file(call):
     status, printed, _ = call("sample", "--help")
     assert status == 0 and "one that is there is replaced when the new one is whole" in " ".join(printed.split())
+
+
+def test_torchrun_takes_the_command_that_is_told():
+    """Without the -- it refuses --n as a short form of several options of its own."""
+    from torch.distributed.run import get_args_parser
+
+    for text in (sample.__doc__, (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()):
+        command = next(line for line in text.splitlines() if line.strip().startswith("torchrun") and "sample.py" in line)
+        told = get_args_parser().parse_args(shlex.split(command, comments=True)[1:])
+        assert told.training_script == "sample.py" and "--n" in told.training_script_args
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------------
