@@ -387,7 +387,7 @@ class GPT(nn.Module):
         A continuation ends before the token `stop`, after `max_new_tokens`, where the branch has `block_size` tokens and one
         more, or where `ended(tokens so far)` says so. `how`: the settings of `draw`; greedy by default. What is drawn follows
         from seed, number and sample alone. `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
-        Raises FloatingPointError if the model computes nan.
+        Raises FloatingPointError if the model computes logits of nan.
 
         At most `batch_size` (0: no limit) continuations are written at once, a token each a step. One that ends leaves the
         batch and the next takes its place; the longest prompts come first, so that those side by side are of like length.
@@ -417,7 +417,8 @@ class GPT(nn.Module):
         try:
             while waiting or ready or live:
                 free = slots - len(live)
-                if (waiting or ready) and (not live or 8 * free >= slots):  # the prompts of several at once
+                all_fit = len(ready) + n * len(waiting) <= free
+                if (waiting or ready) and (not live or 8 * free >= slots or all_fit):  # the prompts of several at once
                     if not ready:
                         group = _alike(waiting, prompts, max(1, free // n))
                         x, read = self._read([prompts[i] for i in group])
@@ -458,10 +459,7 @@ class GPT(nn.Module):
         cache = KVCache(self.config, len(prompts), longest, x.to(torch.get_autocast_dtype(device.type)) if autocast else x)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, cache, layer)  # causal; what lies right of a shorter prompt is never looked at
-        x = x[torch.arange(len(prompts), device=device), torch.tensor([len(p) - 1 for p in prompts], device=device)]
-        if not x.isfinite().all():
-            raise FloatingPointError("the model's output is not finite")
-        return x, cache
+        return x[torch.arange(len(prompts), device=device), torch.tensor([len(p) - 1 for p in prompts], device=device)], cache
 
     def _step(self, tokens: list[int], lengths: list[int], cache: KVCache) -> Tensor:
         """One more token behind each of the cache's first rows, which have `lengths` -> its state, (rows, n_embd)."""
@@ -519,14 +517,24 @@ def draw(
 ) -> list[int]:
     """A token for each row of logits (rows, vocab), float32; `places`: its (prompt number, sample, position).
 
-    Softmax at `temperature` (0: the likeliest token); of that the `top_k` likeliest (0: all); of those the fewest likeliest
-    that have `top_p` of their probability. Of what is left the token with the largest p / e is taken, e exponential noise:
-    that is a draw from p (the Gumbel-max trick). Unlike one uniform number compared with running sums, it gives another
-    token for logits that differ by rounding only where two tokens are that close.
+    Softmax at `temperature` (below 1e-6: the likeliest token); of that the `top_k` likeliest (0: all); of those the fewest
+    likeliest that have `top_p` of their probability. Of what is left the token with the largest p / e is taken, e exponential
+    noise: that is a draw from p (the Gumbel-max trick). Unlike one uniform number compared with running sums, it gives
+    another token for logits that differ by rounding only where two tokens are that close.
+    Raises FloatingPointError for a row whose largest logit is nan (one of its logits is) or infinite.
     """
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    most, tokens = logits.max(-1)
+    if temperature >= 1e-6:  # one that is 0 in float32 would make 0 / 0 of the likeliest
+        tokens = _draw((logits - most[:, None]) / temperature, places, top_k, top_p, seed)
+    found = tokens.masked_fill(~most.isfinite(), -1).tolist()  # marked on the device: looking there would be one more wait
+    if -1 in found:
+        raise FloatingPointError("the model's output is not finite")
+    return found
+
+
+def _draw(logits: Tensor, places: list[tuple[int, int, int]], top_k: int, top_p: float, seed: int) -> Tensor:
+    """`draw` from logits that the temperature has divided -> (rows,) token ids."""
+    p = logits.softmax(-1)
     size = p.size(-1)
     ids = torch.arange(size, device=p.device)
     if 0 < top_k < size:
@@ -541,7 +549,7 @@ def draw(
             p = top
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     best = (p / exponential_noise(ids, places, seed)).argmax(-1, keepdim=True)
-    return ids.expand_as(p).gather(1, best)[:, 0].tolist()
+    return ids.expand_as(p).gather(1, best)[:, 0]
 
 
 def exponential_noise(ids: Tensor, places: list[tuple[int, int, int]], seed: int) -> Tensor:

@@ -2,6 +2,9 @@
 
     python sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4 --temperature 0.7
     python sample.py --model gpt2
+    torchrun --nproc_per_node 2 -- sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4
+
+torchrun needs its -- here: it would take --n for a short form of its own options, and refuse it as an ambiguous one.
 
 A line of the prompts file is {"prompt": …} with whatever else it has; the same line with "completions": […] comes out. What is
 drawn for a prompt follows from the seed, its place in the file, and which of its n completions it is, not from the batch or
@@ -15,10 +18,10 @@ Ctrl-C stops the text, Ctrl-D leaves.
 """
 
 import fcntl
-import glob
 import hashlib
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +45,13 @@ class Config:
 
     model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, openai:124M, …")
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" a line; empty = read them from the terminal')
-    out: str = key("", "the JSONL file to write")
+    out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole")
     n: int = key(1, "completions a prompt")
-    temperature: float = key(1.0, "divides the logits; 0 = always the likeliest token")
+    temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token")
     top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all")
     top_p: float = key(1.0, "draw from the fewest likeliest tokens that have this much of the probability")
     max_new_tokens: int = key(128, "most tokens of a completion")
-    stop: str = key("", "a text that ends a completion, beside <|endoftext|>; not part of it")
+    stop: str = key("", "a text that ends a completion, beside <|endoftext|>; not part of it; \\n in it is a new line")
     seed: int = key(0, "seed of the draws")
     limit: int = key(0, "use only the first so many prompts, 0 = all")
     batch_size: int = key(32, "completions written at once")
@@ -73,12 +76,15 @@ class Config:
             raise UserError("key temperature: inf is not a usable value")
         if not 0 < self.top_p <= 1:
             raise UserError(f"key top_p: {self.top_p} must be above 0 and at most 1 (1 = draw from all tokens)")
+        self.stop = self.stop.replace("\\n", "\n")
         if self.seed >= 2**63:
             raise UserError(f"key seed: {self.seed} is too large, the most is 2**63 - 1")
         if bool(self.prompts) != bool(self.out):
             given, missing = ("prompts", "out") if self.prompts else ("out", "prompts")
             raise UserError(f"key {missing}: --{given} needs --{missing} too; without both, prompts are typed in")
         check_file("out", self.out)
+        if self.out.endswith(".gz"):
+            raise UserError(f"key out: {self.out}: what is written is not compressed: leave out .gz")
         if self.out and Path(self.out).resolve() == Path(self.prompts).resolve():
             raise UserError(f"key out: {self.out} is the prompts file: name another")
 
@@ -121,6 +127,8 @@ def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:
 
 # --- what is finished, kept until all is -----------------------------------------------------------------------------
 
+FIRST = b'{"weights_sha256": "'  # how a part file begins
+
 
 def kept(path: Path) -> tuple[dict | None, dict[int, list[str]], int]:
     """A part file's settings, completions by prompt number, and its bytes up to where a kill or a power cut tore it."""
@@ -139,7 +147,15 @@ def kept(path: Path) -> tuple[dict | None, dict[int, list[str]], int]:
 
 
 def part_files(out: str) -> list[Path]:
-    return [Path(p) for p in sorted(glob.glob(glob.escape(out) + ".part*"))]
+    """OUT.part0, OUT.part1, …, whatever the number of processes that wrote them. Raises UserError for what is not ours."""
+    name = re.compile(re.escape(Path(out).name) + r"\.part[0-9]+")
+    paths = sorted(p for p in Path(out).parent.iterdir() if name.fullmatch(p.name))
+    for path in paths:
+        with open(path, "rb") as file:
+            start = file.read(len(FIRST))
+        if not FIRST.startswith(start):  # shorter: a kill tore it
+            raise UserError(f"{path} was not written by sample.py and would be in its way: rename it, or name another --out")
+    return paths
 
 
 def open_part(cfg: Config, compute):
@@ -160,7 +176,7 @@ def open_part(cfg: Config, compute):
 def resume(cfg: Config, settings: dict) -> dict[int, list[str]]:
     """What an earlier run of the same settings has finished; refuses what one of others left behind."""
     done = {}
-    for path in part_files(cfg.out):
+    for path in part_files(cfg.out):  # all of them ours, before one is emptied
         if cfg.overwrite and not restarted():
             path.write_bytes(b"")
         theirs, found, _ = kept(path)
@@ -192,7 +208,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     if cut:
         print(f"{cut:,} of {len(prompts):,} prompts lost their start: the model's context is {model.config.block_size} tokens")
     settings = {
-        "weights_sha256": compute.once(lambda: weights.fingerprint(model)),
+        "weights_sha256": compute.once(lambda: weights.fingerprint(model)),  # the first: see FIRST
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -202,6 +218,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     }
     part = open_part(cfg, compute)
     done = compute.once(lambda: resume(cfg, settings))
+    earlier = part_files(cfg.out)
     before, _, size = kept(Path(part.name))
     part.truncate(size)
     if before is None:
@@ -240,7 +257,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     part.close()
     Path(part.name).unlink(missing_ok=True)
     if compute.rank == 0:  # also those of an earlier run with more processes
-        for path in part_files(cfg.out):
+        for path in earlier:
             path.unlink(missing_ok=True)
     print(f"wrote {cfg.out}")
 
@@ -316,7 +333,7 @@ def main() -> None:
         else:
             converse(cfg, model, tokenizer, compute)
     except FloatingPointError as error:
-        raise UserError(f"key model: {cfg.model}: {error}: its weights are damaged") from None
+        raise UserError(f"key model: {cfg.model}: {error}: its weights are damaged", here=True) from None
 
 
 if __name__ == "__main__":

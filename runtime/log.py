@@ -137,11 +137,11 @@ def _synchronize(device: torch.device) -> None:
 class Progress:
     """A line of progress on stderr for work of a known size: live on a terminal, every ten seconds elsewhere.
 
-    Of several processes each counts its own share, and only rank 0 says so.
+    Of several processes each counts its own share, and only rank 0 says so; nobody where there is nothing to do.
     """
 
     def __init__(self, name: str, total: int, unit: str, rank: int = 0):
-        self.name, self.total, self.unit, self.silent = name, total, unit, rank > 0
+        self.name, self.total, self.unit, self.silent = name, total, unit, rank > 0 or total == 0
         self.start = self.last = time.monotonic()
         self.done = 0
 

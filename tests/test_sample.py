@@ -1,9 +1,11 @@
 """GPT.stream and sample.py: greedy against transformers, draws that follow from seed and place, files that survive a kill."""
 
 import copy
+import errno
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import sample
 import weights
 from data.tokenizer import get
 from model import GPT, LoRAConfig, draw, exponential_noise
+from runtime import config
 from tests import peers
 from tests.conftest import flags, script
 from tests.test_distributed import good
@@ -110,6 +113,19 @@ def test_a_prompt_is_read_once_and_a_finished_row_makes_room(gpt, monkeypatch):
     assert len(read) == 1
 
 
+def test_the_last_prompts_wait_for_nobody(gpt, monkeypatch):
+    """15 long ones and a short one, which would be too much padding beside them: all 16 are written side by side."""
+    rows, real_step = [], GPT._step
+    monkeypatch.setattr(GPT, "_step", lambda self, tokens, *rest: (rows.append(len(tokens)), real_step(self, tokens, *rest))[1])
+    given = {0: [5] * 30, **{i: [1 + i] * 27 for i in range(1, 15)}, 15: [3, 1]}
+    found = collect(gpt, given, new=12, batch_size=20)
+    assert rows == [16] * 11
+    assert {i: ids for (i, _), ids in found.items()} == dict(enumerate(gpt.generate([*given.values()], 12, -1)))
+    rows.clear()
+    collect(gpt, given, new=12, n=3, batch_size=50)  # 48 in all
+    assert rows == [48] * 11
+
+
 def test_ends(gpt):
     """At the token `stop`, at max_new_tokens, at the context's end, and where `ended` says so; train mode is given back."""
     free = collect(gpt, {0: [1, 2, 3], 1: [4] * 60, 2: [4] * 64}, new=30)
@@ -191,7 +207,8 @@ def test_a_draw_written_out_plainly(size, how):
                 sum_kept += p[i]
         want.append(max(kept, key=lambda i: p[i] / e[i]))
     assert draw(logits, places, temperature=0.7, seed=4, **how) == want
-    assert draw(logits, places, temperature=0) == logits.argmax(-1).tolist()
+    for cold in (0, 1e-50, 1e-40, 1e-7):
+        assert draw(logits, places, temperature=cold, **how) == logits.argmax(-1).tolist()
     if size > 6:
         assert len(set(want)) > 5 and draw(logits, places, temperature=0.7, seed=5, **how) != want
 
@@ -228,12 +245,17 @@ def test_noise_is_exponential_and_unlike_from_place_to_place():
     assert not torch.equal(exponential_noise(torch.arange(9), places, 1), e[:, :9])
 
 
-def test_a_model_of_nan_says_so(folder):
+@pytest.mark.parametrize("how", [{}, *({"temperature": 1.0, **how} for how in DRAWS)])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc.bias", "ln_f.bias", "wte.weight 50", "wpe.weight 3"])
+def test_a_model_of_nan_says_so(folder, name, how):
+    """Whichever weights it is: all of them, those of a token that no prompt has, those of a place behind the prompt."""
     model = weights.load(folder)
+    name, _, row = name.partition(" ")
     with torch.no_grad():
-        model.ln_f.weight.zero_(), model.blocks[0].mlp.fc.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError):
-        list(model.stream({0: [1]}, 2, -1))
+        damaged = model.get_parameter(name)
+        (damaged[int(row)] if row else damaged).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        list(model.stream({0: [1], 1: [2, 4]}, 5, -1, **how))
 
 
 @pytest.mark.gpu
@@ -306,6 +328,13 @@ def test_a_stop_text_ends_a_completion(folder, asked, whole, call, tmp_path):
         assert cut == [t.partition(stop)[0] for t in texts] and cut != texts
 
 
+def test_a_backslash_n_in_the_stop_text_is_a_new_line():
+    """As in a prompt that is typed: a shell has no short way of writing one."""
+    for given, want in (("a\\n\\nb", "a\n\nb"), ("a\nb", "a\nb"), ("", "")):
+        cfg = config.load(sample.Config, flags(model="gpt2", stop=given), prog="sample.py")
+        assert cfg.stop == want
+
+
 def test_stop_texts_over_several_tokens():
     class Bytes:
         def decode(self, ids):
@@ -359,6 +388,18 @@ def test_killed_runs_go_on(folder, asked, whole, part, call, tmp_path, monkeypat
     assert len(drawn) == 2 * (24 - finished) and out.read_bytes() == whole and not file.exists()
 
 
+def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, call, tmp_path, monkeypatch):
+    """On a terminal, where nothing is left to show the progress of."""
+    out, tty = tmp_path / "out.jsonl", io.StringIO()
+    with monkeypatch.context() as full:
+        full.setattr(sample, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        assert call("sample", *args(folder, asked, out))[0] == 2 and not out.exists()
+    monkeypatch.setattr(tty, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", tty)
+    status, printed, _ = call("sample", *args(folder, asked, out))
+    assert status == 0 and "24 finished before" in printed and out.read_bytes() == whole and "sampling" not in tty.getvalue()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("temperature", 0.5), ("seed", 6), ("n", 3), ("top_p", 0.9), ("top_k", 9), ("stop", "x"), ("max_new_tokens", 11),
@@ -375,6 +416,25 @@ def test_unfinished_samples_of_other_settings_are_not_mixed(folder, asked, part,
     line = refused("sample", *args(folder, asked, out, **{key: value}), says="out.jsonl.part3 holds unfinished samples with ")
     assert {"limit": "prompts", "model": "weights"}.get(key, key) in line and "--overwrite" in line
     assert file.read_bytes() == part and not out.exists()
+
+
+def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refused, tmp_path):
+    """Also by --overwrite: names like those of part files are passed over, one that has such a name is in the way."""
+    out, others = tmp_path / "out.jsonl", ["out.jsonl.part1.gz", "out.jsonl.partaa", "out.jsonl.part", "xout.jsonl.part1"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"theirs\n")
+    (tmp_path / "out.jsonl.part3").write_bytes(part)
+    for theirs in (b"theirs\n", b"[1, 2]\n", b'{"prompt": 1}\n'):
+        for rank in (0, 7):
+            foreign = tmp_path / f"out.jsonl.part{rank}"
+            foreign.write_bytes(theirs)
+            refused("sample", *args(folder, asked, out, overwrite="true"), says=f"{foreign} was not written by sample.py")
+            assert foreign.read_bytes() == theirs and (tmp_path / "out.jsonl.part3").read_bytes() == part
+            foreign.unlink()
+    (tmp_path / "out.jsonl.part12").write_bytes(part[:9])  # ours, torn
+    assert call("sample", *args(folder, asked, out))[0] == 0 and out.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "out.jsonl"])
+    assert all((tmp_path / name).read_bytes() == b"theirs\n" for name in others)
 
 
 def test_overwrite_throws_unfinished_samples_away(folder, asked, whole, part, call, tmp_path):
@@ -488,6 +548,7 @@ def test_places_that_cannot_be_written(folder, asked, refused, tmp_path):
     refused("sample", *args(folder, asked, tmp_path / "file" / "out"), says="cannot be written")
     refused("sample", *args(folder, asked, tmp_path), says="is a folder")
     refused("sample", *args(folder, asked, asked), says="is the prompts file")
+    refused("sample", *args(folder, asked, tmp_path / "out.jsonl.gz"), says="leave out .gz")
 
 
 def test_damaged_weights(folder, asked, refused, tmp_path):
@@ -497,6 +558,35 @@ def test_damaged_weights(folder, asked, refused, tmp_path):
         model.blocks[1].mlp.proj.bias.fill_(float("nan"))
     weights.save(model, get("toy"), tmp_path / "model")
     refused("sample", *args(tmp_path / "model", asked, tmp_path / "out"), says="its weights are damaged")
+
+
+def test_damage_that_only_another_rank_meets_is_told(world, tmp_path):
+    """An embedding that is nan, of a word in the prompt of rank 1; the output projection has weights of its own."""
+    toy, path = get("toy"), tmp_path / "prompts.jsonl"
+    words = [t for t in toy.tokens if t.startswith(" ")][:2]
+    path.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    model = weights.load("scratch", n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=toy.size, tied=False)
+    with torch.no_grad():
+        model.wte.weight[toy.encode(words[1])] = float("nan")
+    weights.save(model, toy, tmp_path / "model")
+    statuses, err = world(2, "sample", args(tmp_path / "model", path, tmp_path / "out", n=1, max_new_tokens=1))
+    assert statuses[1] == 2 and statuses[0] != 0 and not (tmp_path / "out").exists()
+    assert err.count("error: ") == 1 and "its weights are damaged" in err, err
+
+
+def test_help_says_what_becomes_of_a_finished_file(call):
+    status, printed, _ = call("sample", "--help")
+    assert status == 0 and "one that is there is replaced when the new one is whole" in " ".join(printed.split())
+
+
+def test_torchrun_takes_the_command_that_is_told():
+    """Without the -- it refuses --n as a short form of several options of its own."""
+    from torch.distributed.run import get_args_parser
+
+    for text in (sample.__doc__, (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()):
+        command = next(line for line in text.splitlines() if line.strip().startswith("torchrun") and "sample.py" in line)
+        told = get_args_parser().parse_args(shlex.split(command, comments=True)[1:])
+        assert told.training_script == "sample.py" and "--n" in told.training_script_args
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------------
