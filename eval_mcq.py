@@ -84,8 +84,11 @@ def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_
     progress = Progress("writing", sum(map(len, groups)), "examples", compute.rank)
     for group in groups:
         new = max_new_tokens or max(len(c) for i in group for c in items[i].completions)
-        with compute.autocast():
-            written = model.generate([items[i].prompt.tolist() for i in group], new, tokenizer.eot, tokenizer.size)
+        try:
+            with compute.autocast():
+                written = model.generate([items[i].prompt.tolist() for i in group], new, tokenizer.eot, tokenizer.size)
+        except FloatingPointError as error:
+            raise UserError(f"key model: {error}: its weights are damaged", here=True) from None
         answers |= {i: tokenizer.decode(ids) for i, ids in zip(group, written, strict=True)}
         progress.add(len(group))
     progress.close()

@@ -474,8 +474,12 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
     items = [item for item in items if len(item.prompt) < model.config.block_size]
     if not items:
         return
-    with compute.autocast():
-        written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot, tokenizer.size)
+    try:
+        with compute.autocast():
+            written = model.generate([item.prompt.tolist() for item in items], new_tokens, tokenizer.eot, tokenizer.size)
+    except FloatingPointError as error:
+        print(f"  no samples: {error}", flush=True)
+        return
     for item, ids in zip(items, written, strict=True):
         tail = tokenizer.decode(item.prompt.tolist())[-100:]
         wanted = tokenizer.decode(item.completions[0].tolist()[:-1])

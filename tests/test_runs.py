@@ -388,6 +388,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, sft_run, refused, tmp_pa
     args = ref_args(files, sft_run, tmp_path / "nan.safetensors", init_from=tmp_path / "nan")
     refused("precompute_ref", *args, says="not finite (pair ")
     assert not (tmp_path / "nan.safetensors").exists()
+    refused("eval_mcq", *flags(model=tmp_path / "nan", data=files["mcq"], mode="generate"), says="its weights are damaged")
 
 
 # --- what a reader of the code once found wrong ----------------------------------------------------------------------------
