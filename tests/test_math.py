@@ -230,6 +230,11 @@ def test_majority_and_pass_against_every_draw():
             assert pass_at_k(n, right, k) == pytest.approx(float(passed), abs=1e-12)
     assert maj_at_k(40, (20, 20, 20), 28)[-1] == pytest.approx(1.0), "large counts keep their digits"
     assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
+    assert max(maj_at_k(60, (1, 1, 1, 1), 0)) == 1 == maj_at_k(63, (1,), 0)[-1], "never above 1, and 1 where it is"
+    assert all(0 < share < 1 for share in maj_at_k(500, (300, 200), 0)[:20]), "no overflow"
+    large = Sample("p", "1", [""] * 1001, {}, {}, "f:7", grades=[True] * 1001, pred=["1"] * 1001)
+    with pytest.raises(UserError, match="f:7: 1,001 completions, at most 1,000"):
+        evaluate([large])
 
 
 def test_votes_join_equal_answers():
@@ -252,6 +257,8 @@ def test_interval_covers():
             hits += low <= 0.7 / 1.6 <= high
         assert 0.92 <= hits / 400 <= 0.98
     assert interval([1.0] * 10, 80)[0] == pytest.approx(10 / (10 + 1.959964**2)), "Wilson's where all are right"
+    for noise in (1 - 2**-53, 1 + 2**-52):  # found with 64 samples a problem: a division by zero
+        assert interval([1.0] * 9 + [noise], 640) == interval([1.0] * 10, 640)
     low, high = interval([0.5] * 10, 80)
     assert 0 < low < 0.5 < high < 1
 
