@@ -395,6 +395,18 @@ def test_pairs_by_hand(tmp_path, call):
     assert all(e.completions[0].startswith(" ! ") for e in data.load(str(out), "train", "preference"))
 
 
+def test_pairs_of_empty_and_of_doubtful_texts(tmp_path, call, refused):
+    """A model that writes nothing is all wrong, not all right; a text is never chosen over itself."""
+    same = [(" a", True), (" a", False), (" b", False)]
+    path, out = graded(tmp_path, [("", False)] * 3, same, [(" r", True), ("", False)], [(" r", True), (" w", False)]), "p.jsonl"
+    status, said, _ = call("pairs", "--samples", path, "--out", tmp_path / out)
+    assert status == 0 and "1 give pairs; all answers right in 0, all wrong in 1, too few texts in 2" in said
+    assert [(p["problem"], p["chosen"], p["rejected"]) for p in records(tmp_path / out)] == [(3, " r", " w")]
+    refused(
+        "pairs", "--samples", graded(tmp_path, same), "--out", tmp_path / out, says="no problem has both a right and a wrong"
+    )
+
+
 def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path, call):
     problem = [(f" r{'x' * i}", True) for i in range(6)] + [(f" w{'y' * 2 * i}", False) for i in range(5)]
     path, out = graded(tmp_path, *[problem] * 8), tmp_path / "p.jsonl"
