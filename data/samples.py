@@ -68,8 +68,8 @@ def load_graded(cfg: GradeKeys) -> tuple[list[Sample], str]:
         return samples, "stored"
     name, equal = grading.equality(cfg.grader)
     for s in samples:
-        if not s.answer:
-            raise UserError(f"{s.source}: neither 'grades' nor an 'answer' is there to grade by")
+        if not s.answer.strip():
+            raise UserError(f"{s.source}: no 'answer' is there to grade by")
     # programs wait on the clock, so they run side by side; math-verify keeps time by signals, so it runs in the main thread
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [[pool.submit(_answer, s.prompt, c, cfg) for c in s.completions] if cfg.programs else None for s in samples]

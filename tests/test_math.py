@@ -369,6 +369,8 @@ def test_more_bad_input(tmp_path, refused):
     refused("eval_math", "--samples", path, "--k", 3, says="s.jsonl:2: 2 completions, k is 3")
     refused("eval_math", "--samples", path, "--grades", "stored", says="s.jsonl:1: no 'grades' are stored there")
     refused("eval_math", "--samples", tmp_path / "none.jsonl", says="no such file")
+    own = lines(tmp_path / "own.jsonl", {"prompt": "p", "answer": " ", "completions": ["1"], "grades": [True]})
+    refused("eval_math", "--samples", own, "--grades", "own", says="own.jsonl:1: no 'answer' is there to grade by")
     refused("eval_math", "--samples", path, "--plot", tmp_path / "x.jpg", says="name it FILE.png")
     refused("eval_math", "--samples", path, "--program_seconds", 0, says="must be above 0")
     refused("pairs", "--samples", path, "--out", tmp_path / "p.jsonl", says="no problem has both a right and a wrong answer")
