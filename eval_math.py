@@ -27,6 +27,7 @@ from runtime.errors import UserError, run
 from runtime.files import check_file, write_whole
 
 SHOWN = 20  # disagreements with stored grades that are printed
+MOST = 1000  # completions of a problem: the number of draws of half of them is about the largest float
 
 
 @dataclass
@@ -59,23 +60,25 @@ def maj_at_k(right: int, wrong: tuple[int, ...], silent: int) -> tuple[float, ..
     """maj@k for k = 1..n of n samples: `right` give the right answer, `wrong[j]` the wrong answer j, `silent` none.
 
     Sums over how many right ones a draw holds, r, the ways to draw all others with no wrong answer above r votes, by the
-    number of wrong answers that have r votes too.
+    number of wrong answers that have r votes too. Answers that cannot reach r are drawn as freely as the silent ones.
     """
     n = right + sum(wrong) + silent
     wins = np.zeros(n + 1)
     for r in range(1, right + 1):
         # ways[t, m]: draws of m samples in which t wrong answers have r votes and no other has more
-        ways = np.zeros((len(wrong) + 1, n + 1))
-        ways[0, : silent + 1] = [math.comb(silent, m) for m in range(silent + 1)]
-        for count in wrong:
+        rivals = [count for count in wrong if count >= r]
+        free = n - right - sum(rivals)
+        ways = np.zeros((len(rivals) + 1, n + 1))
+        ways[0, : free + 1] = [math.comb(free, m) for m in range(free + 1)]
+        for count in rivals:
             more = np.zeros_like(ways)
-            for votes in range(min(count, r) + 1):
+            for votes in range(r + 1):
                 t = int(votes == r)
                 more[t:, votes:] += math.comb(count, votes) * ways[: len(ways) - t, : n + 1 - votes]
             ways = more
         share = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # a tie of the right answer with t others
         wins[r:] += math.comb(right, r) * share[: n + 1 - r]
-    return tuple(float(wins[k]) / math.comb(n, k) for k in range(1, n + 1))
+    return tuple(round(float(wins[k]) / math.comb(n, k), 12) for k in range(1, n + 1))  # floats: 1 must be 1
 
 
 def votes(sample: Sample) -> tuple[int, tuple[int, ...], int]:
@@ -90,6 +93,7 @@ def interval(values: list[float], samples: int) -> list[float]:
     """95% interval of the mean of a value in 0..1 a problem: Wilson's score interval (1927) with the number of problems
     scaled by p (1 - p) over the values' variance, as their mean is known the better the less they vary (Korn and Graubard
     1998, Survey Methodology 24). Never more certain than so many independent samples."""
+    values = [round(v, 12) for v in values]  # what rounding alone lets them differ by says nothing
     n, p = len(values), sum(values) / len(values)
     spread = float(np.var(values, ddof=1)) if n > 1 else 0.0
     n = min(n * p * (1 - p) / spread, samples) if spread > 0 else n if p in (0, 1) else samples
@@ -127,6 +131,9 @@ def evaluate(samples: list[Sample], k: int = 0) -> dict:
     least = min(samples, key=lambda s: len(s.completions))
     if k > len(least.completions):
         raise UserError(f"{least.source}: {len(least.completions)} completions, k is {k}: sample more of them, or lower k")
+    most = max(samples, key=lambda s: len(s.completions))
+    if len(most.completions) > MOST:
+        raise UserError(f"{most.source}: {len(most.completions):,} completions, at most {MOST:,} can be counted: take fewer")
     top = k or len(least.completions)
     result = measure(samples, top)
     for name in ("level", "subject"):

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import eval_math
+import precompute_ref
 from data import math_problems
 from data.jsonl import read
 from losses import REFERENCE_FREE
@@ -36,6 +37,14 @@ from runtime.config import REQUIRED, key
 from runtime.errors import UserError, run, warn
 from runtime.files import write_whole
 
+OWN = {  # keys of a stage that the loop sets itself, so that each step finds the file of the one before
+    "prompt": "config data data_dir split skip limit seed out",
+    "sample": "config model prompts out limit overwrite seed",
+    "eval_sample": "config model prompts out limit overwrite seed",
+    "grade": "config samples grades marker out details plot",
+    "pairs": "config samples grades marker out report seed",
+    "dpo": "config init_from data out_dir overwrite ref seed",
+}
 FREE = {"rounds", "plot", "stop_early", "device", "out_dir"}  # keys that the same run may be gone on with in another value
 
 
@@ -69,9 +78,9 @@ class Config:
                 raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
         if self.data not in math_problems.NAMES and not self.eval_data:
             raise UserError("key eval_data: data is a file, which has no test split: name another file to evaluate on")
-        for name, text in dataclasses.asdict(self).items():
-            if name in ("prompt", "sample", "eval_sample", "grade", "pairs", "dpo"):
-                words(text, name)
+        for name, own in OWN.items():
+            if taken := sorted(words(getattr(self, name), name).keys() & set(own.split())):
+                raise UserError(f"key {name}: --{taken[0]} is set by the loop: leave it out (--help lists the loop's own keys)")
 
 
 def words(text: str, name: str) -> dict[str, str]:
@@ -148,7 +157,8 @@ class Plan:
             ref = at / "ref.safetensors"
             asked = load_stage("dpo", {**dpo, "ref": ref})
             if asked.loss not in REFERENCE_FREE and not getattr(asked, "lora_rank", 0):
-                shared = {name: self.dpo[name] for name in ("max_len", "truncation", "device", "dtype") if name in self.dpo}
+                known = {f.name for f in dataclasses.fields(precompute_ref.Config)}
+                shared = {name: value for name, value in self.dpo.items() if name in known}
                 steps.append(("precompute_ref", {**train, **shared, "out": ref}, ref))
                 dpo["ref"] = ref
             steps.append(("dpo", dpo, at / "dpo" / "model"))
@@ -163,7 +173,10 @@ def take(cfg: Config) -> None:
     """Make the folder this loop's, or see that it is: a loop goes on with the settings that it began with."""
     path = Path(cfg.out_dir) / "config.toml"
     if path.exists():
-        before = tomllib.loads(path.read_text())
+        try:
+            before = tomllib.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: cannot be read, so this loop cannot be gone on with: name another out_dir") from None
         for name, now in dataclasses.asdict(cfg).items():
             if name not in FREE and before.get(name, now) != now:
                 raise UserError(
@@ -268,7 +281,10 @@ def count(cfg: Config) -> int:
     keys = {"data": cfg.data, "split": "train", "data_dir": cfg.data_dir, "out": "unused", **words(cfg.prompt, "prompt")}
     asked = load_stage("problems", keys)
     found = math_problems.problems(asked.data, asked.split, data_dir=asked.data_dir)
-    return sum(not asked.level or p.kind.get("level") == asked.level for p in found) - asked.few_shot
+    total = sum(not asked.level or p.kind.get("level") == asked.level for p in found) - asked.few_shot
+    if total < 1:
+        raise UserError(f"key prompt: no problem of {cfg.data} is left to learn from: see --level and --few_shot")
+    return total
 
 
 if __name__ == "__main__":

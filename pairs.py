@@ -3,7 +3,8 @@
     python pairs.py --samples runs/graded.jsonl --out runs/pairs.jsonl --max_pairs 20
     python pairs.py --samples runs/graded.jsonl --out runs/pairs.jsonl --max_pairs 49 --balanced true --partner random
 
-A problem whose answers are all right, or all wrong, gives none. Of equal texts one counts. Every text is used once before any
+A problem whose answers are all right, or all wrong, gives none. Of equal texts one counts; empty ones, and texts graded right
+here and wrong there, do not. Every text is used once before any
 is used again, and no pair comes twice.
 """
 
@@ -68,9 +69,13 @@ def make_pairs(samples: list[Sample], cfg: Config) -> tuple[list[dict], dict]:
     for number, s in enumerate(samples):
         texts = dict.fromkeys(zip(s.completions, s.grades, strict=True))  # each once, in order
         counts["repeated_texts"] += len(s.completions) - len(texts)
-        right, wrong = ([text for text, good in texts if good is want and text.strip()] for want in (True, False))
+        if all(s.grades) or not any(s.grades):
+            counts["all_right" if all(s.grades) else "all_wrong"] += 1
+            continue
+        both = {text for text, good in texts if (text, not good) in texts}  # a program near its time limit, say
+        right, wrong = ([t for t, good in texts if good is want and t.strip() and t not in both] for want in (True, False))
         if not right or not wrong:
-            counts["all_right" if not wrong else "all_wrong"] += 1
+            counts["too_few"] += 1
             continue
         n = cfg.max_pairs or min(len(right), len(wrong))
         if cfg.balanced and len(right) * len(wrong) < n:
@@ -94,7 +99,7 @@ def main() -> None:
     pairs, counts = make_pairs(samples, cfg)
     print(
         f"{counts['problems']:,} problems (grades: {grader}): {counts['with_pairs']:,} give pairs; all answers right in "
-        f"{counts['all_right']:,}, all wrong in {counts['all_wrong']:,}, too few for max_pairs in {counts['too_few']:,}; "
+        f"{counts['all_right']:,}, all wrong in {counts['all_wrong']:,}, too few texts in {counts['too_few']:,}; "
         f"{counts['repeated_texts']:,} repeated texts left out"
     )
     if not pairs:
@@ -102,7 +107,7 @@ def main() -> None:
             f"{cfg.samples}: no problem has both a right and a wrong answer"
             + (
                 f" and {cfg.max_pairs} pairs: lower max_pairs"
-                if counts["too_few"]
+                if counts["too_few"] and cfg.balanced
                 else ": sample more, or at another temperature"
             )
         )

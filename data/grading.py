@@ -19,7 +19,7 @@ from runtime.sandbox import Refused, run_program
 GRADERS = ("auto", "plain", "math_verify")
 LONGEST = 300  # characters: a longer answer is compared as text
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)"
-LAST_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?|-?\$?\.\d+(?:\\?%)?")
+LAST_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?|(?<![\w.])-?\$?\.\d+(?:\\?%)?")
 LINE = re.compile(r"^[ \t>*]*(?:A|Answer|Final answer)[*]*:[*]*[ \t]*(\S.*)$", re.M | re.I)
 
 
@@ -30,7 +30,7 @@ def extract(text: str, markers_only: bool = False) -> str | None:
     if found is None and "####" in text:
         found = text.rpartition("####")[2].strip().partition("\n")[0]
     if not found and (lines := LINE.findall(text)):
-        found = lines[-1]
+        found = lines[-1].rstrip("* ")  # **Answer: 18**
     if not found and not markers_only and (numbers := LAST_NUMBER.findall(text)):
         found = numbers[-1]
     return (found or "").strip() or None
@@ -50,8 +50,18 @@ def boxed(text: str) -> str | None:
 # --- plain: one written form for equal answers ----------------------------------------------------------------------------
 
 SPACING = re.compile(r"\\(?:left|right|bigl?|bigr?|quad|qquad|displaystyle|limits)(?![a-zA-Z])|\\[!,;: ]|~")
-TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit|mathbf|operatorname)\s*\{([^{}]*)\}")
-UNIT = re.compile(rf"^({NUMBER}(?:\s*/\s*\d+)?)(?:\s+|(?<=\d)-)[a-z]{{2,}}[a-z .^²³/0-9-]*$", re.I)  # 18 dollars, 5 cm^2
+TEXT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}")
+STYLED = re.compile(r"\\(?:textbf|textit|mathbf|operatorname|mathrm(?=\s*\{\w\}))\s*\{([^{}]*)\}")  # part of the answer
+OR = re.compile(r"(?<![a-z])(?:or|and)(?![a-z])", re.I)
+# words that are more than a unit: 5 million, 2 pi, 3 to 4, 7 or more
+MEANS = re.compile(
+    r"(?<![a-z])(?:or|and|to|hundred|thousand|[mbtr]+illion|dozen|pi|sqrt|root|sin|cos|tan|log|ln|exp|mod|over|times|plus"
+    r"|minus|more|less|than|[xyzabnk]{2,3}|if|for|not|e|i)(?![a-z])",
+    re.I,
+)
+UNIT = re.compile(
+    rf"^({NUMBER}(?:\s*/\s*\d+|\s+\d+/\d+)?)\s+(?![ap]m\b)[a-z]{{2,}}(?:[a-z .²³/-]|\^?[23](?!\d))*$", re.I
+)  # 18 dollars, 5 cm^2
 ASSIGNED = re.compile(r"^\s*(?:[a-zA-Z]|[a-zA-Z]\([a-zA-Z]\))\s*=\s*(?=[^=]+$)")  # x = 5, f(x) = 2x
 FRAC = re.compile(r"\\frac(?:\{([-+]?\d+)\}|(\d))(?:\{([-+]?\d+)\}|(\d))")
 POWER = re.compile(rf"^({NUMBER})(?:\\times|\\cdot|\*|x)10\^\{{?([-+]?\d{{1,3}})\}}?$")
@@ -67,13 +77,16 @@ def normal(text: str) -> str | Fraction | tuple:
     if len(text) > LONGEST:
         return text
     text = re.sub(r"^(?:\\\(|\\\[|\$+)|(?:\\\)|\\\]|(?<!\\)\$+)$", "", text).strip()
+    text = re.sub(r"(?<=[\d,])\\[!,](?=\d{3}(?!\d))", "", text)  # 10,\!000
     text = SPACING.sub(" ", text).replace("{,}", ",").replace("−", "-").replace("\\$", "").replace("$", "")
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°|[£€]|\\?%", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = STYLED.sub(r"\1", text)
+    text = TEXT.sub(lambda m: m[0] if not MEANS.search(m[1]) else "," if OR.fullmatch(m[1].strip()) else f" {m[1]} ", text)
     bare = TEXT.sub(" ", text).strip()
     text = bare if re.search(r"\d|\\", bare) else TEXT.sub(r"\1", text)  # a unit is left out, a word that is the answer is not
     text = ASSIGNED.sub("", text.strip()).rstrip(".").strip()
-    if unit := UNIT.match(text):
+    if (unit := UNIT.match(text)) and not MEANS.search(text):
         text = unit[1]
     spaced, text = text, re.sub(r"\s+", "", text)
     if (number := as_number(spaced)) is not None:
@@ -84,10 +97,15 @@ def normal(text: str) -> str | Fraction | tuple:
     parts = _split(inner)
     if len(parts) > 1 and all(parts):
         forms = [normal(part) for part in parts]
+        names = [part.partition("=")[0] if ASSIGNED.match(part) else "" for part in parts]
+        if len(set(names)) > 1:  # x = 3, y = 5
+            forms = list(zip(names, forms, strict=True))
         return (ends[0], *forms, ends[1]) if ends[0] in ("(", "[") else ("{", *sorted(forms, key=repr), "}")
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
-    return re.sub(r"\^\{(\w)\}", r"^\1", text.replace("\\cdot", "").replace("*", "")).lower()
+    text = re.sub(r"(?<=\d)(?:\\cdot|\*)(?=\d)", "·", text).replace("\\cdot", "").replace("*", "")  # 2 * 3x is not 23x
+    text = re.sub(r"^\((\w)\)$", r"\1", re.sub(r"([\^_])\{(\w)\}", r"\1\2", text))  # (C) is C
+    return text if "\\" in text else text.lower()
 
 
 def _split(text: str) -> list[str]:
@@ -104,14 +122,18 @@ def _split(text: str) -> list[str]:
 
 def as_number(text: str) -> Fraction | None:
     """The exact value of an integer, decimal, fraction (also mixed: 12 3/5, 12\\frac{3}{5}), or a * 10^b; else None."""
-    text = text.strip()
+    text = re.sub(r"\s*(\\frac|[{}])\s*", r"\1", text.strip())
+    text = FRAC.sub(lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
     mixed = re.match(r"^([-+]?)(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}$", text) or re.match(r"^([-+]?)(\d+) +(\d+)/(\d+)$", text)
     if mixed and int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return -value if mixed[1] == "-" else value
+    text = re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "", text)  # 10 000
+    if re.search(r"\d,?\s+\d", text):  # two numbers
+        return None
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"^([-+]?)\((.*)\)$", r"\1\2", text) if "," not in text else text
-    text = FRAC.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
+    text = re.sub(r"^([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}$", r"\1\2/\3", text)
     if re.fullmatch(NUMBER, text):
         return Fraction(text.replace(",", "").rstrip("."))
     if (parts := re.fullmatch(rf"({NUMBER})/({NUMBER})", text)) and (below := as_number(parts[2])):

@@ -68,14 +68,17 @@ def load_graded(cfg: GradeKeys) -> tuple[list[Sample], str]:
         return samples, "stored"
     name, equal = grading.equality(cfg.grader)
     for s in samples:
-        if not s.answer:
-            raise UserError(f"{s.source}: neither 'grades' nor an 'answer' is there to grade by")
+        if not s.answer.strip():
+            raise UserError(f"{s.source}: no 'answer' is there to grade by")
     # programs wait on the clock, so they run side by side; math-verify keeps time by signals, so it runs in the main thread
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [[pool.submit(_answer, s.prompt, c, cfg) for c in s.completions] if cfg.programs else None for s in samples]
-        for s, job in zip(samples, jobs, strict=True):
-            s.pred = [j.result() for j in job] if job else [grading.extract(c) for c in s.completions]
-            s.grades = [p is not None and equal(s.answer, p) for p in s.pred]
+        try:
+            for s, job in zip(samples, jobs, strict=True):
+                s.pred = [j.result() for j in job] if job else [grading.extract(c) for c in s.completions]
+                s.grades = [p is not None and equal(s.answer, p) for p in s.pred]
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where no program can be shut in, the rest is not tried
     return samples, name
 
 

@@ -126,8 +126,8 @@ def test_marker_shows_when_training_takes(start, tmp_path, call):
 
 def test_it_says_early_that_nothing_is_learnt(start, tmp_path, call):
     out = tmp_path / "still"
-    status, _, err = call("loop", *keys(start, out, rounds=1, marker="!?", dpo="--lr 0 --batch_size 64"))
-    assert status == 0
+    status, _, err = call("loop", *keys(start, out, rounds=1, marker="!?", dpo="--lr 0 --batch_size 64 --limit 4"))
+    assert status == 0, err  # the reference too is of four pairs
     assert "round 1 shows no gain in pass@1" in err and "the marker shows in 0.0% of outputs: training does not take" in err
     status, said, err = call(
         "loop", *keys(start, tmp_path / "worse", rounds=2, eval_problems=80, stop_early="true", dpo="--lr 0.3 --batch_size 4")
@@ -142,6 +142,9 @@ def test_bad_settings_before_anything_runs(start, tmp_path, refused):
     refused("loop", *keys(start, out, pairs="max_pairs 2"), says="key pairs: 'max_pairs 2': write --key value")
     refused("loop", *keys(start, out, grade="--grader 'plain"), says="key grade")
     refused("loop", *keys(start, out, rounds=0), says="key rounds: 0 is too small")
+    refused("loop", *keys(start, out, prompt="--level 9"), says="key prompt: no problem of toy_math is left to learn from")
+    for name, flag in {"sample": "out x", "eval_sample": "seed 1", "prompt": "split test", "dpo": "ref x"}.items():
+        refused("loop", *keys(start, out, **{name: f"--{flag}"}), says=f"key {name}: --{flag.split()[0]} is set by the loop")
     refused("loop", *keys(start, out, data="problems.jsonl"), says="key eval_data: data is a file")
     refused("loop", *keys(start, out, data="problems.jsonl", eval_data="e.jsonl"), says="problems.jsonl: no such file")
     assert not out.exists()
@@ -149,6 +152,9 @@ def test_bad_settings_before_anything_runs(start, tmp_path, refused):
 
 def test_other_settings_are_refused_and_more_rounds_are_not(start, whole, tmp_path, refused, call):
     refused("loop", *keys(start, whole, problems=23), says="holds a loop with problems = 24, not 23")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.toml").write_text("rounds = ")
+    refused("loop", *keys(start, tmp_path / "torn"), says="config.toml: cannot be read")
     out = tmp_path / "more"
     shutil.copytree(whole, out)
     assert call("loop", *keys(start, out, rounds=3))[0] == 0

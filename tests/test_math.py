@@ -126,6 +126,8 @@ def test_bad_problems(tmp_path, record, message):
         ("about -7", "-7"),
         ("5-3 is x2 or 1/2", "1/2"),
         ("up by 12.5%!", "12.5%"),
+        ("**Answer: 18**", "18"),
+        ("of v1.5", None),
         ("no number", None),
         ("", None),
     ],
@@ -147,6 +149,13 @@ EQUAL = [
     ("1, 2", "2, 1", r"\{2, 1\}", r"\{1,2\}"),
     (r"2\sqrt3", r"2\sqrt{3}", r"2 \sqrt{3}"),
     (r"\text{Monday}", "Monday", "monday"),
+    ("10,000", r"10,\!000", r"10\,000", "10 000"),
+    ("5 cm", r"5\text{ cm}", "5 cm^2", r"5\mathrm{~cm}"),
+    (r"3\frac12", "3.5", "3 1/2", "3 1/2 cups", r"3 \frac{1}{2}"),
+    (r"\text{(C)}", "C", r"\text{C}"),
+    ("2516_8", "2516_{8}"),
+    (r"5\text{ or }6", "6, 5"),
+    ("x=4, y=2", "y = 2, x = 4"),
     ("4a-2", "4a - 2"),
 ]
 
@@ -166,6 +175,25 @@ def test_unequal_answers():
         ("4:30", r"\text{4:30 p.m.}"),
         ("5", "-5"),
         ("1/3", "0.33"),
+        ("5", "5 or 6"),
+        ("3", "3 feet 4 inches"),
+        ("5", "5 million"),
+        ("2", "2 pi"),
+        ("6 am", "6 pm"),
+        ("7", r"7\text{ or more}"),
+        ("3 ab", "3"),
+        ("3-ab", "3-xy"),
+        ("12", "1 2"),
+        ("1, 234", "1234"),
+        ("56", r"5\text{ or }6"),
+        ("130", r"1\text{ hour }30\text{ minutes}"),
+        ("15.5", r"3\frac12"),
+        ("1/23", r"\frac{1}{2}3"),
+        ("3", r"3\mathrm{i}"),
+        ("1/3", r"\operatorname{arcsin}(1/3)"),
+        ("x=5, y=3", "x=3, y=5"),
+        (r"2 \cdot 3^n", "23^n"),
+        (r"\Delta", r"\delta"),
     ]:
         assert not grading.plain_equal(a, b)
     assert grading.plain_equal(r"50\%", "0.5") and grading.plain_equal("0.5", "50%") and not grading.plain_equal("0.5", "50")
@@ -230,6 +258,11 @@ def test_majority_and_pass_against_every_draw():
             assert pass_at_k(n, right, k) == pytest.approx(float(passed), abs=1e-12)
     assert maj_at_k(40, (20, 20, 20), 28)[-1] == pytest.approx(1.0), "large counts keep their digits"
     assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
+    assert max(maj_at_k(60, (1, 1, 1, 1), 0)) == 1 == maj_at_k(63, (1,), 0)[-1], "never above 1, and 1 where it is"
+    assert all(0 < share < 1 for share in maj_at_k(500, (300, 200), 0)[:20]), "no overflow"
+    large = Sample("p", "1", [""] * 1001, {}, {}, "f:7", grades=[True] * 1001, pred=["1"] * 1001)
+    with pytest.raises(UserError, match="f:7: 1,001 completions, at most 1,000"):
+        evaluate([large])
 
 
 def test_votes_join_equal_answers():
@@ -252,6 +285,8 @@ def test_interval_covers():
             hits += low <= 0.7 / 1.6 <= high
         assert 0.92 <= hits / 400 <= 0.98
     assert interval([1.0] * 10, 80)[0] == pytest.approx(10 / (10 + 1.959964**2)), "Wilson's where all are right"
+    for noise in (1 - 2**-53, 1 + 2**-52):  # found with 64 samples a problem: a division by zero
+        assert interval([1.0] * 9 + [noise], 640) == interval([1.0] * 10, 640)
     low, high = interval([0.5] * 10, 80)
     assert 0 < low < 0.5 < high < 1
 
@@ -334,6 +369,8 @@ def test_more_bad_input(tmp_path, refused):
     refused("eval_math", "--samples", path, "--k", 3, says="s.jsonl:2: 2 completions, k is 3")
     refused("eval_math", "--samples", path, "--grades", "stored", says="s.jsonl:1: no 'grades' are stored there")
     refused("eval_math", "--samples", tmp_path / "none.jsonl", says="no such file")
+    own = lines(tmp_path / "own.jsonl", {"prompt": "p", "answer": " ", "completions": ["1"], "grades": [True]})
+    refused("eval_math", "--samples", own, "--grades", "own", says="own.jsonl:1: no 'answer' is there to grade by")
     refused("eval_math", "--samples", path, "--plot", tmp_path / "x.jpg", says="name it FILE.png")
     refused("eval_math", "--samples", path, "--program_seconds", 0, says="must be above 0")
     refused("pairs", "--samples", path, "--out", tmp_path / "p.jsonl", says="no problem has both a right and a wrong answer")
@@ -386,6 +423,18 @@ def test_pairs_by_hand(tmp_path, call):
     assert len({(p["chosen"], p["rejected"]) for p in balanced}) == 4 and all(p["chosen"].startswith(" ! ") for p in balanced)
     assert json.loads(report.read_text())["too_few"] == 1
     assert all(e.completions[0].startswith(" ! ") for e in data.load(str(out), "train", "preference"))
+
+
+def test_pairs_of_empty_and_of_doubtful_texts(tmp_path, call, refused):
+    """A model that writes nothing is all wrong, not all right; a text is never chosen over itself."""
+    same = [(" a", True), (" a", False), (" b", False)]
+    path, out = graded(tmp_path, [("", False)] * 3, same, [(" r", True), ("", False)], [(" r", True), (" w", False)]), "p.jsonl"
+    status, said, _ = call("pairs", "--samples", path, "--out", tmp_path / out)
+    assert status == 0 and "1 give pairs; all answers right in 0, all wrong in 1, too few texts in 2" in said
+    assert [(p["problem"], p["chosen"], p["rejected"]) for p in records(tmp_path / out)] == [(3, " r", " w")]
+    refused(
+        "pairs", "--samples", graded(tmp_path, same), "--out", tmp_path / out, says="no problem has both a right and a wrong"
+    )
 
 
 def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path, call):

@@ -25,16 +25,16 @@ except (Refused, OSError) as error:
 needs_walls = pytest.mark.skipif(bool(HERE), reason=f"no program can be shut in here: {HERE}")
 
 
-def processes() -> set[str]:
-    """Command lines of all programs run by the sandbox that are alive."""
+def processes(of: int) -> set[str]:
+    """The numbers of all processes alive that the sandbox has started for the process `of`: other tests run beside this one."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "sandbox.py" in text and "pytest" not in text:
-            found.add(text)
+        if len(words) == 8 and words[3].endswith("sandbox.py") and words[6] == str(of):
+            found.add(path.parent.name)
     return found
 
 
@@ -60,8 +60,13 @@ ATTACKS = {
         "time",
     ),
     "leaves its session": ("import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass", "time"),
+    "leaves its session for good": (
+        "import ctypes, time\nl = ctypes.CDLL(None)\nl.setsid(), l.prctl(1, 0, 0, 0, 0)\ntime.sleep(30)",
+        "time",
+    ),
     "closes its output": ("import os\nos.close(1)\nwhile True: pass", "time"),
     "eats memory": ("a = []\nwhile True: a.append(bytearray(10**7))", "failed"),
+    "eats shared memory": ("import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0", "failed"),
     "forks": ("import os\nwhile True: os.fork()", "failed"),
     "starts a program": ("import os\nos.execv('/bin/sh', ['sh', '-c', 'echo 1'])", "failed"),
     "starts a thread": ("import threading\nthreading.Thread(target=print).start()", "failed"),
@@ -69,6 +74,8 @@ ATTACKS = {
     "deletes outside": ("import os\nos.unlink({victim!r})", "failed"),
     "writes shared memory": ("open('/dev/shm/nanopref_evil', 'w')", "failed"),
     "fills its folder": ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6)); f.flush()", "failed"),
+    "makes countless files": ("import os\nfor n in range(1000): os.mkdir(str(n))", "failed"),
+    "writes to a device": ("open('/dev/null', 'w')", "failed"),
     "opens a socket": ("import socket\nsocket.create_connection(('127.0.0.1', {port}))", "failed"),
     "opens a unix socket": ("import socket\nsocket.socket(socket.AF_UNIX)", "failed"),
     "prints a gigabyte": ("for _ in range(1000): print('x' * 10**6)", "output"),
@@ -85,7 +92,6 @@ def test_attacks(tmp_path, name):
     code, end = ATTACKS[name]
     victim, outside = tmp_path / "victim", tmp_path / "evil"
     victim.write_text("whole")
-    before = processes()
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         code = code.format(outside=str(outside), victim=str(victim), port=server.getsockname()[1], pid=os.getpid())
@@ -96,10 +102,10 @@ def test_attacks(tmp_path, name):
             server.accept()
     assert len(ran.output) <= 65_536
     for _ in range(50):  # the kernel ends a namespace's processes a moment after its first
-        if processes() <= before:
+        if not processes(os.getpid()):
             break
         time.sleep(0.1)
-    assert processes() <= before
+    assert not processes(os.getpid())
     assert victim.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["victim"]
     assert not Path("/dev/shm/nanopref_evil").exists()
     assert not list(Path(tempfile.gettempdir()).glob("program_*/*")), "nothing stays in a working folder"
@@ -123,20 +129,36 @@ def test_nothing_comes_along(monkeypatch):
 def test_the_parent_killed_takes_the_program_along(wait):
     """At any time: before the program has begun, and while it runs."""
     code = "from runtime.sandbox import run_program\nprint('go', flush=True)\nrun_program('while True: pass', 100)"
-    before = processes()
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
     parent.stdout.readline()
     until = time.monotonic() + 20
-    while processes() <= before and time.monotonic() < until:
+    while not processes(parent.pid) and time.monotonic() < until:
         time.sleep(0.05)
-    assert processes() - before, "it has begun"
+    assert processes(parent.pid), "it has begun"
     time.sleep(wait)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    while processes() - before and time.monotonic() < until:
+    while processes(parent.pid) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not processes() - before
+    assert not processes(parent.pid)
+
+
+@needs_walls
+def test_a_stopped_program_leaves_no_dead_process():
+    """Where nobody collects orphans (a container whose first process is no init) they would pile up."""
+    code = """
+import ctypes, os
+from runtime.sandbox import run_program
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans come to us
+assert run_program("while True: pass", 4).end == "time"
+try:
+    print("left:", os.waitpid(-1, 0))
+except ChildProcessError:
+    print("nothing left")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "nothing left\n", done
 
 
 def test_where_it_cannot_be_shut_in_nothing_runs(tmp_path, monkeypatch):
@@ -148,6 +170,31 @@ def test_where_it_cannot_be_shut_in_nothing_runs(tmp_path, monkeypatch):
         run_program("print('it ran')", 10)
     with pytest.raises(UserError, match=r"key programs: this machine cannot shut a program in"):
         grading.program_answer("print(1)", 10, 256)
+
+
+def test_no_linux(tmp_path, monkeypatch):
+    """Where libc has no such calls no program counts as wrong: none is run."""
+    broken = tmp_path / "sandbox.py"
+    broken.write_text(Path(sandbox.__file__).read_text().replace("libc.unshare(", "libc.not_there("))
+    monkeypatch.setattr(sandbox, "__file__", str(broken))
+    with pytest.raises(Refused, match="not_there"):
+        run_program("print('it ran')", 20)
+
+
+def test_refused_it_ends_at_once(tmp_path, refused, monkeypatch):
+    """Not after every program has been tried."""
+    tried = []
+
+    def refuse(*_):
+        tried.append(1)
+        time.sleep(0.02)
+        raise Refused("no namespaces")
+
+    monkeypatch.setattr(grading, "run_program", refuse)
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "answer": "1", "completions": ["```python\nprint(1)\n```"] * 500}) + "\n")
+    refused("eval_math", "--samples", path, "--programs", "true", says="cannot shut a program in (no namespaces)")
+    assert len(tried) < 500
 
 
 def test_blocks_of_code():
@@ -168,7 +215,7 @@ def test_programs_in_samples_are_off_unless_asked_for(tmp_path, call):
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"prompt": "p", "answer": "42", "completions": completions}) + "\n")
     out = tmp_path / "d.jsonl"
-    args = ("--samples", path, "--details", out, "--program_seconds", 2, "--grader", "plain")
+    args = ("--samples", path, "--details", out, "--program_seconds", 6, "--grader", "plain")
     assert call("eval_math", *args)[0] == 0
     assert json.loads(out.read_text())["grades"] == [False, True, True, True]
     status, _, err = call("eval_math", *args, "--programs", "true")
