@@ -206,6 +206,7 @@ def test_blocks_of_code():
 
 @needs_walls
 def test_programs_in_samples_are_off_unless_asked_for(tmp_path, call):
+    before = threading.active_count()
     completions = [
         "```python\nprint(6 * 7)\n```",
         "```python\nwhile True: pass\n```\nA: 42",
@@ -222,4 +223,4 @@ def test_programs_in_samples_are_off_unless_asked_for(tmp_path, call):
     assert status == 0, err
     found = json.loads(out.read_text())
     assert found["grades"] == [True, False, True, True] and found["pred"] == ["42", None, "42", "x = 42"]
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
