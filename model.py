@@ -135,16 +135,6 @@ def lora_delta(a: Tensor, b: Tensor, scale: float, parts: int) -> Tensor:
     return torch.cat([scale * (b @ a) for a, b in zip(a.chunk(parts), b.chunk(parts), strict=True)])
 
 
-def laid_out(w: Tensor, rows: int) -> Tensor:
-    """A float32 matrix (n_out, n_in) in oneDNN's own order of blocks, in which a CPU multiplies so few rows fastest; `linear`
-    takes it, nothing else may. GPT-2 124M's, on 2 cores: 20 to 27 GB/s for one row, against 11 to 15."""
-    return torch.ops.mkldnn._reorder_linear_weight(w, rows) if torch.backends.mkldnn.is_available() else w
-
-
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "") if w.is_mkldnn else F.linear(x, w, bias)
-
-
 class Linear(nn.Linear):
     """A linear layer that may have an adapter."""
 
@@ -154,8 +144,20 @@ class Linear(nn.Linear):
         self.unmerged: Tensor | None = None  # the weights without the adapter, while it is merged into them
         self.laid_out = False
 
+    def lay_out(self, rows: int) -> None:
+        """Put the weights in oneDNN's own order of blocks, in which a CPU multiplies so few rows fastest; nothing but `product`
+        can read them then. GPT-2 124M's, on 2 cores: 20 to 27 GB/s for one row, against 11 to 15."""
+        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), requires_grad=False)
+        self.laid_out = True
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output without the adapter's share."""
+        if self.laid_out:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, self.bias) if self.laid_out else super().forward(x)
+        y = self.product(x)
         return y if self.lora is None or self.unmerged is not None else self.lora.add_to(y, x)
 
 
@@ -312,10 +314,12 @@ class GPT(nn.Module):
     def lay_out(self, rows: int) -> None:
         """Lay the matrices out in memory for `stream` with so many rows at once: from here on the model can do nothing else,
         and only on a CPU in float32. A tied output projection becomes a copy of the embedding."""
+        if not torch.backends.mkldnn.is_available():
+            return
         self.head.weight = self.head_weight
         for layer in self.modules():
             if isinstance(layer, Linear):
-                layer.weight, layer.laid_out = nn.Parameter(laid_out(layer.weight, rows), requires_grad=False), True
+                layer.lay_out(rows)
 
     def forward(self, batch) -> Tensor:
         """Log-probability of every completion token of a batch of rows.
@@ -350,7 +354,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.head.laid_out:
-            logits = linear(x, w)[:, :n_ids]
+            logits = self.head.product(x)[:, :n_ids]
         else:  # for a few rows the large matrix on the left is up to twice as fast on a CPU
             logits = _float32_product(w[:n_ids].to(x.dtype), x.T).T.contiguous()
         return logits if h is None else _add_product(logits, h.to(x.dtype), b[:n_ids].T.to(x.dtype))

@@ -335,7 +335,7 @@ def check_out(out: str | Path) -> Path:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{message}: see python plot.py --help")
+        raise UserError(f"{message}: see python {self.prog} --help")
 
 
 def main() -> None:

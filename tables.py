@@ -6,7 +6,6 @@
 Of a run folder it reads config.toml, metrics.jsonl, and the results of eval_winrate.py that lie in it (*.json).
 """
 
-import argparse
 import io
 import json
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.jsonl import get, read
-from plot import MARGIN, Records, check_out, jumps, read_run, series, warn_of_jumps
+from plot import MARGIN, Parser, Records, check_out, jumps, read_run, series, warn_of_jumps
 from runtime.errors import UserError, run
 from runtime.files import check_file, write_whole
 
@@ -183,11 +182,6 @@ def draw(table: Table, out: str | Path, texts: int) -> None:
     with warnings.catch_warnings(action="ignore"):  # a sign that the font lacks is drawn as a box
         fig.savefig(picture, format="png")
     write_whole(out, picture.getvalue())
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}: see python tables.py --help")
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def test_matrices_laid_out_for_speed_say_the_same(gpt, rows):
     fast = copy.deepcopy(gpt)
     fast.lay_out(rows)
     assert not torch.equal(gpt.blocks[0].mlp.fc.weight.flatten()[:9], fast.blocks[0].mlp.fc.weight.to_dense().T.flatten()[:9])
-    assert all(p.is_mkldnn or p.t().is_contiguous() for p in (fast.head.weight, fast.blocks[1].attn.qkv.weight))
+    assert all(p.is_mkldnn for p in (fast.head.weight, fast.blocks[1].attn.qkv.weight))
     assert collect(fast, given, batch_size=rows, **how) == collect(gpt, given, batch_size=rows, **how)
     x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(fast.project(x, 60), gpt.project(x, 60))
