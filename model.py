@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**28  # bytes of probabilities a forward may keep for backward; past it they are computed again
 LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
-PROMPT_TOKENS = 8192  # most tokens of prompts that generation reads in one forward
+PROMPT_TOKENS = 2048  # most tokens of prompts that generation reads in one forward; more are slower on a CPU
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ class KVCache:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.window = room  # positions that attention looks at: those of the longest row
 
-    def append(self, layer: int, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (rows, heads, 1, head_dim) of the first rows at `position` (rows,); returns their keys and values."""
-        rows = torch.arange(len(position), device=position.device)
+    def append(self, layer: int, k: Tensor, v: Tensor, at: tuple) -> tuple[Tensor, Tensor]:
+        """Write k, v (rows, heads, 1, head_dim) of the first rows at (row numbers, positions), two tensors (rows,) or, of a
+        single row, two numbers; returns the keys and values of these rows."""
+        rows, position = at
         self.keys[layer][rows, :, position] = k[:, :, 0]
         self.values[layer][rows, :, position] = v[:, :, 0]
-        return self.keys[layer, : len(rows), :, : self.window], self.values[layer, : len(rows), :, : self.window]
+        return self.keys[layer, : len(k), :, : self.window], self.values[layer, : len(v), :, : self.window]
 
     def copy(self, to: int, source: "KVCache", row: int, length: int) -> None:
         """Make row `to` the first `length` positions of another cache's (or this one's) row."""
@@ -135,6 +136,9 @@ def lora_delta(a: Tensor, b: Tensor, scale: float, parts: int) -> Tensor:
     return torch.cat([scale * (b @ a) for a, b in zip(a.chunk(parts), b.chunk(parts), strict=True)])
 
 
+SHARES = 32  # of a matrix, read by as many threads as there are: see Linear.lay_out
+
+
 class Linear(nn.Linear):
     """A linear layer that may have an adapter."""
 
@@ -142,18 +146,39 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias)
         self.lora: LoRA | None = None
         self.unmerged: Tensor | None = None  # the weights without the adapter, while it is merged into them
-        self.laid_out = False
+        self.shares: tuple[Tensor, ...] | None = None
+        self.reordered = False
+
+    @property
+    def laid_out(self) -> bool:
+        return self.reordered or self.shares is not None
 
     def lay_out(self, rows: int) -> None:
-        """Put the weights in oneDNN's own order of blocks, in which a CPU multiplies so few rows fastest; nothing but `product`
-        can read them then. GPT-2 124M's, on 2 cores: 20 to 27 GB/s for one row, against 11 to 15."""
-        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), requires_grad=False)
-        self.laid_out = True
+        """Make `product` fast for so few rows, float32, on a CPU. For one row, weights stay where they are and the threads read
+        a share each, about as fast as memory gives them (torch's own product with a vector takes some 1.7 times as long). For
+        more, they are put into oneDNN's own order of blocks, which nothing but `product` can read."""
+        if rows == 1:
+            n_out, n_in = self.weight.shape
+            bias = torch.zeros(n_out) if self.bias is None else self.bias
+            even = n_out - n_out % SHARES
+            self.shares = (
+                self.weight[:even].view(SHARES, even // SHARES, n_in).mT,
+                bias[:even].view(SHARES, 1, even // SHARES),
+                self.weight[even:],
+                bias[even:],
+            )
+        elif torch.backends.mkldnn.is_available():
+            self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), requires_grad=False)
+            self.reordered = True
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output without the adapter's share."""
-        if self.laid_out:
+        if self.reordered:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.shares is not None and x.numel() == self.in_features:
+            w, bias, rest, rest_bias = self.shares
+            y = torch.baddbmm(bias, x.expand(SHARES, 1, self.in_features), w).view(*x.shape[:-1], bias.numel())
+            return y if not len(rest) else torch.cat([y, F.linear(x, rest, rest_bias)], -1)
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,13 +209,13 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)
         self.proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask, cache: KVCache | None = None, layer: int = 0, position: Tensor | None = None):
+    def forward(self, x: Tensor, mask, cache: KVCache | None = None, layer: int = 0, at: tuple | None = None):
         rows, length, width = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.n_head, width // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, length, head_dim)
-        if cache is not None and position is not None:  # one new token a row
-            k, v = cache.append(layer, k, v, position)
-            parts = [attend(q[r], k[r, :, : m.size(-1)], v[r, :, : m.size(-1)], m, 0.0) for r, m in mask]
+        if cache is not None and at is not None:  # one new token a row
+            k, v = cache.append(layer, k, v, at)
+            parts = [attend(q[r], k[r, :, :window], v[r, :, :window], m, 0.0) for r, window, m in mask]
             return self.proj(torch.cat(parts).transpose(1, 2).reshape(rows, length, width))
         if cache is not None:  # the prompts, from position 0 on
             cache.keys[layer][:, :, :length], cache.values[layer][:, :, :length] = k, v
@@ -312,10 +337,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def lay_out(self, rows: int) -> None:
-        """Lay the matrices out in memory for `stream` with so many rows at once: from here on the model can do nothing else,
-        and only on a CPU in float32. A tied output projection becomes a copy of the embedding."""
-        if not torch.backends.mkldnn.is_available():
-            return
+        """Ready the matrices for `stream` with so many rows at once: from here on the model can do nothing else, and only on a
+        CPU in float32. For several rows a tied output projection becomes a copy of the embedding."""
         self.head.weight = self.head_weight
         for layer in self.modules():
             if isinstance(layer, Linear):
@@ -469,10 +492,15 @@ class GPT(nn.Module):
         few = 4 if device.type == "cpu" else len(lengths)
         mask = []
         for r in (slice(i, i + few) for i in range(0, len(lengths), few)):
-            at = torch.arange(max(lengths[r]) + 1, device=device)
-            mask.append((r, at.le(position[r, None])[:, None, None]))  # (few rows, 1, 1, their window)
+            window = max(lengths[r]) + 1
+            allowed = None
+            if min(lengths[r]) + 1 < window:  # 0 or -inf, (few rows, 1, 1, window): from booleans every layer would make it
+                beyond = torch.arange(window, device=device).gt(position[r, None])[:, None, None]
+                allowed = cache.keys.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
+            mask.append((r, window, allowed))
+        at = (torch.arange(len(lengths), device=device), position) if len(lengths) > 1 else (0, lengths[0])
         for layer, block in enumerate(self.blocks):
-            x = block(x, mask, cache, layer, position)
+            x = block(x, mask, cache, layer, at)
         return x[:, 0]
 
 
@@ -603,12 +631,14 @@ _compiled_flex = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal), a tensor, or a FlexAttention BlockMask.
+    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal; a single query is the last and sees all), a tensor, or a
+    FlexAttention BlockMask.
 
     q, k, v: (rows, heads, length, head_dim). FlexAttention has no dropout on the weights, so there only the residual one acts.
     """
     if mask is None or isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+        causal = mask is None and q.size(2) > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     global _compiled_flex
     if _compiled_flex is None:  # uncompiled it would write out the whole matrix of scores
         from torch.nn.attention.flex_attention import flex_attention
