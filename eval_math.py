@@ -247,4 +247,4 @@ def _plain(s: Sample) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

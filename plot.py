@@ -383,4 +383,4 @@ def plot_results(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

@@ -17,7 +17,6 @@ where it was killed. Without --prompts, a line typed or piped in is a prompt (\n
 Ctrl-C stops the text, Ctrl-D leaves.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -34,7 +33,7 @@ from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.errors import UserError, fail, run
-from runtime.files import check_file, write_whole
+from runtime.files import check_file, lock, write_whole
 from runtime.log import Progress
 from runtime.run import ModelKeys, build_model, restarted
 
@@ -163,11 +162,7 @@ def open_part(cfg: Config, compute):
     path = Path(f"{cfg.out}.part{compute.rank}")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab", buffering=0)  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        busy = ""
-    except BlockingIOError:
-        busy = f"key out: another process is writing {path}: wait, or name another file"
+    busy = "" if lock(file) else f"key out: another process is writing {path}: wait, or name another file"
     if busy := max(compute.gather(busy)):
         raise UserError(busy)
     return file

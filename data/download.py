@@ -20,6 +20,7 @@ import requests
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
 from runtime.errors import UserError
+from runtime.files import lock
 
 TRIES = 5  # requests in a row that bring next to nothing
 DELAY = 1.0  # seconds before the second try, doubled for each further one
@@ -137,13 +138,9 @@ def _locked_partial(dest: Path, sha256: str | None) -> Iterator[BinaryIO | None]
                 f"cannot write {error.filename}: {error.strerror}; NANOPREF_CACHE can name another folder for downloads"
             ) from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(file):  # should two write at once where there are no locks, size and checksum tell
                 print(f"waiting for another process that downloads {dest.name}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks: should two write at once, size and checksum tell
             # The one we waited for has renamed or removed what we hold open: then look again.
             try:
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):

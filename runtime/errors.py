@@ -22,11 +22,14 @@ class UserError(Exception):
         self.here = here
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], alone: bool = False) -> None:
     """Run a script's `main` and leave with its exit status; 2 after a one-line message for a user's mistake or a full disk.
 
-    Everything that is not the user's doing raises with its traceback. Of several processes rank 0 speaks for all.
+    Everything that is not the user's doing raises with its traceback. Of several processes rank 0 speaks for all; `alone`:
+    it does all the work, too, for there is nothing to share.
     """
+    if alone and os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
     try:
         status = _status_of(main)
     except Exception:

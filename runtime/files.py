@@ -1,8 +1,10 @@
 """Files that are there whole or not at all."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 from safetensors.torch import save
 from torch import Tensor
@@ -24,6 +26,18 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def lock(file: IO) -> bool:
+    """Make an open file this process's own until it is closed; False if it is another's. A file system without locks has none
+    to give: then it is taken on trust."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

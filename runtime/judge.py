@@ -6,7 +6,6 @@ Two kinds of server: OpenAI's chat completions, which most others speak too (POS
 
 import email.utils
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ import requests
 from urllib3.exceptions import NewConnectionError
 
 from runtime.errors import UserError, warn
+from runtime.files import lock
 from runtime.log import Progress
 
 DELAY = 1.0  # seconds before the second try, about; doubled for each further one
@@ -83,10 +83,8 @@ class Cache:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another evaluation is using it: wait, or name another file with --cache") from None
+        if not lock(self.file):
+            raise UserError(f"{self.path}: another evaluation is using it: wait, or name another file with --cache")
         self.lock = threading.Lock()
         self.found: dict[str, Reply] = {}
         self.file.seek(0)

@@ -1,7 +1,6 @@
 """A run: the keys that all training has, and its folder with config, metrics, checkpoints and the final model."""
 
 import dataclasses
-import fcntl
 import functools
 import itertools
 import math
@@ -22,7 +21,7 @@ import weights
 from runtime import checkpoint, config, distributed, optim
 from runtime.config import REQUIRED, key
 from runtime.errors import UserError, warn
-from runtime.files import write_whole
+from runtime.files import lock, write_whole
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
 from runtime.memory import STATES
 
@@ -178,12 +177,9 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out_dir {self.folder} is a file: name a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(self.folder / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder") from None
-        self._lock = lock
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+        if not lock(self._lock):
+            raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder")
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""

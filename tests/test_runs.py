@@ -1,11 +1,14 @@
 """Whole runs on tiny models: the pipeline, sums that no layout may change, resuming, damage, full disks."""
 
+import errno
+import fcntl
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -15,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from runtime.files import lock
 from tests.conftest import dpo_args, flags, metrics, ref_args, sft_args
 
 
@@ -331,7 +335,6 @@ def test_disk_full_while_saving(files, tmp_path, spawn):
 
 
 def test_disk_full_keeps_the_checkpoint_before(files, call, refused, tmp_path, monkeypatch):
-    import errno
 
     import torch.distributed.checkpoint as dcp
 
@@ -365,12 +368,25 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(files, call
 
 
 def test_two_runs_never_share_a_folder(files, refused, tmp_path):
-    import fcntl
-
     (tmp_path / "run").mkdir()
-    with open(tmp_path / "run/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(tmp_path / "run/.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         refused("sft", *sft_args(files, tmp_path / "run"), says="another run is writing there")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    with open(tmp_path / "file", "w") as file, open(tmp_path / "file") as other:
+        assert lock(file) and not lock(other)
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+        assert lock(other)
+
+
+def test_of_several_processes_one_does_what_cannot_be_shared(tmp_path):
+    for rank in (1, 0):
+        command = [sys.executable, "problems.py", "--data", "toy_math", "--limit", "3", "--out", str(tmp_path / "out.jsonl")]
+        done = subprocess.run(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "out.jsonl").exists() == bool(done.stdout) == (rank == 0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, sft_run, refused, tmp_path):
