@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**28  # bytes of probabilities a forward may keep for backward; past it they are computed again
 LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
-PROMPT_TOKENS = 2048  # most tokens of prompts that generation reads in one forward; more are slower on a CPU
+PROMPT_TOKENS, CPU_PROMPT_TOKENS = 8192, 2048  # most tokens of prompts that generation reads in one forward
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class KVCache:
         shape = (config.n_layer, rows, config.n_head, room, config.n_embd // config.n_head)
         # zeros, not empty: a masked position weighs 0, but 0 times a stray nan in unwritten memory is nan
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.window = room  # positions that attention looks at: those of the longest row
 
     def append(self, layer: int, k: Tensor, v: Tensor, at: tuple) -> tuple[Tensor, Tensor]:
         """Write k, v (rows, heads, 1, head_dim) of the first rows at (row numbers, positions), two tensors (rows,) or, of a
@@ -58,7 +57,7 @@ class KVCache:
         rows, position = at
         self.keys[layer][rows, :, position] = k[:, :, 0]
         self.values[layer][rows, :, position] = v[:, :, 0]
-        return self.keys[layer, : len(k), :, : self.window], self.values[layer, : len(v), :, : self.window]
+        return self.keys[layer, : len(k)], self.values[layer, : len(v)]
 
     def copy(self, to: int, source: "KVCache", row: int, length: int) -> None:
         """Make row `to` the first `length` positions of another cache's (or this one's) row."""
@@ -136,7 +135,7 @@ def lora_delta(a: Tensor, b: Tensor, scale: float, parts: int) -> Tensor:
     return torch.cat([scale * (b @ a) for a, b in zip(a.chunk(parts), b.chunk(parts), strict=True)])
 
 
-SHARES = 32  # of a matrix, read by as many threads as there are: see Linear.lay_out
+SHARES = 32  # of a matrix, for at most so many threads to read: see Linear.lay_out
 
 
 class Linear(nn.Linear):
@@ -154,9 +153,9 @@ class Linear(nn.Linear):
         return self.reordered or self.shares is not None
 
     def lay_out(self, rows: int) -> None:
-        """Make `product` fast for so few rows, float32, on a CPU. For one row, weights stay where they are and the threads read
-        a share each, about as fast as memory gives them (torch's own product with a vector takes some 1.7 times as long). For
-        more, they are put into oneDNN's own order of blocks, which nothing but `product` can read."""
+        """Make `product` fast for so few rows, float32, on a CPU. For one row the weights stay as they are, but each thread reads
+        a share of them, where torch's own product with a vector leaves most of it to one. For more, they are put into
+        oneDNN's own order of blocks, which nothing but `product` can read."""
         if rows == 1:
             n_out, n_in = self.weight.shape
             bias = torch.zeros(n_out) if self.bias is None else self.bias
@@ -337,8 +336,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def lay_out(self, rows: int) -> None:
-        """Ready the matrices for `stream` with so many rows at once: from here on the model can do nothing else, and only on a
-        CPU in float32. For several rows a tied output projection becomes a copy of the embedding."""
+        """Ready the matrices for `stream` with so many rows at once, on a CPU, in float32. From here on the model is good for
+        nothing else; for several rows a tied output projection becomes a copy of the embedding."""
         self.head.weight = self.head_weight
         for layer in self.modules():
             if isinstance(layer, Linear):
@@ -442,7 +441,8 @@ class GPT(nn.Module):
                 all_fit = len(ready) + n * len(waiting) <= free
                 if (waiting or ready) and (not live or 8 * free >= slots or all_fit):  # the prompts of several at once
                     if not ready:
-                        group = _alike(waiting, prompts, max(1, free // n))
+                        most_tokens = CPU_PROMPT_TOKENS if self.wte.weight.device.type == "cpu" else PROMPT_TOKENS
+                        group = _alike(waiting, prompts, max(1, free // n), most_tokens)
                         x, read = self._read([prompts[i] for i in group])
                         ready = [(Branch(i, j, len(prompts[i])), read, r, x[r]) for r, i in enumerate(group) for j in range(n)]
                     new, ready = ready[:free], ready[free:]
@@ -486,7 +486,7 @@ class GPT(nn.Module):
     def _step(self, tokens: list[int], lengths: list[int], cache: KVCache) -> Tensor:
         """One more token behind each of the cache's first rows, which have `lengths` -> its state, (rows, n_embd)."""
         device = self.wte.weight.device
-        position, cache.window = torch.tensor(lengths, device=device), max(lengths) + 1
+        position = torch.tensor(lengths, device=device)
         x = (self.wte(torch.tensor(tokens, device=device)) + self.wpe(position)).float().unsqueeze(1)  # (rows, 1, n_embd)
         # a few rows at a time look no further than the longest of them: on a GPU more calls would cost more than that saves
         few = 4 if device.type == "cpu" else len(lengths)
@@ -521,11 +521,11 @@ class Branch:
         return self.number, self.sample, len(self.tokens)
 
 
-def _alike(waiting: list[int], prompts: dict[int, list[int]], most: int) -> list[int]:
+def _alike(waiting: list[int], prompts: dict[int, list[int]], most: int, most_tokens: int) -> list[int]:
     """Take the next prompts, at most so many, off the end of `waiting`: padded to the longest, 1/8 at most is padding."""
     group = [waiting.pop()]
     longest = used = len(prompts[group[0]])
-    while waiting and len(group) < most and (len(group) + 1) * longest <= PROMPT_TOKENS:
+    while waiting and len(group) < most and (len(group) + 1) * longest <= most_tokens:
         used += len(prompts[waiting[-1]])
         if 8 * used < 7 * longest * (len(group) + 1):
             break
@@ -637,7 +637,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float) -> Tensor:
     q, k, v: (rows, heads, length, head_dim). FlexAttention has no dropout on the weights, so there only the residual one acts.
     """
     if mask is None or isinstance(mask, Tensor):
-        causal = mask is None and q.size(2) > 1
+        causal = q.size(2) > 1 and mask is None  # in this order a bool also while torch.compile traces
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     global _compiled_flex
     if _compiled_flex is None:  # uncompiled it would write out the whole matrix of scores

@@ -187,7 +187,7 @@ def resume(cfg: Config, settings: dict) -> dict[int, list[str]]:
 
 
 def lay_out(model, rows: int, compute) -> None:
-    """Make the model fast for so many completions at once; its weights can be read no more."""
+    """Make the model fast for so many completions at once; from here on it is good for nothing else."""
     if compute.device.type == "cpu" and compute.dtype == torch.float32:
         model.lay_out(rows)
 

@@ -1,5 +1,6 @@
 """The one forward against transformers' GPT-2, and rows that share a prompt against one plain sequence a completion."""
 
+import copy
 from dataclasses import asdict
 
 import numpy as np
@@ -217,6 +218,19 @@ def test_gpu_flex_rows_equal_the_boolean_mask(dtype):
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             got = model(batch.to(torch.device("cuda"))).cpu()
     assert (got - want).abs().max() < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("completions", [1, 3])
+def test_blocks_compile_in_one_piece(gpt, completions):
+    """Without a break in the graph, also for rows of other lengths, plain ones and those with a mask."""
+    rng = np.random.default_rng(0)
+    model = copy.deepcopy(gpt)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True, backend="eager")
+    for length in (9, 14):
+        batch = collate([[example(rng, length, *[5] * completions)]])
+        assert batch.plain == (completions == 1)
+        torch.testing.assert_close(model(batch), gpt(batch))
 
 
 @pytest.mark.gpu

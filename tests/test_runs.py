@@ -335,7 +335,6 @@ def test_disk_full_while_saving(files, tmp_path, spawn):
 
 
 def test_disk_full_keeps_the_checkpoint_before(files, call, refused, tmp_path, monkeypatch):
-
     import torch.distributed.checkpoint as dcp
 
     saves = []
