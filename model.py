@@ -153,9 +153,9 @@ class Linear(nn.Linear):
         return self.reordered or self.shares is not None
 
     def lay_out(self, rows: int) -> None:
-        """Make `product` fast for so few rows, float32, on a CPU. For one row the weights stay as they are, but each thread reads
-        a share of them, where torch's own product with a vector leaves most of it to one. For more, they are put into
-        oneDNN's own order of blocks, which nothing but `product` can read."""
+        """Make `product` fast for so few rows, float32, on a CPU. For one row the weights stay as they are, but each thread
+        reads a share of them, where torch's own product with a vector leaves most to one. For more, they are put into oneDNN's
+        own order of blocks, which nothing but `product` can read."""
         if rows == 1:
             n_out, n_in = self.weight.shape
             bias = torch.zeros(n_out) if self.bias is None else self.bias
