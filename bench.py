@@ -623,12 +623,13 @@ def sampling(cfg: Config, temp: Path) -> dict:
         theirs = {name: j for name, j in theirs.items() if cfg.peer_setting in name}
         if peer != "none":
             best, _ = fastest(temp, theirs, {"settings": {}, "prompts": prompts[:size], "new": 8})
-            jobs[best] = theirs[best]
+            jobs |= {name: theirs[name] for name in (best, next(iter(theirs)))}  # the peer as it comes: once
         results: dict[str, list[dict]] = {name: [] for name in jobs}
         for i in range(cfg.repeats):
             for name, (do, j) in jobs.items():
-                results[name].append(needed(measure(temp, do, j)))
-                print(f"round {i + 1}, {name}: {show(results[name][-1])}", flush=True)
+                if i == 0 or name == "ours" or name == best:
+                    results[name].append(needed(measure(temp, do, j)))
+                    print(f"round {i + 1}, {name}: {show(results[name][-1])}", flush=True)
         written = len(prompts) * NEW_TOKENS
         whole = [Encoded(np.array(p), [np.zeros(NEW_TOKENS)], 0, 0) for p in prompts]
         by_sums = flops(whole, work.shape, train=False) / rate["flops_per_s"]
@@ -658,9 +659,9 @@ def sampling(cfg: Config, temp: Path) -> dict:
             f"({written / by_reading:.0f}, at {read['bytes_per_s'] / 1e9:.1f} GB/s) and what the sums allow "
             f"({written / by_sums:.0f}, at {rate['flops_per_s'] / 1e9:.0f} GFLOP/s)"
         )
-        report["sizes"][size] = {"rows": rows, "floor_s": floor, "results": results}
-        if len(rows) > 1:
-            mine, other = rows
+        report["sizes"][size] = {"rows": rows, "floor_s": floor, "results": results, "against": {}}
+        mine = rows[0]
+        for other in rows[1:]:
             pairs = zip(results["ours"][0]["tokens"], results[other["name"]][0]["tokens"], strict=True)
             same = sum(a == b for a, b in pairs) / len(prompts)
             ratios = {
@@ -669,11 +670,12 @@ def sampling(cfg: Config, temp: Path) -> dict:
                 "memory_ratio": mine["peak_mb"] / other["peak_mb"],
                 "same_completions": same,
             }
-            report["sizes"][size] |= ratios
+            report["sizes"][size]["against"][other["name"]] = ratios
             print(
                 f"ours is {ratios['speed_ratio']:.2f}x as fast as {other['name']} ({ratios['cpu_ratio']:.2f}x by CPU time), "
-                f"with {ratios['memory_ratio']:.2f}x its peak memory; {same:.0%} of the completions are equal\n"
+                f"with {ratios['memory_ratio']:.2f}x its peak memory; {same:.0%} of the completions are equal"
             )
+        print()
     return report
 
 
