@@ -44,25 +44,22 @@ SIZES = {  # name -> (n_layer, n_head, n_embd); 124M, 355M, 774M, 1558M paramete
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for rows of unlike length. Each (layers, rows, heads, room, head_dim)."""
+    """Keys and values of the tokens seen so far, for rows of unlike length: `kv` (layers, 2, rows, heads, room, head_dim)."""
 
     def __init__(self, config: GPTConfig, rows: int, room: int, like: Tensor):
-        shape = (config.n_layer, rows, config.n_head, room, config.n_embd // config.n_head)
         # zeros, not empty: a masked position weighs 0, but 0 times a stray nan in unwritten memory is nan
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.kv = like.new_zeros(config.n_layer, 2, rows, config.n_head, room, config.n_embd // config.n_head)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, at: tuple) -> tuple[Tensor, Tensor]:
-        """Write k, v (rows, heads, 1, head_dim) of the first rows at (row numbers, positions), two tensors (rows,) or, of a
-        single row, two numbers; returns the keys and values of these rows."""
+    def append(self, layer: int, kv: Tensor, at: tuple) -> Tensor:
+        """Write kv (2, rows, heads, 1, head_dim) of the first rows at (row numbers, positions), two tensors (rows,) or, of a
+        single row, two numbers; returns all keys and values of these rows."""
         rows, position = at
-        self.keys[layer][rows, :, position] = k[:, :, 0]
-        self.values[layer][rows, :, position] = v[:, :, 0]
-        return self.keys[layer, : len(k)], self.values[layer, : len(v)]
+        self.kv[layer][:, rows, :, position] = kv[:, :, :, 0].transpose(0, 1)  # so indexed, the rows come first
+        return self.kv[layer, :, : kv.size(1)]
 
     def copy(self, to: int, source: "KVCache", row: int, length: int) -> None:
         """Make row `to` the first `length` positions of another cache's (or this one's) row."""
-        self.keys[:, to, :, :length] = source.keys[:, row, :, :length]
-        self.values[:, to, :, :length] = source.values[:, row, :, :length]
+        self.kv[:, :, to, :, :length] = source.kv[:, :, row, :, :length]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -211,14 +208,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask, cache: KVCache | None = None, layer: int = 0, at: tuple | None = None):
         rows, length, width = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.n_head, width // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, length, head_dim)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, rows, heads, length, head_dim)
         if cache is not None and at is not None:  # one new token a row
-            k, v = cache.append(layer, k, v, at)
+            q, (k, v) = qkv[0], cache.append(layer, qkv[1:], at)
             parts = [attend(q[r], k[r, :, :window], v[r, :, :window], m, 0.0) for r, window, m in mask]
-            return self.proj(torch.cat(parts).transpose(1, 2).reshape(rows, length, width))
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return self.proj(y.transpose(1, 2).reshape(rows, length, width))
         if cache is not None:  # the prompts, from position 0 on
-            cache.keys[layer][:, :, :length], cache.values[layer][:, :, :length] = k, v
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+            cache.kv[layer, :, :, :, :length] = qkv[1:]
+        y = attend(*qkv, mask, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(rows, length, width))
 
 
@@ -448,7 +446,7 @@ class GPT(nn.Module):
                     new, ready = ready[:free], ready[free:]
                     if cache is None:  # the first prompt is the longest
                         room = min(new[0][0].length + max_new_tokens, self.config.block_size)
-                        cache = KVCache(self.config, slots, room, read.keys)
+                        cache = KVCache(self.config, slots, room, read.kv)
                     going = extend([b for b, *_ in new], torch.stack([x for *_, x in new]))
                     for (b, read, row, _), goes_on in zip(new, going, strict=True):
                         if goes_on:
@@ -496,7 +494,7 @@ class GPT(nn.Module):
             allowed = None
             if min(lengths[r]) + 1 < window:  # 0 or -inf, (few rows, 1, 1, window): from booleans every layer would make it
                 beyond = torch.arange(window, device=device).gt(position[r, None])[:, None, None]
-                allowed = cache.keys.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
+                allowed = cache.kv.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
             mask.append((r, window, allowed))
         at = (torch.arange(len(lengths), device=device), position) if len(lengths) > 1 else (0, lengths[0])
         for layer, block in enumerate(self.blocks):
