@@ -334,7 +334,7 @@ def ours_sample(job: dict) -> dict:
     model = weights.load(job["folder"]).to(compute.device)
     prompts = dict(enumerate(job["prompts"]))
     sample.lay_out(model, job["batch_size"], compute)
-    with compute.autocast():
+    with compute.autocast(), torch.inference_mode():
         list(model.stream({0: prompts[0]}, 4, -1))
         start = peers.now()
         found = {i: ids for i, _, ids in model.stream(prompts, job["new"], -1, batch_size=job["batch_size"])}

@@ -225,7 +225,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
     lay_out(model, min(cfg.batch_size, max(1, cfg.n * len(todo))), compute)
     text, found, finished, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, {}, 0
-    with compute.autocast():
+    with compute.autocast(), torch.inference_mode():
         stream = model.stream(
             {i: tokens[i] for i in todo},
             cfg.max_new_tokens,
@@ -288,7 +288,7 @@ def converse(cfg: Config, model, tokenizer, compute) -> None:
             tokens = [tokenizer.encode(line.replace("\\n", "\n"))]
             if fit(tokens, model, tokenizer, cfg.max_new_tokens):
                 print(f"the prompt lost its start: it has room for {len(tokens[0])} tokens", file=sys.stderr)
-            with compute.autocast():
+            with compute.autocast(), torch.inference_mode():
                 stream = model.stream(
                     {number: tokens[0]},
                     cfg.max_new_tokens,
