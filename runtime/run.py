@@ -225,6 +225,7 @@ class Run:
                     f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite"
                 )
             checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
+            self._prune(state)  # a kill may have come between the last save and this
         return found
 
     def _open(self, seen: int) -> None:
@@ -306,8 +307,12 @@ class Run:
     def _complete_save(self) -> None:
         if self.saving:
             self.saving.complete()
-            best, self.saving = self.saving.state["best"], None  # not self.best: that may not be saved yet
-            self.compute.once(lambda: checkpoint.prune(self.checkpoints, self.cfg.keep, best["step"] if best else None))
+            state, self.saving = self.saving.state, None
+            self.compute.once(lambda: self._prune(state))
+
+    def _prune(self, state: dict) -> None:
+        best = state["best"]  # not self.best: that may not be saved yet
+        checkpoint.prune(self.checkpoints, self.cfg.keep, best["step"] if best else None)
 
     def _synced(self) -> int:
         self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take

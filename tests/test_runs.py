@@ -358,8 +358,11 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(files, call
     args = sft_args(files, tmp_path / "run")
     assert call("sft", *args)[0] == 0
     before = metrics(tmp_path / "run", timeless=False)
+    left = tmp_path / "run/checkpoints/step_2.tmp"  # by a kill after the last save
+    left.mkdir()
     status, printed, _ = call("sft", *args)
     assert status == 0 and "at step 10 of 10" in printed and metrics(tmp_path / "run", timeless=False) == before
+    assert not left.exists()
     refused("sft", *sft_args(files, tmp_path / "run", lr=2e-3), says="holds a run with lr = 0.001, not 0.002")
     refused("sft", *sft_args(files, tmp_path / "run", data=files["pairs"]), says="holds a run with data =")
     assert call("sft", *sft_args(files, tmp_path / "run", lr=2e-3, overwrite="true"))[0] == 0
