@@ -472,6 +472,14 @@ def base_job(cfg: Config, temp: Path, warmup: int) -> tuple[dict, dict]:
     return job | {"dtype": rate["dtype"]}, rate
 
 
+def chosen(cfg: Config, settings: dict[str, tuple[str, dict]]) -> dict[str, tuple[str, dict]]:
+    """The settings of the peer that `peer_setting` is part of the name of."""
+    found = {name: job for name, job in settings.items() if cfg.peer_setting in name}
+    if not found:
+        raise UserError(f"key peer_setting: no setting of the peer has {cfg.peer_setting!r} in its name")
+    return found
+
+
 def fastest(temp: Path, settings: dict[str, tuple[str, dict]], few: dict) -> tuple[str, dict[str, dict]]:
     """Try every setting of the peer on a few examples: (name of the fastest, result of each)."""
     tried = {}
@@ -503,9 +511,7 @@ def compare(cfg: Config, temp: Path) -> dict:
     else:
         ours, few = ("ours_train", train_job(cfg, work, temp, cfg.suite, base)), {"settings": {"max_steps": warmup + 2}}
         theirs = {n: ("trl_train", trl_job(cfg, work, temp, cfg.suite, base, s)) for n, s in TRL_SETTINGS.items()}
-    theirs = {name: job for name, job in theirs.items() if cfg.peer_setting in name}
-    if not theirs:
-        raise UserError(f"key peer_setting: no setting of the peer has {cfg.peer_setting!r} in its name")
+    theirs = chosen(cfg, theirs)
 
     # ours and the peer's fastest setting in turns, the peer as it comes once
     results, tried, jobs = {"ours": []}, {}, {"ours": ours}
@@ -608,7 +614,7 @@ def sampling(cfg: Config, temp: Path) -> dict:
     """Tokens a second of ours and of transformers' generate, greedy, the same prompts and as many new tokens."""
     peer = installed(cfg)
     sizes = (cfg.batch_size,) if cfg.batch_size else (1, 16)
-    work = prepare(cfg, temp, cfg.init, "hh", "sft", cfg.pairs or 2 * max(sizes))
+    work = prepare(cfg, temp, cfg.init, "hh", "sft", cfg.pairs or max(4, 2 * max(sizes)))
     base, rate = base_job(cfg, temp, warmup=1)
     read = needed(measure(temp, "reading", base))
     layers, _, width = work.shape
@@ -620,7 +626,7 @@ def sampling(cfg: Config, temp: Path) -> dict:
         job = base | {"folder": work.folder, "prompts": prompts, "batch_size": size, "new": NEW_TOKENS}
         jobs = {"ours": ("ours_sample", job)}
         theirs = {name: ("transformers_sample", job | {"settings": s}) for name, s in TRANSFORMERS_SETTINGS.items()}
-        theirs = {name: j for name, j in theirs.items() if cfg.peer_setting in name}
+        theirs = chosen(cfg, theirs)
         if peer != "none":
             best, _ = fastest(temp, theirs, {"settings": {}, "prompts": prompts[:size], "new": 8})
             jobs |= {name: theirs[name] for name in (best, next(iter(theirs)))}  # the peer as it comes: once

@@ -54,7 +54,8 @@ class KVCache:
         """Write kv (2, rows, heads, 1, head_dim) of the first rows at (row numbers, positions), two tensors (rows,) or, of a
         single row, two numbers; returns all keys and values of these rows."""
         rows, position = at
-        self.kv[layer][:, rows, :, position] = kv[:, :, :, 0].transpose(0, 1)  # so indexed, the rows come first
+        new = kv[:, :, :, 0].transpose(0, 1)  # (rows, 2, heads, head_dim): indexing by tensors puts the rows first
+        self.kv[layer][:, rows, :, position] = new
         return self.kv[layer, :, : kv.size(1)]
 
     def copy(self, to: int, source: "KVCache", row: int, length: int) -> None:

@@ -197,6 +197,7 @@ class Run:
             folder, state = found
             checkpoint.load(folder, model, optimizer, self.compute)
             done, seen, self.best = state["step"], state["metrics_bytes"], state["best"]
+            self.compute.once(lambda: self._prune(state))  # a kill may have come between its save and this
             self.saved_at = done
             print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
         self.compute.once(lambda: self._open(seen))
@@ -225,7 +226,6 @@ class Run:
                     f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite"
                 )
             checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
-            self._prune(state)  # a kill may have come between the last save and this
         return found
 
     def _open(self, seen: int) -> None:
