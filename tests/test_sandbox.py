@@ -161,22 +161,31 @@ except ChildProcessError:
     assert done.stdout == "nothing left\n", done
 
 
-def test_where_it_cannot_be_shut_in_nothing_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def spoil(tmp_path, monkeypatch):
+    """Run programs by a copy of the sandbox in which one text is another."""
+
+    def spoil(text: str, other: str) -> None:
+        code = Path(sandbox.__file__).read_text()
+        assert text in code
+        (tmp_path / "sandbox.py").write_text(code.replace(text, other))
+        monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+
+    return spoil
+
+
+def test_where_it_cannot_be_shut_in_nothing_runs(spoil):
     """Fail closed: a wall that cannot be put up is an error, and the program has not run."""
-    broken = tmp_path / "sandbox.py"
-    broken.write_text(Path(sandbox.__file__).read_text().replace("0x20000, 0x8000000", "0x1, 0x8000000"))
-    monkeypatch.setattr(sandbox, "__file__", str(broken))
+    spoil("0x20000, 0x8000000", "0x1, 0x8000000")
     with pytest.raises(Refused, match="Invalid argument"):
         run_program("print('it ran')", 10)
     with pytest.raises(UserError, match=r"key programs: this machine cannot shut a program in"):
         grading.program_answer("print(1)", 10, 256)
 
 
-def test_no_linux(tmp_path, monkeypatch):
+def test_no_linux(spoil):
     """Where libc has no such calls no program counts as wrong: none is run."""
-    broken = tmp_path / "sandbox.py"
-    broken.write_text(Path(sandbox.__file__).read_text().replace("libc.unshare(", "libc.not_there("))
-    monkeypatch.setattr(sandbox, "__file__", str(broken))
+    spoil("libc.unshare(", "libc.not_there(")
     with pytest.raises(Refused, match="not_there"):
         run_program("print('it ran')", 20)
 
