@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import weights
+from base.errors import UserError
+from base.files import safetensors_bytes
 from model import GPT, LINEAR, SIZES, GPTConfig, Linear, LoRAConfig, lora_delta
 from runtime.distributed import whole
-from runtime.errors import UserError
-from runtime.files import safetensors_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 THEIRS = dict(zip(LINEAR, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"), strict=True))

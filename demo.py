@@ -14,12 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.errors import UserError, run
+from base.files import write_whole
 from data import load
-from plot import read_run
+from report.plot import read_run
 from runtime import config
 from runtime.config import key
-from runtime.errors import UserError, run
-from runtime.files import write_whole
 
 MARK = ".demo"  # tells a folder that may be deleted from one of the user's
 LABELS = {"sft": "SFT", "more": "further SFT", "chosen": "SFT on chosen", "dpo": "DPO", "wrong": "DPO, wrong reference"}

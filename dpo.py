@@ -16,6 +16,7 @@ from torch import Tensor
 
 import losses
 import weights
+from base.errors import UserError, run, warn
 from data import RECIPES
 from data.packing import BatchPlan, Encoded, collate, data_hash, describe, epoch_order, load_encoded, plan_once
 from data.tokenizer import choose
@@ -23,39 +24,32 @@ from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from model import as_started
 from runtime import config, distributed, optim
 from runtime.config import key
-from runtime.errors import UserError, run, warn
+from runtime.keys import TrainKeys
 from runtime.reference import Reference
-from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, seed_dropout, summary
+from runtime.run import Run, Timer, build_model, check_finite, context, print_samples, seed_dropout, summary
 
 
 @dataclass
 class Config(TrainKeys):
     """Direct Preference Optimization of GPT-2 on pairs of chosen and rejected completions."""
 
-    loss: str = key("sigmoid", "preference loss, see losses.py", list(LOSSES))
-    beta: float = key(0.1, "strength of the pull to the reference (for ipo its tau)")
-    label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, aot: chance that a label is flipped")
-    simpo_gamma: float = key(0.5, "simpo: target margin")
-    dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference")
-    discopop_tau: float = key(0.05, "discopop: temperature of the blend")
-    sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood a token, added to the loss")
-    pairs_per_example: int = key(1, "pairs drawn a problem and epoch where it has several wrong answers, 0 = all")
+    loss: str = key("sigmoid", "preference loss, see losses.py", LOSSES)
+    beta: float = key(0.1, "strength of the pull to the reference (for ipo its tau)", above=0)
     ref: str = key("", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts")
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
+    label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, aot: chance that a label is flipped", least=0, below=1)
+    simpo_gamma: float = key(0.5, "simpo: target margin")
+    dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference", least=0)
+    discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
+    sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood a token, added", least=0)
+    pairs_per_example: int = key(1, "pairs drawn a problem and epoch where it has several wrong answers, 0 = all", least=0)
 
     def check(self) -> None:
         super().check()
-        if self.beta <= 0 or not math.isfinite(self.beta):
-            raise UserError(f"key beta: {self.beta} must be above 0")
-        top = 0.5 if self.loss == "robust" else 1.0
-        if not 0 <= self.label_smoothing < top or (self.loss == "exo_pair" and self.label_smoothing == 0):
-            least = "above 0" if self.loss == "exo_pair" else "0 or more"
-            raise UserError(f"key label_smoothing: {self.label_smoothing} must be {least} and below {top} for loss {self.loss}")
-        for name in ("sft_weight", "dpop_lambda", "pairs_per_example"):
-            if getattr(self, name) < 0:
-                raise UserError(f"key {name}: {getattr(self, name)} must not be negative")
-        if self.discopop_tau <= 0:
-            raise UserError(f"key discopop_tau: {self.discopop_tau} must be above 0")
+        if self.loss == "robust" and self.label_smoothing >= 0.5:
+            raise UserError(f"key label_smoothing: {self.label_smoothing} must be below 0.5 for loss robust")
+        if self.loss == "exo_pair" and self.label_smoothing == 0:
+            raise UserError("key label_smoothing: 0.0 must be above 0 for loss exo_pair")
         if not self.ref and self.loss not in REFERENCE_FREE and not self.lora_rank:
             raise UserError(
                 f"key ref: loss {self.loss} needs the reference's log-probs: make them with `python precompute_ref.py "

@@ -16,44 +16,36 @@ from typing import TypeVar
 import torch
 
 import losses
+from base.errors import UserError, run
+from base.files import write_whole
 from data import Example, load
 from data.packing import Encoded, collate, encode, plan_once
 from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
-from runtime.errors import UserError, run
-from runtime.files import check_file, write_whole
+from runtime.keys import DeviceKeys, ModelKeys
 from runtime.log import Progress
-from runtime.run import ModelKeys, Timer, build_model
+from runtime.run import Timer, build_model
 
 T = TypeVar("T")
 
 
 @dataclass
-class Config:
+class Config(DeviceKeys):
     """Accuracy on multiple-choice questions."""
 
-    model: str = key(REQUIRED, "a model folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("val", "the recipe's split", ["train", "val", "test"])
-    limit: int = key(0, "use only the first so many problems, 0 = all")
+    limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     mode: str = key("loglik", "score the options, or write an answer", ["loglik", "generate"])
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
-    out: str = key("", "JSON file for the result")
-    details: str = key("", "JSONL file for a line a problem")
-    micro_tokens: int = key(8192, "loglik: most tokens in one forward, padding included")
-    batch_size: int = key(32, "generate: prompts written at once")
-    max_new_tokens: int = key(0, "generate: most tokens of an answer, 0 = those of the batch's longest option")
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
-
-    def check(self) -> None:
-        for name, least in {"limit": 0, "micro_tokens": 1, "batch_size": 1, "max_new_tokens": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
-        for name in ("out", "details"):
-            check_file(name, getattr(self, name))
+    out: str = key("", "JSON file for the result", writes="")
+    details: str = key("", "JSONL file for a line a problem", writes="")
+    micro_tokens: int = key(8192, "loglik: most tokens in one forward, padding included", least=1)
+    batch_size: int = key(32, "generate: prompts written at once", least=1)
+    max_new_tokens: int = key(0, "generate: most tokens of an answer, 0 = those of the batch's longest option", least=0)
 
 
 @torch.no_grad()

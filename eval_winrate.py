@@ -24,20 +24,21 @@ from torch import Tensor
 
 import adapters
 import weights
+from base.errors import UserError, run, warn
+from base.files import check_file, write_whole
 from data import jsonl
 from data.hh import TURN
 from data.packing import Encoded, data_hash, load_encoded
 from data.tokenizer import choose
 from dpo import as_pairs, lengths_of
+from judge.client import Cache, Decision, Judge, Question, address
+from judge.verdict import fill, read_template, score, side
 from model import SIZES, GPTConfig
 from precompute_ref import reference_logps
 from runtime import config, distributed, reference
 from runtime.config import REQUIRED, key
-from runtime.errors import UserError, run, warn
-from runtime.files import check_file, write_whole
-from runtime.judge import Cache, Decision, Judge, Question, address
-from runtime.run import ModelKeys, build_model, context
-from runtime.verdict import fill, read_template, score, side
+from runtime.keys import ModelKeys
+from runtime.run import build_model, context
 
 PLACEHOLDERS = {"pairwise": ("prompt", "response_a", "response_b"), "score": ("prompt", "reference", "response")}
 REFERENCES = ("chosen", "completion", "output")  # fields that hold an answer to compare with, the first that is there

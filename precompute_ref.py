@@ -13,32 +13,24 @@ import torch
 
 import losses
 import weights
+from base.errors import UserError, run
+from base.files import safetensors_bytes, write_whole
 from data import RECIPES
 from data.packing import Encoded, collate, data_hash, load_encoded, plan_once
 from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
-from runtime.errors import UserError, run
-from runtime.files import check_file, safetensors_bytes, write_whole
+from runtime.keys import DataKeys, DeviceKeys, ModelKeys
 from runtime.log import Progress
-from runtime.run import DataKeys, ModelKeys, build_model, context
+from runtime.run import build_model, context
 
 
 @dataclass
-class Config(ModelKeys, DataKeys):
+class Config(ModelKeys, DataKeys, DeviceKeys):
     """Store the reference model's log-probabilities of all preference pairs in one file."""
 
-    out: str = key(REQUIRED, "the .safetensors file to write")
-    micro_tokens: int = key(8192, "most tokens in one forward, padding included")
-    seed: int = key(0, "seed of scratch weights")
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
-
-    def check(self) -> None:
-        super().check()
-        if not self.out.endswith(".safetensors"):
-            raise UserError(f"key out: {self.out} must end in .safetensors")
-        check_file("out", self.out)
+    out: str = key(REQUIRED, "the .safetensors file to write", writes=".safetensors")
+    micro_tokens: int = key(8192, "most tokens in one forward, padding included", least=1)
 
 
 def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[int, int]]]]:

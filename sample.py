@@ -19,7 +19,6 @@ Ctrl-C stops the text, Ctrl-D leaves.
 
 import hashlib
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -28,60 +27,40 @@ from pathlib import Path
 import torch
 
 import weights
+from base.errors import UserError, fail, run
+from base.files import lock, write_whole
 from data import jsonl
 from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
-from runtime.errors import UserError, fail, run
-from runtime.files import check_file, lock, write_whole
+from runtime.keys import DeviceKeys, ModelKeys
 from runtime.log import Progress
-from runtime.run import ModelKeys, build_model, restarted
+from runtime.run import build_model, restarted
 
 
 @dataclass
-class Config:
+class Config(DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
-    model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, openai:124M, …")
+    model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" a line; empty = read them from the terminal')
-    out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole")
-    n: int = key(1, "completions a prompt")
-    temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token")
-    top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all")
-    top_p: float = key(1.0, "draw from the fewest likeliest tokens that have this much of the probability")
-    max_new_tokens: int = key(128, "most tokens of a completion")
+    out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole", writes="")
+    n: int = key(1, "completions a prompt", least=1)
+    temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token", least=0)
+    top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all", least=0)
+    top_p: float = key(1.0, "draw from the fewest likeliest tokens that have this much of the probability", above=0, most=1)
+    max_new_tokens: int = key(128, "most tokens of a completion", least=1)
     stop: str = key("", "a text that ends a completion, beside <|endoftext|>; not part of it; \\n in it is a new line")
-    seed: int = key(0, "seed of the draws")
-    limit: int = key(0, "use only the first so many prompts, 0 = all")
-    batch_size: int = key(32, "completions written at once")
+    limit: int = key(0, "use only the first so many prompts, 0 = all", least=0)
+    batch_size: int = key(32, "completions written at once", least=1)
     overwrite: bool = key(False, "throw away what a stopped run for the same out has finished")
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
 
     def check(self) -> None:
-        for name, least in {
-            "n": 1,
-            "temperature": 0,
-            "top_k": 0,
-            "max_new_tokens": 1,
-            "seed": 0,
-            "limit": 0,
-            "batch_size": 1,
-        }.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
-        if self.temperature == math.inf:
-            raise UserError("key temperature: inf is not a usable value")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key top_p: {self.top_p} must be above 0 and at most 1 (1 = draw from all tokens)")
         self.stop = self.stop.replace("\\n", "\n")
-        if self.seed >= 2**63:
-            raise UserError(f"key seed: {self.seed} is too large, the most is 2**63 - 1")
         if bool(self.prompts) != bool(self.out):
             given, missing = ("prompts", "out") if self.prompts else ("out", "prompts")
             raise UserError(f"key {missing}: --{given} needs --{missing} too; without both, prompts are typed in")
-        check_file("out", self.out)
         if self.out.endswith(".gz"):
             raise UserError(f"key out: {self.out}: what is written is not compressed: leave out .gz")
         if self.out and Path(self.out).resolve() == Path(self.prompts).resolve():

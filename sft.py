@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 import losses
+from base.errors import run
 from data import RECIPES
 from data.packing import BatchPlan, Encoded, collate, data_hash, describe, load_encoded, plan_once
 from data.tokenizer import choose
 from runtime import config, distributed, optim
-from runtime.errors import run
-from runtime.run import Run, Timer, TrainKeys, build_model, check_finite, context, print_samples, seed_dropout, summary
+from runtime.keys import TrainKeys
+from runtime.run import Run, Timer, build_model, check_finite, context, print_samples, seed_dropout, summary
 
 
 @dataclass

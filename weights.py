@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data.download import cache_dir, fetch, hub_endpoint, hub_find, openai_endpoint
+from base.download import cache_dir, fetch, hub_endpoint, hub_find, openai_endpoint
+from base.errors import UserError
 from model import GPT, SIZES, GPTConfig
 from runtime.distributed import whole
-from runtime.errors import UserError
-from runtime.tf_checkpoint import read_index, read_tensor
+from tools.tf_checkpoint import read_index, read_tensor
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

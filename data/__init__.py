@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.errors import UserError
+from base.errors import UserError
 
 PARTS = ("sentiment", "descriptiveness", "tldr", "cnndm")
 RECIPES = {  # name -> its module, and which of the module's data sets it is

@@ -6,12 +6,12 @@ python -m data --data hh --split test --view prompts --limit 250 --out runs/hh_p
 import json
 from dataclasses import dataclass
 
+from base.errors import run
+from base.files import write_whole
 from data import VIEWS, Example, load
 from data.tokenizer import get
 from runtime import config
 from runtime.config import REQUIRED, key
-from runtime.errors import UserError, run
-from runtime.files import check_file, write_whole
 
 
 @dataclass
@@ -24,15 +24,8 @@ class Config:
     view: str = key(
         "prompts", "prompts: prompt and chosen, what sample.py and the judge read; else as in training", ["prompts", *VIEWS]
     )
-    limit: int = key(0, "only the first so many problems, 0 = all")
-    out: str = key(REQUIRED, "the .jsonl file to write")
-
-    def check(self) -> None:
-        if self.limit < 0:
-            raise UserError(f"key limit: {self.limit} is too small, the least is 0")
-        if not self.out.endswith(".jsonl"):
-            raise UserError(f"key out: {self.out} must end in .jsonl")
-        check_file("out", self.out)
+    limit: int = key(0, "only the first so many problems, 0 = all", least=0)
+    out: str = key(REQUIRED, "the .jsonl file to write", writes=".jsonl")
 
 
 def as_record(example: Example, view: str) -> dict:

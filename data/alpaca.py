@@ -6,10 +6,10 @@ same way: `--data alpaca --data_dir FILE` splits it, `--data FILE` takes it whol
 
 from pathlib import Path
 
+from base.download import cache_dir, fetch
+from base.errors import UserError
 from data import Example, local, only_text_views, report, split_of
-from data.download import cache_dir, fetch
 from data.jsonl import completion, get, read
-from runtime.errors import UserError
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/"
 FILE = "alpaca_data.json"

@@ -7,10 +7,10 @@
 import re
 from pathlib import Path
 
+from base.download import cache_dir, fetch
+from base.errors import UserError
 from data import Example, Problem, view_problem
-from data.download import cache_dir, fetch
 from data.jsonl import get, read
-from runtime.errors import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 FILES = {"train": ("hellaswag_train.jsonl", 39_905), "val": ("hellaswag_val.jsonl", 10_042)}

@@ -7,10 +7,10 @@ last `\\n\\nAssistant:`; what follows is the completion, its leading space kept.
 import hashlib
 from pathlib import Path
 
+from base.download import hub_file
+from base.errors import UserError
 from data import Example, local, only_text_views, report
-from data.download import hub_file
 from data.jsonl import get, read
-from runtime.errors import UserError
 
 TURN = "\n\nAssistant:"
 REPO = "datasets/Anthropic/hh-rlhf"

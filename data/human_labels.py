@@ -9,10 +9,10 @@ group. A sample that ends before its padding gets <|endoftext|>; one that fills 
 import array
 from pathlib import Path
 
+from base.download import cache_dir, fetch, openai_endpoint
+from base.errors import UserError
 from data import Example, local, only_text_views, report, split_of
-from data.download import cache_dir, fetch, openai_endpoint
 from data.jsonl import get, read
-from runtime.errors import UserError
 
 FILES = {
     "sentiment": ("sentiment/offline_5k.json",),

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from base.errors import UserError
 from data import Example, move_space, view_problem
-from runtime.errors import UserError
 
 FIELDS = {
     "sft": '{"prompt", "completion"} (or a preference file, of which "chosen" is taken)',

@@ -9,15 +9,15 @@ which holds its answer in `\\boxed{}`; as released, a file a problem, or a line 
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.download import cache_dir, fetch
+from base.errors import UserError
 from data import Example, toy_math
-from data.download import cache_dir, fetch
-from data.grading import extract
 from data.jsonl import get, read
-from runtime.errors import UserError
 
 NAMES = ("gsm8k", "math", "toy_math")
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
@@ -28,6 +28,33 @@ MATH = {
     "test": "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
 }
 HELD_OUT = 500  # the published files have no validation split: it is the last so many problems of `train`
+
+LAST_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?|(?<![\w.])-?\$?\.\d+(?:\\?%)?")
+LINE = re.compile(r"^[ \t>*]*(?:A|Answer|Final answer)[*]*:[*]*[ \t]*(\S.*)$", re.M | re.I)
+
+
+def extract(text: str, markers_only: bool = False) -> str | None:
+    """The final answer that a text gives: the last `\\boxed{…}`, else what follows the last `####` on its line, else the last
+    line `A: …` (or `Answer: …`), else, unless `markers_only`, the last number. None where there is nothing of the kind."""
+    found = boxed(text)
+    if found is None and "####" in text:
+        found = text.rpartition("####")[2].strip().partition("\n")[0]
+    if not found and (lines := LINE.findall(text)):
+        found = lines[-1].rstrip("* ")  # **Answer: 18**
+    if not found and not markers_only and (numbers := LAST_NUMBER.findall(text)):
+        found = numbers[-1]
+    return (found or "").strip() or None
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last `\\boxed{…}` whose braces close; braces in it are matched, `\\{` and `\\}` are letters."""
+    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 1
+        for m in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
+            depth += {"{": 1, "}": -1}.get(m[0], 0)
+            if not depth:
+                return text[start : m.start()].strip()
+    return None
 
 
 @dataclass(frozen=True)

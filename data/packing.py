@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.errors import UserError
 from data import Example, load
-from runtime.errors import UserError
 
 PADDING = -1  # the example number of padded positions
 

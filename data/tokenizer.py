@@ -15,9 +15,9 @@ from pathlib import Path
 import requests
 import tiktoken
 
+from base.errors import UserError
 from data import toy, toy_math
 from model import SIZES
-from runtime.errors import UserError
 
 EOT = "<|endoftext|>"
 GPT2_SIZE = 50257

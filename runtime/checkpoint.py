@@ -18,8 +18,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
-from runtime.errors import UserError, lost_another
-from runtime.files import write_whole
+from base.errors import UserError, lost_another
+from base.files import write_whole
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 

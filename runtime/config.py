@@ -3,7 +3,7 @@
 @dataclass
 class Config:
     "What the script does, in one line."
-    lr: float = key(1e-5, "peak learning rate")
+    lr: float = key(1e-5, "peak learning rate", least=0)
     ref: str = key(REQUIRED, "reference log-probabilities, a .safetensors file")
 
 config = load(Config)   # python script.py --config FILE.toml --lr 2e-5 --ref=ref.safetensors
@@ -11,15 +11,17 @@ config = load(Config)   # python script.py --config FILE.toml --lr 2e-5 --ref=re
 
 import difflib
 import json
+import math
 import re
 import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime.errors import UserError
+from base.errors import UserError
+from base.files import check_file
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
@@ -28,13 +30,57 @@ TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 EXPECTED = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str (in a file: in quotes)"}
 
 
-def key(default: Any, meaning: str, choices: Iterable | None = None) -> Any:
-    """A dataclass field for one int, float, bool or str setting; keyword-only, so a subclass may add REQUIRED ones."""
-    return field(default=default, kw_only=True, metadata={"help": meaning, "choices": tuple(choices or ())})
+@dataclass(frozen=True)
+class Rules:
+    """What a key's value must keep to, and what the key is for. See `key`."""
+
+    help: str
+    choices: tuple = ()
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+    writes: str | None = None
+    free: bool = False
+
+    def check(self, name: str, value: Any, required: bool) -> None:
+        """Raise UserError, naming the key, for a value outside the bounds or a path that cannot become a file."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"key {name}: {value} is not a usable value: give a finite number")
+        if required and value == "":
+            raise UserError(f"key {name}: empty: give {self.help}")
+        if self.least is not None and value < self.least:
+            raise UserError(f"key {name}: {value} is too small, the least is {self.least}")
+        if self.most is not None and value > self.most:
+            raise UserError(f"key {name}: {value} is too large, the most is {self.most}")
+        if self.above is not None and value <= self.above:
+            raise UserError(f"key {name}: {value} must be above {self.above}")
+        if self.below is not None and value >= self.below:
+            raise UserError(f"key {name}: {value} must be below {self.below}")
+        if self.writes is not None and value:
+            if not value.endswith(self.writes):
+                raise UserError(f"key {name}: {value} must end in {self.writes}")
+            check_file(name, value)
+
+
+def key(default: Any, help: str, choices: Iterable = (), **rules: Any) -> Any:
+    """A dataclass field for one int, float, bool or str setting; keyword-only, so a subclass may add REQUIRED ones.
+
+    help: a line for `--help`. choices: the values allowed, all where empty. least, most, above, below: bounds of a number;
+    floats are always finite, and a REQUIRED text is never empty. writes: the key names a file that the script will write,
+    with this ending ("" = any); a place that cannot be written is refused before the work begins. free: a resumed run may
+    change it.
+    """
+    return field(default=default, kw_only=True, metadata={"rules": Rules(help, tuple(choices), **rules)})
+
+
+def rules(f: Field) -> Rules:
+    return f.metadata["rules"]
 
 
 def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
-    """The settings `cls`: command line over `--config` file over defaults; its method `check`, if any, runs last.
+    """The settings `cls`: command line over `--config` file over defaults. Each key's own rules are checked, then the
+    method `check` of `cls`, if there is one: it is for what two keys say together.
 
     argv: by default sys.argv[1:]; holds `--key value`, `--key=value`, or for a bool that is to be true a bare `--key`.
     prog: the script's name in `--help`, which prints every key and exits 0.
@@ -52,8 +98,10 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -
     for name, f in keys.items():
         if f.default is REQUIRED and name not in values:
             place = path or "the --config file"
-            raise UserError(f"missing key {name} ({f.metadata['help']}): give --{name} or `{name} = …` in {place}")
+            raise UserError(f"missing key {name} ({rules(f).help}): give --{name} or `{name} = …` in {place}")
     config = cls(**values)
+    for name, f in keys.items():
+        rules(f).check(name, getattr(config, name), f.default is REQUIRED)
     if hasattr(config, "check"):
         config.check()
     return config
@@ -140,7 +188,7 @@ def _checked(f: Field, given: Any, where: str) -> Any:
             value.encode()  # UnicodeError: bytes of the shell that are no UTF-8, which no TOML file could hold
     except (TypeError, ValueError, KeyError, OverflowError):
         raise UserError(f"{where}: {f.name} = {given!r} is not {EXPECTED[kind]}") from None
-    choices = f.metadata["choices"]
+    choices = rules(f).choices
     if choices and value not in choices:
         raise UserError(f"{where}: {f.name} = {given!r} is not one of {', '.join(map(str, choices))}")
     return value
@@ -155,13 +203,25 @@ def _toml(value: Any) -> str:
 
 
 def _help(cls: type, prog: str) -> str:
-    rows = [("--config", "str", '""', "a flat TOML file of the keys below; the command line wins over it")]
-    for f in fields(cls):
-        default = "required" if f.default is REQUIRED else _toml(f.default)
-        choices = f" [{' | '.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
-        rows.append((f"--{f.name}", _kind(f).__name__, default, f.metadata["help"] + choices))
-    a, b, c = (max(len(row[i]) for row in rows) for i in range(3))
-    lines = [f"{name:{a}}  {kind:{b}}  {default:{c}}  {meaning}" for name, kind, default, meaning in rows]
+    """Every key under the heading of the class that declares it: its docstring's first line. The script's own keys first."""
+    groups = [("", [("--config", "str", '""', "a flat TOML file of the keys below; the command line wins over it")])]
+    left = {f.name: f for f in fields(cls)}
+    for owner in cls.__mro__:
+        rows = []
+        for f in [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]:
+            default = "required" if f.default is REQUIRED else _toml(f.default)
+            choices = f" [{' | '.join(map(str, rules(f).choices))}]" if rules(f).choices else ""
+            rows.append((f"--{f.name}", _kind(f).__name__, default, rules(f).help + choices))
+        if rows:
+            groups.append(("" if owner is cls else _first_line(owner), rows))
+    a, b, c = (max(len(row[i]) for _, rows in groups for row in rows) for i in range(3))
+    lines = [f"usage: python {prog} [--config FILE.toml] [--key value …]", "", _first_line(cls)]
+    for heading, rows in groups:
+        lines += ["", heading] if heading else [""]
+        lines += [f"{name:{a}}  {kind:{b}}  {default:{c}}  {meaning}" for name, kind, default, meaning in rows]
+    return "\n".join(lines)
+
+
+def _first_line(cls: type) -> str:
     doc = (cls.__doc__ or "").strip().partition("\n")[0]
-    doc = "" if doc.startswith(f"{cls.__name__}(") else doc + "\n\n"  # where no doc is, dataclass writes a signature
-    return f"usage: python {prog} [--config FILE.toml] [--key value …]\n\n{doc}" + "\n".join(lines)
+    return "" if doc.startswith(f"{cls.__name__}(") else doc  # where no docstring is, dataclass writes a signature

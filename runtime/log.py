@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.errors import UserError
+from base.errors import UserError
 
 
 class Metrics:

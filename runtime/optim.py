@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from runtime.distributed import whole
 
+STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # float32 numbers that an optimizer keeps a parameter
+
 
 def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """The optimizer that `cfg` names. Matrices and embeddings decay by `weight_decay`, biases and layer-norm scales do not.

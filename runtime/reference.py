@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from base.errors import UserError, warn
 from data.packing import Encoded, data_hash
 from losses import REFERENCE_FREE
-from runtime.errors import UserError, warn
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

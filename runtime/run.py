@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,138 +17,13 @@ import torch
 
 import adapters
 import weights
+from base.errors import UserError, warn
+from base.files import lock, write_whole
 from runtime import checkpoint, config, distributed, optim
-from runtime.config import REQUIRED, key
-from runtime.errors import UserError, warn
-from runtime.files import lock, write_whole
+from runtime.config import REQUIRED
+from runtime.keys import SCRATCH, ModelKeys, TrainKeys
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
-from runtime.memory import STATES
-
-SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
-# keys that a resumed run may change: they do not touch the curve
-FREE = {
-    "keep",
-    "save_every",
-    "wandb",
-    "device",
-    "compile",
-    "overwrite",
-    "samples",
-    "out_dir",
-    "replicate",
-    "activation_checkpointing",
-    "async_save",
-}
-
-
-@dataclass
-class ModelKeys:
-    """Which weights to start from."""
-
-    init_from: str = key(
-        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, openai:124M (355M, 774M, 1558M), a model folder, or scratch"
-    )
-    n_layer: int = key(0, "scratch: number of blocks")
-    n_head: int = key(0, "scratch: attention heads a block")
-    n_embd: int = key(0, "scratch: width")
-    block_size: int = key(0, "scratch: positions, the most tokens of prompt + completion")
-    tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the one of init_from (gpt2 for scratch)")
-
-
-@dataclass
-class DataKeys:
-    """Which text to read and what to do when it is too long."""
-
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag, hh, alpaca, human_labels:sentiment, …) or a .jsonl / .jsonl.gz file")
-    val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    limit: int = key(0, "use only the first so many training problems, 0 = all")
-    val_limit: int = key(1000, "use only the first so many validation problems, 0 = all")
-    max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context")
-    truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
-
-    def check(self) -> None:
-        """Raise UserError for values that no run can have. Runs before anything is loaded."""
-        if not self.data:
-            raise UserError("key data: empty: name a recipe (toy, hellaswag, hh, …) or a .jsonl file")
-        self.at_least(0, "limit val_limit max_len n_layer n_head n_embd block_size seed")
-        self.at_least(1, "micro_tokens")
-        if self.seed >= 2**63:
-            raise UserError(f"key seed: {self.seed} is too large, the most is 2**63 - 1")
-
-    def at_least(self, least: float, names: str) -> None:
-        for name in names.split():
-            if not getattr(self, name) >= least:
-                raise UserError(f"key {name}: {getattr(self, name)} is too small, the least is {least}")
-
-
-@dataclass
-class TrainKeys(ModelKeys, DataKeys):
-    """What every training stage can be told."""
-
-    out_dir: str = key(REQUIRED, "run folder; a run that is there is resumed")
-    overwrite: bool = key(False, "delete the run that out_dir holds and start anew")
-    batch_size: int = key(64, "examples or pairs an optimizer step, over all ranks")
-    row_len: int = key(0, "tokens of a packed row, 0 = one example a row")
-    micro_tokens: int = key(4096, "most tokens in one forward, padding included")
-    epochs: float = key(1.0, "passes over the data")
-    shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
-    max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs")
-    optimizer: str = key("adamw", "update rule", ["adamw", "rmsprop", "sgd"])
-    adam_beta1: float = key(0.9, "decay of AdamW's mean of gradients")
-    adam_beta2: float = key(0.999, "decay of AdamW's mean of squares")
-    lr: float = key(1e-5, "peak learning rate")
-    min_lr: float = key(0.0, "learning rate at the schedule's end")
-    schedule: str = key("cosine", "shape of the learning rate after warmup", ["cosine", "linear", "constant"])
-    warmup: float = key(0.0, "steps of linear warmup, or a share of the run if below 1")
-    weight_decay: float = key(0.0, "decoupled weight decay of matrices and embeddings")
-    grad_clip: float = key(1.0, "largest global gradient norm, 0 = no clipping")
-    dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)")
-    lora_rank: int = key(0, "train adapters of this rank (LoRA) beside frozen weights, 0 = train the weights")
-    lora_alpha: float = key(
-        0.0, "LoRA: the adapters count alpha / rank times, 0 = the rank: once (with lora_rslora sqrt(rank) times)"
-    )
-    lora_dropout: float = key(0.0, "LoRA: dropout on what goes into an adapter")
-    lora_targets: str = key("", "LoRA: layers with an adapter, of attn.qkv attn.proj mlp.fc mlp.proj head; empty = all")
-    lora_rslora: bool = key(False, "LoRA: alpha / sqrt(rank) instead (rank-stabilised)")
-    eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end")
-    save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end")
-    async_save: bool = key(False, "write checkpoints in a thread while training goes on: takes memory for a copy")
-    keep: int = key(2, "newest checkpoints to keep, beside the one with the best validation loss")
-    samples: int = key(2, "validation prompts to complete and print at each validation")
-    seed: int = key(0, "seed of data order, scratch weights and dropout")
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
-    compile: bool = key(False, "torch.compile each block")
-    activation_checkpointing: bool = key(
-        False, "keep only each block's input for the backward pass: less memory, 1/3 more time"
-    )
-    replicate: int = key(0, "copies of the sharded model (the number of nodes, say), 0 = 1, or one a process if it is small")
-    wandb: str = key("", "wandb project to log to, empty = none")
-
-    def check(self) -> None:
-        super().check()
-        self.at_least(1, "batch_size keep")
-        self.at_least(
-            0, "row_len max_steps lr min_lr warmup weight_decay grad_clip eval_every save_every samples dropout replicate"
-        )
-        self.at_least(0, "adam_beta1 adam_beta2 lora_rank lora_alpha lora_dropout")
-        if not self.out_dir:
-            raise UserError("key out_dir: empty: name the folder of the run")
-        for name in ("dropout", "adam_beta1", "adam_beta2", "lora_dropout"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"key {name}: {getattr(self, name)} must be below 1")
-        if self.max_steps == 0 and not 0 < self.epochs < float("inf"):
-            raise UserError(f"key epochs: {self.epochs} must be above 0 (or give max_steps)")
-        for name in ("lr", "min_lr", "warmup", "weight_decay", "grad_clip", "lora_alpha"):
-            if getattr(self, name) == float("inf"):
-                raise UserError(f"key {name}: inf is not a usable value")
-        if self.min_lr > self.lr:
-            raise UserError(f"key min_lr: {self.min_lr} is above lr {self.lr}")
-        adapters.targets_of(self.lora_targets)
-        for name in ("lora_targets", "lora_alpha", "lora_dropout", "lora_rslora"):
-            if getattr(self, name) and not self.lora_rank:
-                raise UserError(f"key {name}: given, but lora_rank is 0: give a rank above 0, or leave {name} out")
+from runtime.optim import STATES
 
 
 class Run:
@@ -242,7 +116,7 @@ class Run:
         for field in dataclasses.fields(self.cfg):
             name, now = field.name, getattr(self.cfg, field.name)
             was = before.get(name, now if field.default is REQUIRED else field.default)  # a key may be younger than the run
-            if name not in FREE and was != now:
+            if not config.rules(field).free and was != now:
                 raise UserError(
                     f"out_dir {self.folder} holds a run with {name} = {was!r}, not {now!r}: resume it with the same "
                     "settings, name another out_dir, or start anew with --overwrite"
@@ -299,10 +173,9 @@ class Run:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover; with async_save, begin to."""
         self._complete_save()
         state = {"metrics_bytes": self.compute.once(self._synced), "best": self.best, **self.binding}
-        self.saving = checkpoint.Save(self.checkpoints, step, state, model, optimizer, self.compute, self.cfg.async_save)
+        self.saving = checkpoint.Save(self.checkpoints, step, state, model, optimizer, self.compute)
         self.saved_at = step
-        if not self.cfg.async_save:
-            self._complete_save()
+        self._complete_save()
 
     def _complete_save(self) -> None:
         if self.saving:

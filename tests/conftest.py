@@ -69,7 +69,7 @@ def dpo_args(files, sft_run, reference, out_dir, **keys) -> list[str]:
 
 def script(name: str, *args: object) -> int:
     """Run a stage script's main as the command line would; returns its exit status."""
-    from runtime.errors import run
+    from base.errors import run
 
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, [f"{name}.py", *map(str, args)]

@@ -28,8 +28,8 @@ from data.tokenizer import get
 from model import LINEAR, SIZES, GPTConfig, LoRAConfig, as_started, target_logps
 from tests import peers
 from tests.conftest import dpo_args, flags, metrics, ref_args, script, sft_args
+from tests.runtime.test_runs import close
 from tests.test_model import CONFIG, example, plain_logps
-from tests.test_runs import close
 from tests.test_step import METRICS, in_our_order, run_script
 
 ROOT = Path(__file__).parents[1]

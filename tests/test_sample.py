@@ -22,7 +22,7 @@ from model import GPT, LoRAConfig, draw, exponential_noise
 from runtime import config
 from tests import peers
 from tests.conftest import flags, script
-from tests.test_distributed import good
+from tests.runtime.test_distributed import good
 
 DRAWS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7, "temperature": 1.7}]
 

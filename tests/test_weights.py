@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import weights
+from base.errors import UserError
+from base.files import safetensors_bytes
 from data.tokenizer import get
 from model import GPT, SIZES, GPTConfig
-from runtime.errors import UserError
-from runtime.files import safetensors_bytes
 from tests.hub import serving
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 40}

@@ -1,0 +1,118 @@
+"""The keys that several scripts share, by subject. A script's Config inherits the groups that it needs."""
+
+from dataclasses import dataclass
+
+from base.errors import UserError
+from runtime.config import REQUIRED, key
+
+SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
+MOST_SEED = 2**63 - 1
+
+
+@dataclass
+class ModelKeys:
+    """Model"""
+
+    init_from: str = key("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model or adapter folder, or scratch")
+    tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, or auto = the one of init_from (gpt2 for scratch)")
+    n_layer: int = key(0, "scratch: number of blocks", least=0)
+    n_head: int = key(0, "scratch: attention heads a block", least=0)
+    n_embd: int = key(0, "scratch: width", least=0)
+    block_size: int = key(0, "scratch: positions, the most tokens of prompt + completion", least=0)
+
+
+@dataclass
+class DataKeys:
+    """Data"""
+
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag, hh, alpaca, human_labels:sentiment, …) or a .jsonl / .jsonl.gz file")
+    val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    limit: int = key(0, "use only the first so many training problems, 0 = all", least=0)
+    val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
+    max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
+    truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
+
+
+@dataclass
+class RunKeys:
+    """Run"""
+
+    out_dir: str = key(REQUIRED, "the run folder; a run that is there is resumed", free=True)
+    overwrite: bool = key(False, "delete the run that out_dir holds and start anew", free=True)
+    epochs: float = key(1.0, "passes over the data", least=0)
+    max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)
+    batch_size: int = key(64, "examples or pairs an optimizer step, over all ranks", least=1)
+    shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
+    row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0)
+    dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)", least=0, below=1)
+    eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end", least=0)
+    save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end", least=0, free=True)
+    keep: int = key(2, "newest checkpoints to keep, beside the one with the best validation loss", least=1, free=True)
+    samples: int = key(2, "validation prompts to complete and print at each validation", least=0, free=True)
+    wandb: str = key("", "wandb project to log to, empty = none", free=True)
+
+
+@dataclass
+class OptimizerKeys:
+    """Optimizer and schedule"""
+
+    lr: float = key(1e-5, "peak learning rate", least=0)
+    min_lr: float = key(0.0, "learning rate at the schedule's end", least=0)
+    warmup: float = key(0.0, "steps of linear warmup, or a share of the run if below 1", least=0)
+    schedule: str = key("cosine", "shape of the learning rate after warmup", ["cosine", "linear", "constant"])
+    optimizer: str = key("adamw", "update rule", ["adamw", "rmsprop", "sgd"])
+    adam_beta1: float = key(0.9, "decay of AdamW's mean of gradients", least=0, below=1)
+    adam_beta2: float = key(0.999, "decay of AdamW's mean of squares", least=0, below=1)
+    weight_decay: float = key(0.0, "decoupled weight decay of matrices and embeddings", least=0)
+    grad_clip: float = key(1.0, "largest global gradient norm, 0 = no clipping", least=0)
+
+
+@dataclass
+class LoRAKeys:
+    """Low-rank adapters (LoRA)"""
+
+    lora_rank: int = key(0, "train adapters of this rank beside frozen weights, 0 = train the weights", least=0)
+    lora_alpha: float = key(0.0, "an adapter's output is scaled by alpha / rank; 0 = the rank, so scaled by 1", least=0)
+    lora_dropout: float = key(0.0, "dropout on what goes into an adapter", least=0, below=1)
+    lora_targets: str = key(
+        "", "names of the layers with an adapter (GPT-2: attn.qkv attn.proj mlp.fc mlp.proj head); empty = all"
+    )
+    lora_rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (rank-stabilised)")
+
+
+@dataclass
+class DeviceKeys:
+    """Machine"""
+
+    seed: int = key(0, "seed of all that is drawn: data order, scratch weights, dropout, samples", least=0, most=MOST_SEED)
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
+    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1)
+
+
+@dataclass
+class SpeedKeys:
+    """Speed and memory"""
+
+    compile: bool = key(False, "torch.compile each block", free=True)
+    activation_checkpointing: bool = key(
+        False, "keep only each block's input for the backward pass: less memory, 1/3 more time", free=True
+    )
+    replicate: int = key(
+        0, "copies of the sharded model (the number of nodes, say), 0 = 1, or one a process if it is small", least=0, free=True
+    )
+
+
+@dataclass
+class TrainKeys(ModelKeys, DataKeys, RunKeys, OptimizerKeys, LoRAKeys, DeviceKeys, SpeedKeys):
+    """What every training stage can be told."""
+
+    def check(self) -> None:
+        if self.max_steps == 0 and self.epochs == 0:
+            raise UserError("key epochs: 0.0 must be above 0 (or give max_steps)")
+        if self.min_lr > self.lr:
+            raise UserError(f"key min_lr: {self.min_lr} is above lr {self.lr}")
+        for name in ("lora_targets", "lora_alpha", "lora_dropout", "lora_rslora"):
+            if getattr(self, name) and not self.lora_rank:
+                raise UserError(f"key {name}: given, but lora_rank is 0: give a rank above 0, or leave {name} out")

@@ -1,0 +1,250 @@
+"""Accuracy of sampled answers: by majority vote (maj@k) and by any of them (pass@k), for every k up to what there is.
+
+    python eval_math.py --samples runs/gsm8k_samples.jsonl --out runs/gsm8k.json --plot runs/gsm8k.png
+
+pass@k: the chance that of k samples, drawn from the n there are, one is right: 1 - C(n-c, k) / C(n, k), c of n being right
+(Chen et al. 2021, arXiv 2107.03374, eq. 1). maj@k: the chance that most of k samples so drawn give the right answer, exact
+over all C(n, k) draws, no random numbers. Samples vote together if their answers' normal forms are the same, the right ones
+all together; one without an answer does not vote. Of t answers with equally many votes each wins with chance 1/t: what "the
+one seen first" comes to if the order of samples means nothing.
+"""
+
+import functools
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from base.errors import UserError, run
+from base.files import check_file, write_whole
+from runtime import config
+from runtime.config import key
+from selftrain import grading
+from selftrain.samples import GradeKeys, Sample, load_graded
+
+SHOWN = 20  # disagreements with stored grades that are printed
+MOST = 1000  # completions of a problem: the number of draws of half of them is about the largest float
+
+
+@dataclass
+class Config(GradeKeys):
+    """maj@k and pass@k of sampled answers, with 95% intervals."""
+
+    k: int = key(0, "the k of `maj` and `pass`; 0 = as many as every problem has samples")
+    marker: str = key("", "also the share of completions that hold this text (planted by pairs.py --marker)")
+    out: str = key("", "JSON file for the result")
+    details: str = key("", "JSONL file: the samples with `pred` and `grades` beside them, as pairs.py takes them")
+    plot: str = key("", "PNG file: accuracy over k")
+
+    def check(self) -> None:
+        super().check()
+        if self.k < 0:
+            raise UserError(f"key k: {self.k} must not be negative")
+        for name in ("out", "details", "plot"):
+            check_file(name, getattr(self, name))
+        if self.plot and not self.plot.lower().endswith(".png"):
+            raise UserError(f"key plot: {self.plot}: the picture is a PNG: name it FILE.png")
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that k of n samples, `right` of which are right, hold a right one."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+@functools.lru_cache(maxsize=100_000)
+def maj_at_k(right: int, wrong: tuple[int, ...], silent: int) -> tuple[float, ...]:
+    """maj@k for k = 1..n of n samples: `right` give the right answer, `wrong[j]` the wrong answer j, `silent` none.
+
+    Sums over how many right ones a draw holds, r, the ways to draw all others with no wrong answer above r votes, by the
+    number of wrong answers that have r votes too. Answers that cannot reach r are drawn as freely as the silent ones.
+    """
+    n = right + sum(wrong) + silent
+    wins = np.zeros(n + 1)
+    for r in range(1, right + 1):
+        # ways[t, m]: draws of m samples in which t wrong answers have r votes and no other has more
+        rivals = [count for count in wrong if count >= r]
+        free = n - right - sum(rivals)
+        ways = np.zeros((len(rivals) + 1, n + 1))
+        ways[0, : free + 1] = [math.comb(free, m) for m in range(free + 1)]
+        for count in rivals:
+            more = np.zeros_like(ways)
+            for votes in range(r + 1):
+                t = int(votes == r)
+                more[t:, votes:] += math.comb(count, votes) * ways[: len(ways) - t, : n + 1 - votes]
+            ways = more
+        share = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # a tie of the right answer with t others
+        wins[r:] += math.comb(right, r) * share[: n + 1 - r]
+    return tuple(round(float(wins[k]) / math.comb(n, k), 12) for k in range(1, n + 1))  # floats: 1 must be 1
+
+
+def votes(sample: Sample) -> tuple[int, tuple[int, ...], int]:
+    """(right, wrong answers' counts, without an answer) of a graded sample."""
+    right = sum(sample.grades)
+    wrong = [p for p, good in zip(sample.pred, sample.grades, strict=True) if not good]
+    parties = Counter(grading.normal(p) for p in wrong if p is not None)
+    return right, tuple(sorted(parties.values())), wrong.count(None)
+
+
+def interval(values: list[float], samples: int) -> list[float]:
+    """95% interval of the mean of a value in 0..1 a problem: Wilson's score interval (1927) with the number of problems
+    scaled by p (1 - p) over the values' variance, as their mean is known the better the less they vary (Korn and Graubard
+    1998, Survey Methodology 24). Never more certain than so many independent samples."""
+    values = [round(v, 12) for v in values]  # what rounding alone lets them differ by says nothing
+    n, p = len(values), sum(values) / len(values)
+    spread = float(np.var(values, ddof=1)) if n > 1 else 0.0
+    n = min(n * p * (1 - p) / spread, samples) if spread > 0 else n if p in (0, 1) else samples
+    z2 = 1.959964**2
+    middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
+
+
+def measure(samples: list[Sample], top: int) -> dict:
+    """Every figure of a list of graded samples, `maj` and `pass` being those at k = top."""
+    n_samples = sum(len(s.completions) for s in samples)
+    by_k, maj = [], [maj_at_k(*votes(s)) for s in samples]
+    for k in range(1, min(len(s.completions) for s in samples) + 1):
+        figures = {"maj": [m[k - 1] for m in maj], "pass": [pass_at_k(len(s.grades), sum(s.grades), k) for s in samples]}
+        row = {"k": k}
+        for name, values in figures.items():
+            row |= {name: sum(values) / len(values), f"{name}_ci95": interval(values, n_samples)}
+        by_k.append(row)
+    at, one = by_k[top - 1], by_k[0]
+    return {
+        "n": len(samples),
+        **at,
+        "pass_at_1": one["pass"],
+        "pass_at_1_ci95": one["pass_ci95"],
+        "samples": n_samples,
+        "all_right": sum(all(s.grades) for s in samples),
+        "all_wrong": sum(not any(s.grades) for s in samples),
+        "no_answer": sum(p is None for s in samples for p in s.pred),
+        "by_k": by_k,
+    }
+
+
+def evaluate(samples: list[Sample], k: int = 0) -> dict:
+    """`measure` of all samples, and of each level and subject that the data names. UserError if k is more than there is."""
+    least = min(samples, key=lambda s: len(s.completions))
+    if k > len(least.completions):
+        raise UserError(f"{least.source}: {len(least.completions)} completions, k is {k}: sample more of them, or lower k")
+    most = max(samples, key=lambda s: len(s.completions))
+    if len(most.completions) > MOST:
+        raise UserError(f"{most.source}: {len(most.completions):,} completions, at most {MOST:,} can be counted: take fewer")
+    top = k or len(least.completions)
+    result = measure(samples, top)
+    for name in ("level", "subject"):
+        groups = defaultdict(list)
+        for s in samples:
+            groups[s.kind.get(name, "")].append(s)
+        if set(groups) != {""}:
+            parts = {value: measure(group, top) for value, group in sorted(groups.items())}
+            result[f"by_{name}"] = {value or "(none)": {f: p[f] for f in p if f != "by_k"} for value, p in parts.items()}
+    return result
+
+
+def table(result: dict) -> str:
+    """The result as text: a line a k (all up to 16, then the powers of two and the last), then one a level and subject."""
+
+    def cells(row: dict, names: tuple[str, ...]) -> str:
+        return "".join(f"{row[n]:>9.3f} [{row[n + '_ci95'][0]:.3f}, {row[n + '_ci95'][1]:.3f}]" for n in names)
+
+    last = len(result["by_k"])
+    lines = [f"{'k':>12}{'maj@k [95%]':>25}{'pass@k [95%]':>25}"]
+    for row in result["by_k"]:
+        if row["k"] <= 16 or row["k"] == last or not row["k"] & (row["k"] - 1):
+            lines.append(f"{row['k']:>12}{cells(row, ('maj', 'pass'))}")
+    for name in ("level", "subject"):
+        if parts := result.get(f"by_{name}"):
+            heads = "".join(f"{h:>25}" for h in (f"maj@{result['k']}", f"pass@{result['k']}", "pass@1"))
+            lines.append(f"{name:>12}{heads}{'n':>7}")
+            lines += [f"{v:>12.12}{cells(p, ('maj', 'pass', 'pass_at_1'))}{p['n']:>7}" for v, p in parts.items()]
+    lines.append(
+        f"{result['n']:,} problems, {result['samples']:,} answers; all right in {result['all_right']:,}, all wrong in "
+        f"{result['all_wrong']:,} problems; {result['no_answer']:,} completions without an answer"
+    )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict], path: str) -> None:
+    """maj@k (lines) and pass@k (dashed) over k with 95% bands, one colour a result, as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"key plot: matplotlib is needed to draw {path}: pip install matplotlib") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    for number, (label, result) in enumerate(results.items()):
+        for name, style, marker in (("maj", "-", "o"), ("pass", "--", "s")):
+            ks, middle = [row["k"] for row in result["by_k"]], [row[name] for row in result["by_k"]]
+            low, high = zip(*(row[f"{name}_ci95"] for row in result["by_k"]), strict=True)
+            colour = colours[number % 7]
+            text = f"{label}: {name}@k".removeprefix(": ")
+            axes.plot(ks, middle, style, marker=marker, markersize=4, color=colour, label=text)
+            axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
+    most = max(len(result["by_k"]) for result in results.values())
+    axes.set_xscale("log", base=2)
+    ticks = [2**i for i in range(most.bit_length())]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set(xlabel="k, samples a problem", ylabel="share of problems", ylim=(-0.02, 1.02))
+    axes.grid(color="0.9")
+    axes.legend(fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=130)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def compare(samples: list[Sample], grader: str) -> str:
+    """Where our grades differ from those that the file stores; empty if it stores none."""
+    graded = [s for s in samples if s.stored is not None]
+    total = sum(len(s.stored) for s in graded)
+    lines = [
+        f"  {s.source}, completion {i}: answer {s.answer!r}, given {p!r}: stored {was}, {grader} {now}"
+        for s in graded
+        for i, (p, was, now) in enumerate(zip(s.pred, s.stored, s.grades, strict=True))
+        if was != now
+    ]
+    if not graded:
+        return ""
+    head = f"{grader} agrees with the stored grades on {total - len(lines):,} of {total:,} answers"
+    more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join([head, *lines[:SHOWN], *more]) + "\n"
+
+
+def main() -> None:
+    cfg = config.load(Config, prog="eval_math.py")
+    samples, grader = load_graded(cfg)
+    result = evaluate(samples, cfg.k) | {"grades": grader}
+    if cfg.marker:
+        result["marker"] = sum(cfg.marker in c for s in samples for c in s.completions) / result["samples"]
+    if cfg.details:
+        lines = [json.dumps({**_plain(s), "pred": s.pred, "grades": s.grades}) + "\n" for s in samples]
+        write_whole(cfg.details, "".join(lines))
+    if cfg.plot:
+        draw({"": result}, cfg.plot)
+    if cfg.out:
+        write_whole(cfg.out, json.dumps(result | {"file": cfg.samples}, indent=1) + "\n")
+    print(f"{cfg.samples}, grades: {grader}\n{compare(samples, grader) if grader != 'stored' else ''}{table(result)}")
+    if cfg.marker:
+        print(f"marker {cfg.marker!r}: in {result['marker']:.1%} of completions")
+    short = {name: result[name] for name in ("n", "k", "maj", "pass", "pass_at_1")}
+    print(json.dumps(short))
+
+
+def _plain(s: Sample) -> dict:
+    """A sample's record in our own form, whatever form it came in."""
+    if "prompt" in s.record and "completions" in s.record:
+        return s.record
+    return {"prompt": s.prompt, "answer": s.answer, **s.kind, "completions": s.completions}
+
+
+if __name__ == "__main__":
+    run(main, alone=True)

@@ -1,0 +1,111 @@
+"""The batch plan as a function of numbers, tokenization and the length policy."""
+
+import numpy as np
+import pytest
+
+from base.errors import UserError
+from data import Example
+from data.packing import BatchPlan, Encoded, encode, epoch_order, micro_batches, pack, plan_once, plan_step
+from data.tokenizer import get
+
+
+def items_of(lengths: list[int], group: int = 1) -> list[Encoded]:
+    return [Encoded(np.zeros(n, np.int32), [np.zeros(1, np.int32)], i, i // group) for i, n in enumerate(lengths)]
+
+
+def flat(step) -> list[int]:
+    return sorted(i for rank in step for micro in rank for row in micro for i in row)
+
+
+def test_a_step_depends_on_seed_and_number_alone():
+    lengths = np.random.default_rng(0).integers(5, 60, 50).tolist()
+    plans = [
+        BatchPlan(items_of(lengths), 8, 3, row_len=row_len, micro_tokens=micro, world=world)
+        for row_len, micro, world in [(0, 4096, 1), (0, 100, 2), (64, 128, 4), (128, 1, 3)]
+    ]
+    for step in range(14):  # two epochs of seven steps
+        assert len({tuple(flat(p[step])) for p in plans}) == 1
+        assert flat(plans[0][step]) == sorted(plans[0].examples(step))
+    epoch = [i for step in range(7) for i in plans[0].examples(step)]
+    assert sorted(epoch) == list(range(50)) and plans[0].steps_per_epoch == 7
+    assert epoch != [i for step in range(7, 14) for i in plans[0].examples(step)], "the second epoch has another order"
+    assert epoch != epoch_order(list(range(50)), 4, 0), "another seed has another order"
+
+
+def test_every_rank_gets_as_many_forwards_and_a_fair_share():
+    lengths = np.random.default_rng(1).integers(5, 60, 33).tolist()
+    step = plan_step(list(range(33)), lengths, 0, 128, 64, world=4)
+    assert len({len(rank) for rank in step}) == 1
+    loads = [sum(lengths[i] for micro in rank for row in micro for i in row) for rank in step]
+    assert max(loads) - min(loads) <= 60
+    assert plan_step([5], lengths, 0, 128, 64, world=2)[1] == [[]], "a rank without work has an empty forward"
+
+
+def test_packing_fills_rows_and_never_overfills():
+    lengths = [*np.random.default_rng(2).integers(5, 60, 200).tolist(), 100]
+    rows = pack(list(range(201)), lengths, 64)
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert sums[0] == 100 and max(sums[1:]) <= 64, "only an example longer than the row may pass it"
+    assert sum(sums) / (64 * len(rows)) > 0.9
+    assert sorted(i for row in rows for i in row) == list(range(201))
+
+
+def test_micro_batches_respect_their_size_and_their_padding():
+    lengths = [50, 49, 48, 20, 20, 19, 5]
+    rows = [[i] for i in range(7)]
+    assert micro_batches(rows, lengths, 10_000, 10_000) == [rows]
+    assert micro_batches(rows, lengths, 1, 0) == [[row] for row in rows]
+    assert [len(m) for m in micro_batches(rows, lengths, 110, 10_000)] == [2, 2, 3]
+    assert [len(m) for m in micro_batches(rows, lengths, 10_000, 3)] == [3, 3, 1]
+
+
+def test_an_epoch_draws_some_of_every_group():
+    groups = [i // 3 for i in range(30)]
+    first, second = (epoch_order(groups, 0, epoch, per_group=1) for epoch in (0, 1))
+    assert sorted(groups[i] for i in first) == list(range(10)) and sorted(first) != sorted(second)
+    assert len(epoch_order(groups, 0, 0, per_group=2)) == 20 and len(epoch_order(groups, 0, 0)) == 30
+
+
+def test_plan_once_has_everything_once():
+    items = items_of([9, 3, 7, 30, 2])
+    alone = plan_once(items, 12)[0]
+    seen = [i for rows in alone for row in rows for i in row]
+    assert sorted(seen) == [0, 1, 2, 3, 4] and seen[0] == 3
+    for world in (2, 3, 7):
+        ranks = plan_once(items, 12, world=world)
+        assert len(ranks) == world and len({len(micros) for micros in ranks}) == 1
+        turns = [rows for turn in zip(*ranks, strict=True) for rows in turn if rows]
+        assert turns == alone, "the micro-batches do not depend on the number of processes"
+
+
+def test_length_policies():
+    toy = get("toy")
+    words = " the red scarf"
+    n = len(toy.encode(words))
+    short, long = Example(words, (words,), source="f:1"), Example(words * 5, (words,), source="f:2")
+    kept, report = encode([short, long], toy, 3 * n, "drop")
+    assert [i.number for i in kept] == [0] and report.dropped == 1 and "1 dropped" in str(report)
+    kept, report = encode([short, long], toy, 3 * n, "left")
+    assert report.cut == 1 and report.cut_tokens == 6 * n + 1 - 3 * n
+    assert kept[1].longest == 3 * n and kept[1].completions[0].tolist() == [*toy.encode(words), toy.eot]
+    assert kept[1].prompt.tolist() == toy.encode(words * 5)[-(2 * n - 1) :], "the prompt's start is cut, not its end"
+    with pytest.raises(UserError, match=r"f:1: a completion of 4 tokens does not fit max_len 4"):
+        encode([short], toy, n + 1, "left")
+    with pytest.raises(UserError, match=r"no example is left of 2.*2 dropped"):
+        encode([short, long], toy, n + 1, "drop")
+
+
+def test_empty_prompt_and_empty_completion():
+    toy = get("toy")
+    (item,), _ = encode([Example("", (" the",), source="f:1")], toy, 10, "drop")
+    assert item.prompt.tolist() == [toy.eot]
+    with pytest.raises(UserError, match="f:3: an empty completion"):
+        encode([Example(" the", ("",), source="f:3")], toy, 10, "drop")
+    (item,), _ = encode([Example(" the", (" red",), label=0)], toy, 10, "drop", end=False)
+    assert item.completions[0].tolist() == toy.encode(" red")
+
+
+def test_pairs_that_are_the_same_tokens_are_dropped_and_counted():
+    pairs = [Example(" the", (" red", " red")), Example(" the", (" red", " old"))]
+    kept, report = encode(pairs, get("toy"), 10, "drop")
+    assert len(kept) == 1 and report.identical == 1 and "same tokens" in str(report)
