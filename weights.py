@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -199,9 +200,9 @@ def _ours(tensors: Iterator[tuple[Path, str, Tensor]], model: LanguageModel) -> 
     path = None
     for path, theirs, tensor in tensors:
         short = theirs.removeprefix(prefix)
-        if model.IGNORED.fullmatch(short):
+        if re.fullmatch(model.IGNORED, short):
             continue
-        copy = short == head and head not in ours
+        copy = short == head.removeprefix(prefix) and short not in ours
         name = embedding if copy else ours.get(short)
         if name is None:
             raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer {model.config.model_type}'s")
