@@ -18,7 +18,9 @@ import losses
 import weights
 from base.errors import UserError, run, warn
 from data import RECIPES
-from data.packing import BatchPlan, Encoded, collate, data_hash, describe, epoch_order, load_encoded, plan_once
+from data.batch import collate
+from data.encode import Encoded, data_hash, load_encoded
+from data.plan import BatchPlan, describe, epoch_order, plan_once
 from data.tokenizer import choose
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from model import as_started

@@ -19,7 +19,9 @@ import losses
 from base.errors import UserError, run
 from base.files import write_whole
 from data import Example, load
-from data.packing import Encoded, collate, encode, plan_once
+from data.batch import collate
+from data.encode import Encoded, encode
+from data.plan import plan_once
 from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key

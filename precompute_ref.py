@@ -16,7 +16,9 @@ import weights
 from base.errors import UserError, run
 from base.files import safetensors_bytes, write_whole
 from data import RECIPES
-from data.packing import Encoded, collate, data_hash, load_encoded, plan_once
+from data.batch import collate
+from data.encode import Encoded, data_hash, load_encoded
+from data.plan import plan_once
 from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.config import REQUIRED, key

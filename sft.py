@@ -14,7 +14,9 @@ import torch
 import losses
 from base.errors import run
 from data import RECIPES
-from data.packing import BatchPlan, Encoded, collate, data_hash, describe, load_encoded, plan_once
+from data.batch import collate
+from data.encode import Encoded, data_hash, load_encoded
+from data.plan import BatchPlan, describe, plan_once
 from data.tokenizer import choose
 from runtime import config, distributed, optim
 from runtime.keys import TrainKeys

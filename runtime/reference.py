@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from base.errors import UserError, warn
-from data.packing import Encoded, data_hash
+from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
 

@@ -13,7 +13,8 @@ import precompute_ref
 import sft
 import weights
 from data import load
-from data.packing import encode, epoch_order
+from data.encode import encode
+from data.plan import epoch_order
 from data.tokenizer import get
 from data.toy import VOCAB
 from tests import peers
