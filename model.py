@@ -1,6 +1,6 @@
 """GPT-2, written out. The one question that every stage asks of it: which log-probability do these tokens have?
 
-`GPT.forward(batch)` answers for rows that hold a prompt once and its completions behind it (data/packing.py makes them):
+`GPT.forward(batch)` answers for rows that hold a prompt once and its completions behind it (data/batch.py makes them):
 
     [prompt | completion 1 | completion 2 | …]      a completion sees the prompt and itself, never a sibling
 

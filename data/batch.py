@@ -4,6 +4,8 @@
     branch      0  0  1  1  2       0 = prompt
     positions   0  1  2  3  2       each branch goes on from the prompt's end
     predicts       c  d  e  g       `b` predicts the first token of both branches: `c` and `f`
+
+A row may hold several such examples, one behind the other; tokens of different examples do not see each other.
 """
 
 from dataclasses import dataclass, replace

@@ -82,9 +82,8 @@ def encode(
         completions = [next(flat) for _ in example.completions]
         if not all(completions):
             raise UserError(f"{example.source}: an empty completion: every completion needs at least one token")
-        if end:
-            ends = [eot if isinstance(text, str) else [] for text in example.completions]
-            completions = [ids + more for ids, more in zip(completions, ends, strict=True)]
+        if end and isinstance(example.completions[0], str):
+            completions = [ids + eot for ids in completions]
         prompt, longest = prompt or eot, max(map(len, completions))
         over = max(0, len(prompt) + longest - max_len)
         if example.label is None and len(completions) == 2 and completions[0] == completions[1]:

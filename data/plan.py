@@ -80,28 +80,9 @@ def micro_batches(rows: Rows, lengths: list[int], micro_tokens: int, spare_paddi
     return out
 
 
-def plan_step(
-    step: list[int], lengths: list[int], row_len: int, micro_tokens: int, spare_padding: int, world: int = 1
-) -> list[list[Rows]]:
-    """One optimizer step for every rank: [rank][micro-batch][row][example].
-
-    Rows go, longest first, to the rank with the fewest tokens. Ranks with fewer micro-batches get empty ones at the end, so
-    that all ranks run the same number of forwards.
-    """
-    shares: list[Rows] = [[] for _ in range(world)]
-    load = [0] * world
-    for row in pack(step, lengths, row_len):
-        rank = load.index(min(load))
-        shares[rank].append(row)
-        load[rank] += sum(lengths[i] for i in row)
-    ranks = [micro_batches(rows, lengths, micro_tokens, spare_padding) for rows in shares]
-    most = max(map(len, ranks))
-    return [micros + [[]] * (most - len(micros)) for micros in ranks]
-
-
 @dataclass
 class BatchPlan:
-    """The steps of a run: `plan[step]` is the step's [rank][micro-batch][row][example]. Epochs follow each other."""
+    """The steps of a run, numbered from 0 through all epochs: `plan[step]` is [rank][micro-batch][row][example]."""
 
     items: InitVar[list[Encoded]]
     batch_size: int  # examples a step, over all ranks
@@ -121,12 +102,22 @@ class BatchPlan:
         self.steps_per_epoch = -(-self.examples_per_epoch // self.batch_size)
 
     def examples(self, step: int) -> list[int]:
-        """The examples of a step, over all ranks. Steps are numbered from 0 through all epochs."""
+        """The examples of a step, over all ranks."""
         epoch, at = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> list[list[Rows]]:
-        return plan_step(self.examples(step), self.lengths, self.row_len, self.micro_tokens, self.spare_padding, self.world)
+        """Rows go, longest first, to the rank with the fewest tokens. Ranks with fewer micro-batches get empty ones at the
+        end, so that all ranks run the same number of forwards."""
+        shares: list[Rows] = [[] for _ in range(self.world)]
+        tokens = [0] * self.world
+        for row in pack(self.examples(step), self.lengths, self.row_len):
+            rank = tokens.index(min(tokens))
+            shares[rank].append(row)
+            tokens[rank] += sum(self.lengths[i] for i in row)
+        ranks = [micro_batches(rows, self.lengths, self.micro_tokens, self.spare_padding) for rows in shares]
+        most = max(map(len, ranks))
+        return [micros + [[]] * (most - len(micros)) for micros in ranks]
 
 
 def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64, world: int = 1) -> list[list[Rows]]:

@@ -6,7 +6,7 @@ import pytest
 from base.errors import UserError
 from data import Example
 from data.encode import Encoded, encode
-from data.plan import BatchPlan, epoch_order, micro_batches, pack, plan_once, plan_step
+from data.plan import BatchPlan, epoch_order, micro_batches, pack, plan_once
 from data.tokenizer import get
 
 
@@ -35,11 +35,11 @@ def test_a_step_depends_on_seed_and_number_alone():
 
 def test_every_rank_gets_as_many_forwards_and_a_fair_share():
     lengths = np.random.default_rng(1).integers(5, 60, 33).tolist()
-    step = plan_step(list(range(33)), lengths, 0, 128, 64, world=4)
+    step = BatchPlan(items_of(lengths), 33, 0, micro_tokens=128, spare_padding=64, world=4)[0]
     assert len({len(rank) for rank in step}) == 1
     loads = [sum(lengths[i] for micro in rank for row in micro for i in row) for rank in step]
     assert max(loads) - min(loads) <= 60
-    assert plan_step([5], lengths, 0, 128, 64, world=2)[1] == [[]], "a rank without work has an empty forward"
+    assert BatchPlan(items_of([5]), 1, 0, world=2)[0] == [[[[0]]], [[]]], "a rank without work has an empty forward"
 
 
 def test_packing_fills_rows_and_never_overfills():
