@@ -201,70 +201,36 @@ def test_real_instructions():
 
 # --- what is wrong with an entry -------------------------------------------------------------------------------------------
 
+ENTRIES = {  # recipe -> a file of it, and an entry that is right
+    "hellaswag": ("hellaswag_train.jsonl", ENDINGS),
+    "hh": ("harmless-base/train.jsonl", {"chosen": dialogue(1, " a"), "rejected": dialogue(1, " b")}),
+    "human_labels:sentiment": ("sentiment/offline_5k.json", labelled(0)),
+    "alpaca": (alpaca.FILE, instruction(0)),
+}
+
 
 @pytest.mark.parametrize(
-    ("recipe", "name", "entry", "message"),
+    ("recipe", "change", "message"),
     [
-        ("hellaswag", "hellaswag_train.jsonl", {**ENDINGS, "label": 4}, "label 4 is out of range: there are 4"),
-        ("hellaswag", "hellaswag_train.jsonl", {**ENDINGS, "label": ""}, "the field 'label' must be a whole number, not ''"),
-        (
-            "hellaswag",
-            "hellaswag_train.jsonl",
-            {**ENDINGS, "endings": ["a", "b", "c"]},
-            "'endings' must be a list of four texts",
-        ),
-        ("hellaswag", "hellaswag_train.jsonl", {**ENDINGS, "endings": [*"abc", " "]}, "'endings' must be a list of four texts"),
-        ("hellaswag", "hellaswag_train.jsonl", {**ENDINGS, "ctx_b": None}, "'ctx_b' must be text"),
-        ("hh", "harmless-base/train.jsonl", {"chosen": "\n\nAssistant: a"}, "the field 'rejected' is missing"),
-        ("hh", "harmless-base/train.jsonl", {"chosen": "Assistant: a", "rejected": "b"}, "turn in 'chosen': not a dialogue"),
-        ("human_labels:sentiment", "sentiment/offline_5k.json", labelled(1, best=4), "best 4 is out of range: there are 4"),
-        (
-            "human_labels:sentiment",
-            "sentiment/offline_5k.json",
-            labelled(1, best=None),
-            "'best' must be a whole number, not None",
-        ),
-        (
-            "human_labels:sentiment",
-            "sentiment/offline_5k.json",
-            labelled(1, query=[464, 50257]),
-            "'query' holds 50257, which is",
-        ),
-        (
-            "human_labels:sentiment",
-            "sentiment/offline_5k.json",
-            labelled(1, query=[5, 50259, 5]),
-            "'query' holds 50259, which is",
-        ),
-        (
-            "human_labels:sentiment",
-            "sentiment/offline_5k.json",
-            labelled(1, sample2=[-1]),
-            "'sample2' holds -1, which is no token",
-        ),
-        (
-            "human_labels:sentiment",
-            "sentiment/offline_5k.json",
-            labelled(1, sample1=[True]),
-            "'sample1' holds True, which is no",
-        ),
-        (
-            "human_labels:sentiment",
-            "sentiment/offline_5k.json",
-            labelled(1, sample1=[3, 4.5]),
-            "'sample1' holds 4.5, which is no",
-        ),
-        ("human_labels:sentiment", "sentiment/offline_5k.json", labelled(1, sample1=[]), "'sample1' is empty"),
-        ("human_labels:sentiment", "sentiment/offline_5k.json", labelled(1, sample3="text"), "'sample3' must be a list"),
-        ("alpaca", alpaca.FILE, {"instruction": "a", "output": "b"}, "the field 'input' is missing"),
-        ("alpaca", alpaca.FILE, instruction(1, output=3), "the field 'output' must be text, not 3"),
-        ("alpaca", alpaca.FILE, instruction(1, instruction=" "), "the field 'instruction' is empty"),
+        ("hellaswag", {"label": 4}, "label 4 is out of range: there are 4"),
+        ("hellaswag", {"label": ""}, "the field 'label' must be a whole number, not ''"),
+        ("hellaswag", {"endings": ["a", "b", "c", " "]}, "'endings' must be a list of four texts"),
+        ("hellaswag", {"ctx_b": None}, "'ctx_b' must be text"),
+        ("hh", {"rejected": 1}, "the field 'rejected' must be text"),
+        ("hh", {"chosen": "Assistant: a"}, "turn in 'chosen': not a dialogue"),
+        ("human_labels:sentiment", {"best": 4}, "best 4 is out of range: there are 4"),
+        ("human_labels:sentiment", {"query": [464, 50257]}, "'query' holds 50257, which is no token id"),
+        ("human_labels:sentiment", {"query": [464, 50259, 464]}, "'query' holds 50259, which is no token id"),
+        ("human_labels:sentiment", {"sample1": [True]}, "'sample1' holds True, which is no token id"),
+        ("human_labels:sentiment", {"sample1": []}, "'sample1' is empty"),
+        ("human_labels:sentiment", {"sample3": "text"}, "'sample3' must be a list"),
+        ("alpaca", {"output": 3}, "the field 'output' must be text, not 3"),
+        ("alpaca", {"instruction": " "}, "the field 'instruction' is empty"),
     ],
 )
-def test_bad_entries_name_file_and_line(tmp_path, recipe, name, entry, message):
-    good = {"hellaswag": ENDINGS, "alpaca": instruction(0), "human_labels:sentiment": labelled(0)}
-    first = good.get(recipe, {"chosen": dialogue(1, " a"), "rejected": dialogue(1, " b")})
-    path = write(tmp_path / name, first, entry)
+def test_bad_entries_name_file_and_line(tmp_path, recipe, change, message):
+    name, right = ENTRIES[recipe]
+    path = write(tmp_path / name, right, {**right, **change})
     with pytest.raises(UserError) as error:
-        data.load(recipe, "train", "preference" if recipe != "alpaca" else "sft", data_dir=str(tmp_path))
+        data.load(recipe, "train", "sft", data_dir=str(tmp_path))
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
