@@ -1,6 +1,14 @@
 """Text in, examples out: `load` takes a recipe's name or a file and gives a list of `Example` (data/examples.py).
 
-A recipe is a file here with `load(split, view, data_dir="", limit=0) -> list[Example]`, and a line in `RECIPES`.
+A recipe is one file in this folder and one line in `RECIPES`. The file has
+
+    load(split, view, data_dir="", limit=0) -> list[Example]
+
+split       "train", "val" or "test"; the training stages validate on "val"
+view        "sft": one completion; "preference": chosen and rejected; "mcq" and "loglik": the options and a label. For a view
+            that the data cannot give, raise UserError; `only_text_views` does it for data without options
+data_dir    a folder with the data set's files (`local` finds them); "" = download them with `base.download.fetch`
+limit       above 0: only the first so many problems
 """
 
 import difflib

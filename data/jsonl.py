@@ -1,4 +1,4 @@
-"""Reading JSON files: one object a line, or one list of objects; plain or gzipped. And reading fields out of an object."""
+"""Reading JSON files: one object a line, or, unless named .jsonl, one list of objects; plain or gzipped. And reading fields."""
 
 import gzip
 import itertools
@@ -26,7 +26,8 @@ def read(path: str | Path, limit: int = 0) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            is_list = file.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+            begins_list = file.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+            is_list = begins_list and not path.name.endswith((".jsonl", ".jsonl.gz"))
             found = (_entries if is_list else _lines)(path, file)
             for where, record in itertools.islice(found, limit or None):
                 if not isinstance(record, dict):
@@ -45,7 +46,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
 
 
 def _entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
-    """The entries of a list, one by one: as Python objects, the whole list may be 50 times the size of its text."""
+    """The entries of a list, one by one: the whole list as Python objects would take far more memory than its text."""
     text = _parsed(lambda content: content.decode("utf-8-sig"), str(path), file.read())
     at = re.compile(r"\s*\[\s*").match(text).end()
     for number in itertools.count(1) if text[at : at + 1] != "]" else ():

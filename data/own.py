@@ -1,4 +1,4 @@
-"""Your own files: one JSON object a line, or one list of them, plain or .gz.
+"""Your own files: one JSON object a line (in a .json file: or one list of them), plain or .gz.
 
     sft          {"prompt", "completion"}, or a preference file, whose "chosen" is taken
     preference   {"prompt", "chosen", "rejected"}

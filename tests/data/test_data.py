@@ -81,10 +81,18 @@ def test_bad_files_name_file_and_line(tmp_path, view, content, message):
 
 
 def test_missing_and_damaged_files(tmp_path):
+    assert data.load(str(write(tmp_path / "lines.json", {"prompt": "P", "completion": "C"})), "train", "sft"), "no list: lines"
+    listed = write(tmp_path / "listed.jsonl", '["prompt"]')
     cut, plain = tmp_path / "cut.jsonl.gz", tmp_path / "plain.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 1000)[:-20])
     plain.write_text("{}")
-    for path, message in [(tmp_path / "none.jsonl", "no such file"), (tmp_path, "not a file"), (cut, "gzip"), (plain, "gzip")]:
+    for path, message in [
+        (tmp_path / "none.jsonl", "no such file"),
+        (tmp_path, "not a file"),
+        (cut, "gzip"),
+        (plain, "gzip"),
+        (listed, ":1: a list where"),
+    ]:
         with pytest.raises(UserError, match=message):
             data.load(str(path), "train", "sft")
 
