@@ -7,11 +7,10 @@ import pytest
 
 import data
 from base.errors import UserError
-from tests.conftest import SHARED as FOLDER
-from tests.conftest import flags
+from tests.conftest import SHARED, flags
 from tests.data.published import hh_folder, labels_folder, write
 
-SHARED = FOLDER / "data"
+REAL = SHARED / "data"
 
 
 def texts(examples: list[data.Example]) -> list[tuple]:
@@ -97,12 +96,13 @@ def test_missing_and_damaged_files(tmp_path):
             data.load(str(path), "train", "sft")
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
 def test_real_files_of_published_data_are_known_by_their_fields():
-    assert len(data.load(str(SHARED / "hellaswag_val.jsonl.gz"), "val", "mcq")) == 8042
-    pairs = data.load(str(SHARED / "hh_harmless_base_test.jsonl.gz"), "train", "preference")
+    assert len(data.load(str(REAL / "hellaswag_val.jsonl.gz"), "val", "mcq")) == 8042
+    pairs = data.load(str(REAL / "hh_harmless_base_test.jsonl.gz"), "train", "preference")
     assert len(pairs) > 1700 and all(p.prompt.endswith("\n\nAssistant:") for p in pairs)
-    pairs = data.load(str(SHARED / "instruction_preference.jsonl.gz"), "train", "preference")
+    assert len(data.load(str(REAL / "instruction_data.jsonl.gz"), "train", "sft")) == 900
+    pairs = data.load(str(REAL / "instruction_preference.jsonl.gz"), "train", "preference")
     assert len(pairs) == 900 and "### Instruction:" in pairs[0].prompt and pairs[0].completions[0] != pairs[0].completions[1]
 
 

@@ -12,7 +12,6 @@ from data import alpaca, hellaswag, hh
 from data.encode import encode, load_encoded
 from data.examples import Example, local, only_text_views, report
 from data.tokenizer import get
-from tests.conftest import SHARED
 from tests.data.published import (
     ENDINGS,
     EOT,
@@ -26,8 +25,6 @@ from tests.data.published import (
 )
 
 SPLITS = ("train", "val", "test")
-REAL = SHARED / "data"
-needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
 
 
 def every_split(recipe: str, view: str, folder) -> list[list[data.Example]]:
@@ -133,17 +130,6 @@ def test_hh_takes_the_files_that_a_folder_has(tmp_path):
             data.load("hh", "train", "preference", data_dir=str(folder / missing))
 
 
-@needs_real
-def test_real_hh(tmp_path):
-    (tmp_path / "harmless-base").mkdir()
-    for split in ("train", "test"):
-        shutil.copy(REAL / "hh_harmless_base_test.jsonl.gz", tmp_path / "harmless-base" / f"{split}.jsonl.gz")
-    train, val, test = every_split("hh", "preference", tmp_path)
-    assert len(train) + len(val) == len(test) > 1500 and len(val) >= len(test) // 10
-    assert not {e.prompt for e in train} & {e.prompt for e in val}
-    assert all(len(e.prompt + c) <= 1280 for e in test for c in e.completions)
-
-
 # --- human labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,12 +177,6 @@ def test_alpaca_splits_by_hash_and_uses_its_prompt(tmp_path, capsys):
     turned = data.load("alpaca", "val", "sft", data_dir=str(path))
     assert {e.prompt for e in turned} == {e.prompt for e in splits[1]}, "in any order and form, an entry stays in its split"
     assert len(data.load(str(path), "train", "sft")) == 149, "named as a file it is taken whole"
-
-
-@needs_real
-def test_real_instructions():
-    counts = [*map(len, every_split("alpaca", "sft", REAL / "instruction_data.jsonl.gz"))]
-    assert sum(counts) == 900 and counts[0] > 700 and counts[1] > 20 and counts[2] > 60
 
 
 # --- what is wrong with an entry -------------------------------------------------------------------------------------------
