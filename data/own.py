@@ -12,7 +12,8 @@ from data import alpaca, hellaswag, hh
 from data.examples import Example, move_space, report
 from data.jsonl import completion, get, index, read
 
-PUBLISHED = (hellaswag, alpaca, hh)  # each has is_record(record), examples(record, view, group, where), and DROPPED, a reason
+# Each has is_record(record) and examples(record, view, group, where); DROPPED says why examples() may give none.
+PUBLISHED = (hellaswag, alpaca, hh)
 
 
 def examples(record: dict, view: str, where: str) -> list[Example]:
