@@ -16,7 +16,8 @@ from pathlib import Path
 
 from base.download import cache_dir, fetch
 from base.errors import UserError
-from data import Example, toy_math
+from data import toy_math
+from data.examples import Example
 from data.jsonl import get, read
 
 NAMES = ("gsm8k", "math", "toy_math")

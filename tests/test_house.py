@@ -40,7 +40,8 @@ def imports(path: str, files: set[str]) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are written in full"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            members = {f"{node.module}.{alias.name}" for alias in node.names}  # submodules, or names in the module
+            names |= {member if file_of(member, files) else node.module for member in members}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
             names.add(node.value)  # "data.toy" in data's table of recipes
     if path == "weights.py":
