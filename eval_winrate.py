@@ -171,7 +171,8 @@ def examples_table(judgements: list[Judgement], items: list[Item], rows: int, se
     lines = ["| | prompt | response | compared with | outcome |", "|---|---|---|---|---|"]
     for j in sorted(random.Random(seed).sample(first, min(rows, len(first))), key=lambda j: j.number):
         item, outcome = items[j.number], "failed" if j.outcome is None else j.outcome
-        texts = (str(j.number), item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL], str(outcome))
+        outcome = str(outcome).removesuffix(".0")
+        texts = (str(j.number), item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL], outcome)
         cells = (html.escape(text.strip()).replace("|", "&#124;") for text in texts)
         lines.append("| " + " | ".join("<br>".join(cell.splitlines()) for cell in cells) + " |")
     return "\n".join(lines) + "\n"

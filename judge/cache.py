@@ -36,7 +36,8 @@ class Cache:
         for line in content.splitlines():
             try:
                 record = json.loads(line)
-                self.found[record.pop("key")] = Reply(**record)
+                asked = record.pop("key")
+                self.found[asked] = Reply(**record)
             except (ValueError, TypeError, KeyError, AttributeError):
                 damaged += 1
         if damaged and not self.found:
