@@ -80,10 +80,6 @@ class NoAnswer(Exception):
         self.wait, self.paid = wait, paid
 
 
-class Stopped(Exception):
-    """Another thread met an error that ends the evaluation."""
-
-
 class Judge:
     """A model behind an address, asked by several threads at once.
 
@@ -198,12 +194,12 @@ class Judge:
     def _call(self, body: dict) -> Reply:
         """Send a request until it is answered, `tries` times at most, with growing, scattered waits between.
 
-        Raises NoAnswer if all tries are used up, UserError if no try can help, Stopped if another thread ended the work.
+        Raises NoAnswer if all tries are used up or another thread ended the evaluation, UserError if no try can help.
         """
         wait, problem = 0.0, None
         for tried in range(self.cfg.tries):
             if self.stop.wait(wait):
-                raise Stopped
+                raise NoAnswer("the evaluation was stopped")
             self._count_call()
             try:
                 reply = self._send(body)

@@ -226,25 +226,24 @@ def test_addresses():
 
 
 def test_which_key_is_sent_where(monkeypatch, capsys):
-    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, url, named, says in (
-        ("SECRET", "https://h/v1", True, "no environment variable of that name"),
-        ("OPENAI_API_KEY", address("openai"), False, "environment variable OPENAI_API_KEY: not set"),
-        ("GEMINI_API_KEY", address("gemini"), False, "environment variable GEMINI_API_KEY: not set"),
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+
+    def sent(url: str, variable: str = "OPENAI_API_KEY", named: bool = False) -> str:
+        return api_key(variable, urlsplit(url), named)
+
+    for value, variable, url, named, says in (
+        ("", "SECRET", "https://h/v1", True, "no environment variable of that name"),
+        ("", "OPENAI_API_KEY", address("openai"), False, "environment variable OPENAI_API_KEY: not set"),
+        ("", "GEMINI_API_KEY", address("gemini"), False, "environment variable GEMINI_API_KEY: not set"),
+        ("SECRET\ncd", "OPENAI_API_KEY", "https://h", False, "holds a character that no API key has"),
     ):
+        monkeypatch.setenv("OPENAI_API_KEY", value)
         with pytest.raises(UserError, match=says) as caught:
-            api_key(name, urlsplit(url), named)
+            sent(url, variable, named)
         assert "SECRET" not in str(caught.value)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-ab\ncd")
-    with pytest.raises(UserError, match="holds a char") as caught:
-        api_key("OPENAI_API_KEY", urlsplit("https://h"), False)
-    assert "sk-" not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert api_key("OPENAI_API_KEY", urlsplit("http://gpu.example.com/v1"), named=False) == ""
-    assert "is not sent" in capsys.readouterr().out
-    for url, named in (("http://gpu.example.com", True), ("https://gpu.example.com", False), ("http://127.0.0.1:1", False)):
-        assert api_key("OPENAI_API_KEY", urlsplit(url), named) == KEY
+    assert sent("http://gpu.example.com/v1") == "" and "is not sent" in capsys.readouterr().out
+    assert sent("https://gpu.example.com") == sent("http://127.0.0.1:1") == sent("http://gpu.example.com", named=True) == KEY
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(server, call, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from eval_winrate import Config, parameters_of, read_items, sides_of
 from judge.figures import wilson
 from judge.verdict import read_template
 from runtime import config
-from tests.judge.server import Handler, args, lines, responses  # noqa: F401 (Handler: for the test of docs/recipes.md)
+from tests.judge.server import args, lines, responses
 
 
 def result(folder: Path) -> dict:
@@ -137,78 +137,49 @@ def test_against_another_file_and_a_raw_dialogue(tmp_path):
     assert read_items(str(dialogue), "", 1, 0)[0].others == ("good",)
 
 
-@pytest.mark.parametrize(
-    ("content", "keys", "says"),
-    [
-        ("", {}, "r.jsonl: an empty file"),
-        ('{"prompt": "q", "chosen": "x", "completions": ["y"]}\n{"prompt": "q"}\n', {}, "r.jsonl:2: the field"),
-        ('{"prompt": "q", "completions": ["y"]}', {}, "r.jsonl:1: the field 'chosen' is missing"),
-        ('{"prompt": "q", "completions": ["y"]}', {"against": "output"}, "r.jsonl:1: the field 'output' is missing"),
-        ('{"chosen": "x", "completions": ["y"]}', {}, "r.jsonl:1: the field 'prompt' is missing"),
-        ('{"prompt": "q", "chosen": "x", "completions": []}', {}, "r.jsonl:1: the field 'completions' must be a list of"),
-        ('{"prompt": "q", "chosen": "x", "completions": [3]}', {}, "r.jsonl:1: the field 'completions' must be a list of"),
-        ('{"prompt": "q", "chosen": "x", "completions": "y"}', {}, "r.jsonl:1: the field 'completions' must be a list"),
-        ('{"prompt": "q", "chosen": 7, "completions": ["y"]}', {}, "r.jsonl:1: the field 'chosen' must be text"),
-        ('{"prompt": "q", "chosen": "x", "completions": ["y", "z"]}', {"trials": 3}, "2 completions for 3 trials"),
-        ('{"prompt": "q", "chosen": "x", "completions": ["y"]}', {"against": "two.jsonl"}, "has 1 lines and two.jsonl has 2"),
-        (
-            '{"prompt": "q", "completions": ["y"]}\n{"prompt": "r", "completions": ["y"]}',
-            {"against": "two.jsonl"},
-            "two.jsonl:2: another prompt than at r.jsonl:2",
-        ),
-        ("not json\n", {}, "r.jsonl:1: not JSON"),
-        (None, {}, "r.jsonl: no such file"),
-    ],
-)
-def test_responses_that_do_not_fit(tmp_path, monkeypatch, content, keys, says):
+def test_responses_that_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines(Path("two.jsonl"), {"prompt": "q", "chosen": "x"}, {"prompt": "q", "chosen": "x"})
-    if content is not None:
-        Path("r.jsonl").write_text(content)
-    with pytest.raises(UserError) as caught:
-        read_items("r.jsonl", keys.get("against", ""), keys.get("trials", 1), 0)
-    assert says in str(caught.value)
+    one, two = ({"prompt": p, "chosen": "x", "completions": ["y"]} for p in "qr")
+    for records, against, trials, says in (
+        ([one, {"prompt": "q"}], "", 1, "r.jsonl:2: the field 'chosen' is missing"),
+        ([one], "output", 1, "r.jsonl:1: the field 'output' is missing"),
+        ([{**one, "completions": []}], "", 1, "r.jsonl:1: the field 'completions' must be a list of at least one text"),
+        ([{**one, "completions": [3]}], "", 1, "r.jsonl:1: the field 'completions' must be a list of at least one text"),
+        ([{**one, "completions": ["y", "z"]}], "", 3, "r.jsonl:1: 2 completions for 3 trials"),
+        ([one], "two.jsonl", 1, "r.jsonl has 1 lines and two.jsonl has 2"),
+        ([one, two], "two.jsonl", 1, "two.jsonl:2: another prompt than at r.jsonl:2"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_items(str(lines(Path("r.jsonl"), *records)), against, trials, 0)
+        assert str(caught.value).startswith(says)
 
 
 def test_a_prompt_of_ones_own(server, call, tmp_path):
-    own = tmp_path / "own.txt"
-    own.write_text('Say {"verdict": "A"}.\n{prompt}{response_a}{response_b}{response_a}')
+    own, bad = tmp_path / "own.txt", tmp_path / "bad.txt"
+    own.write_text("Say A.\n{prompt}{response_a}{response_b}{response_a}")
     assert call("eval_winrate", *args(server, responses(tmp_path / "r.jsonl", 2, 1), judge_prompt=own))[0] == 0
     text = server.asked[0][1]["messages"][0]["content"]
-    assert text.startswith('Say {"verdict": "A"}.\n<prompt-') and text.count("</response_a-") == 2
+    assert text.startswith("Say A.\n<prompt-") and text.count("</response_a-") == 2
     assert result(tmp_path)["judge_prompt"] == own.read_text()
-    own.write_text("{prompt} {response_a} {response_c}")
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    says = {"own": "own.txt lacks the placeholder {response_b}", "no": "No such file", "bad": "bad.txt: not UTF-8 text"}
-    for name, words in says.items():
-        with pytest.raises(UserError, match=words):
-            read_template(tmp_path / f"{name}.txt", ("prompt", "response_a", "response_b"))
+    bad.write_bytes(b"\xff\xfe")
+    for path, says in ((own, "own.txt lacks the placeholder {reference}"), (bad, "not UTF-8 text"), (own / "x", "cannot read")):
+        with pytest.raises(UserError, match=says):
+            read_template(path, ("prompt", "reference"))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--judge=", "key judge: empty"),
-        ("--trials 0", "key trials: 0 is too small"),
-        ("--timeout 0", "key timeout: 0.0 must be above 0"),
-        ("--price_in nan", "key price_in: nan"),
+def test_keys_that_do_not_go_together():
+    given = ["--responses", "r", "--judge", "j", "--judge_model", "m", "--out", "o.json"]
+    for words, says in (
         ("--mode score --both_orders", "key both_orders"),
-        ("--mode pairwize", "is not one of pairwise, score"),
-        ("--out r", "key out: r is also the file of key responses"),
-        ("--details o.json", "key details: o.json is also the file of key out"),
+        ("--details r", "key details: r is also the file of key responses"),
         ("--cache o.json", "key cache: o.json is also the file of key out"),
-        ("--out /", "key out"),
-    ],
-)
-def test_keys_that_do_not_fit(words, says):
-    given = {"--responses": "r", "--judge": "j", "--judge_model": "m", "--out": "o.json"}
-    rest = [word for name, value in given.items() if f"{name}" not in words for word in (name, value)]
-    with pytest.raises(UserError) as caught:
-        config.load(Config, [*rest, *words.split()])
-    assert says in str(caught.value)
+    ):
+        with pytest.raises(UserError, match=says):
+            config.load(Config, [*given, *words.split()])
 
 
 def test_the_reward_has_a_script_of_its_own(refused):
