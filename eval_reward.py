@@ -17,13 +17,13 @@ from torch import Tensor
 
 from base.errors import UserError, run, warn
 from base.files import write_whole
-from data.packing import Encoded, data_hash, load_encoded
+from data.encode import Encoded, data_hash, load_encoded
 from data.tokenizer import choose
-from precompute_ref import reference_logps
 from runtime import config, distributed, reference
+from runtime.build import build_model
 from runtime.config import REQUIRED, key
 from runtime.keys import ModelKeys
-from runtime.run import build_model, context
+from runtime.score import score
 
 
 @dataclass
@@ -52,6 +52,22 @@ class Config:
     def check(self) -> None:
         if bool(self.ref) == bool(self.ref_model):
             raise UserError("key ref: the reward needs a reference: give either --ref FILE.safetensors or --ref_model DIR")
+
+
+def load_model(name: str, max_len: int, tokenizer, compute):
+    """A model or adapter. UserError if its context is shorter than `max_len` tokens."""
+    model = build_model(ModelKeys(init_from=name), tokenizer, compute)
+    if max_len > model.config.block_size:
+        raise UserError(f"key max_len: {max_len} tokens are more than the context of {name}, {model.config.block_size} tokens")
+    return model
+
+
+def log_probs(name: str, model, items: list[Encoded], cfg: Config, compute) -> Tensor:
+    """log p(completion | prompt) of chosen and rejected, (pairs, 2) float32, in nats. UserError if one is not finite."""
+    found = torch.stack(score(model, items, compute, cfg.micro_tokens, "log-probs"))
+    if not found.isfinite().all():
+        raise UserError(f"{name}: its log-probs are not finite: its weights are damaged")
+    return found
 
 
 def stored_reference(path: str, items: list[Encoded]) -> Tensor:
@@ -94,18 +110,16 @@ def main() -> None:
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
     tokenizer = choose(cfg.tokenizer, cfg.model)
-    model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
-    max_len = context(cfg.max_len, model)
+    model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
+    max_len = cfg.max_len or model.config.block_size
     policy = {"data_dir": cfg.data_dir, "limit": cfg.limit}
     items = compute.once(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **policy))
     ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
-    logps = reference_logps(model, items, compute, cfg.micro_tokens)
+    logps = log_probs(cfg.model, model, items, cfg, compute)
     size = sum(p.numel() for p in model.parameters())
     if ref is None:
-        del model  # two models need not fit at once
-        model = build_model(ModelKeys(init_from=cfg.ref_model), tokenizer, compute)
-        context(max_len, model)
-        ref = reference_logps(model, items, compute, cfg.micro_tokens)
+        del model  # the two models need not fit into memory together
+        ref = log_probs(cfg.ref_model, load_model(cfg.ref_model, max_len, tokenizer, compute), items, cfg, compute)
 
     result, details = grade(logps, ref, items, cfg.beta)
     if result["equal"] == len(items):

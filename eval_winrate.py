@@ -27,7 +27,6 @@ from judge.cache import open_cache
 from judge.client import Judge, JudgeKeys, Question
 from judge.figures import Judgement, grade_pairwise, grade_score, say
 from judge.verdict import fill, read_template, score, side
-from model import SIZES, GPTConfig
 from runtime import config
 from runtime.config import REQUIRED, key
 
@@ -194,8 +193,8 @@ def detail(j: Judgement, source: str) -> dict:
 
 
 def parameters_of(model: str) -> int:
-    """Parameters of a model or adapter folder or of a known name, a tied head not counted again. No weights are read."""
-    shape = GPTConfig(*SIZES[model]) if model in SIZES else replace(adapters.source(model)[0], tied=True)
+    """Parameters of the model of that name or folder, without an output projection of its own. No weights are read."""
+    shape = replace(adapters.source(model, merge=False).config, tied=True)
     return sum(p.numel() for p in weights.empty(shape).parameters())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing import Encoded
+from data.encode import Encoded
 from eval_reward import grade
 from tests.conftest import dpo_args, flags, metrics, ref_args, script
 
@@ -75,7 +75,7 @@ def test_what_a_user_can_do_wrong(files, call, refused, dpo_run, reference, tmp_
         ({"ref": reference, "beta": 0}, "key beta"),
         ({"ref": reference, "limit": 5}, "does not hold these pairs (it was made from"),
         ({"ref": tmp_path / "no.safetensors"}, "no such file"),
-        ({"ref_model": tmp_path / "no"}, "no such folder"),
+        ({"ref_model": tmp_path / "no"}, "is no folder and no known model"),
         ({"ref_model": "x", "data": files["sft"]}, "sft.jsonl:1"),
     ):
         refused("eval_reward", *reward_args(files, dpo_run, out, **keys), says=says)
