@@ -185,9 +185,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(repos: dict[str, Path], monkeypatch) -> Iterator[Hub]:
-    """A running Hub that HF_ENDPOINT points to; proxies and tokens of the machine are out of the way."""
+    """A running Hub that HF_ENDPOINT points to. The machine's proxies, tokens and downloads of the hub's client do not count."""
     with Hub(repos) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", "/none")
         monkeypatch.setenv("NO_PROXY", "*")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
