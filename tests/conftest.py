@@ -15,8 +15,6 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost
 SHARED = Path(__file__).parents[2] / "shared"
-if (SHARED / "tiktoken").is_dir():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(repos: dict[str, Path], monkeypatch) -> Iterator[Hub]:
-    """A running Hub that HF_ENDPOINT points to. The machine's proxies, tokens and downloads of the hub's client do not count."""
+    """A running Hub that HF_ENDPOINT points to. Proxies, tokens and the hub cache of the machine do not count."""
     with Hub(repos) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_CACHE", "/none")

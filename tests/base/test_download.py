@@ -211,12 +211,12 @@ def test_wrong_content_is_deleted(hub, dest):
 
 def test_disk_that_is_full_or_cannot_be_written(hub, dest, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*file.*NANOPREF_CACHE"):
+    with pytest.raises(UserError, match=r"cannot write .*file.*NANOPREF_CACHE"):
         fetch(plain(hub), tmp_path / "file" / "big.bin")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # the nearest to a full disk that needs no rights
     try:
-        with pytest.raises(UserError, match="cannot write .*big.bin.partial: File too large; make room there"):
+        with pytest.raises(UserError, match=r"cannot write .*big\.bin\.partial: File too large; make room there"):
             fetch(plain(hub), dest)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
