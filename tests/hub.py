@@ -2,7 +2,7 @@
 
 As the real one it answers `/{repo}/resolve/main/{file}`, redirects bare names (`gpt2`) to `openai-community/…`, states
 size and checksum, and sends large files (by their ending) through a redirect to another host, whose ETag is one of its
-own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT`.
+own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT HF_HUB_CACHE=/none`.
 """
 
 import contextlib

@@ -1,6 +1,5 @@
 """Downloads against a local server: resumed, checked, whole or absent, and one plain line for what goes wrong."""
 
-import contextlib
 import email.utils
 import hashlib
 import resource
@@ -80,7 +79,11 @@ def test_a_file_is_fetched_once(hub, dest):
     dest.write_bytes(b"old")
     assert fetch(plain(hub), dest).read_bytes() == b"old"
     assert fetch(plain(hub), dest, sha256=SHA).read_bytes() == CONTENT, "other content than asked for is replaced"
-    assert fetch(plain(hub, "empty.txt"), dest.with_name("empty")).read_bytes() == b""
+    dest.unlink()
+    assert fetch(plain(hub, "empty.txt"), dest).read_bytes() == b""
+    with pytest.raises(UserError, match=f"checksum is not {'0' * 64}"):
+        fetch(plain(hub), dest.with_name("wrong"), sha256="0" * 64)
+    assert left(dest) == ["big.bin"], "wrong content is deleted"
 
 
 def test_cut_is_resumed_within_the_call(hub, dest):
@@ -98,11 +101,9 @@ def test_cut_is_resumed_by_the_next_call(hub, dest, monkeypatch):
     have = cut_once(hub, dest, monkeypatch)
     fetch(plain(hub), dest, sha256=SHA)
     assert hub.requests[-1].status == 206 and hub.requests[-1].headers["Range"] == f"bytes={have - 1}-"
-
-
-def test_partial_file_that_is_whole(hub, dest, monkeypatch):
+    dest.unlink()
     cut_once(hub, dest, monkeypatch)
-    (dest.parent / "big.bin.partial").write_bytes(CONTENT)
+    (dest.parent / "big.bin.partial").write_bytes(CONTENT)  # whole already, but not renamed
     fetch(plain(hub), dest, sha256=SHA)
     assert hub.requests[-1].headers["Range"] == f"bytes={len(CONTENT) - 1}-"
 
@@ -203,12 +204,6 @@ def test_network_that_goes_away_keeps_what_came(hub, dest, monkeypatch):
     assert waits == [0.001, 0.002], "the network may come back"
 
 
-def test_wrong_content_is_deleted(hub, dest):
-    with pytest.raises(UserError, match=f"checksum is not {'0' * 64}"):
-        fetch(plain(hub), dest, sha256="0" * 64)
-    assert left(dest) == []
-
-
 def test_disk_that_is_full_or_cannot_be_written(hub, dest, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file.*NANOPREF_CACHE"):
@@ -238,27 +233,13 @@ def test_processes_and_threads_fetch_one_file_once(hub, dest):
     assert dest.read_bytes() == CONTENT and left(dest) == ["big.bin"] and len(hub.requests) == 1
 
 
-def test_who_waited_downloads_when_the_first_one_fails(hub, dest):
-    hub.fault("files", sleep=0.3, status=404)
-
-    def fail():
-        with contextlib.suppress(NotFound):
-            fetch(plain(hub), dest)
-
-    first = threading.Thread(target=fail)
-    first.start()
-    while not hub.requests:  # until it holds the lock
-        time.sleep(0.01)
-    fetch(plain(hub), dest, sha256=SHA)
-    first.join()
-    assert left(dest) == ["big.bin"] and len(hub.requests) == 2
-
-
 # the hub
 
 
 def test_hub_file(hub, tmp_path):
+    hub.fault("/store/", cut=1_000_000)
     path = hub_file("gpt2", "big.bin")
+    assert [request.status for request in hub.asked("/store/")] == [200, 206], "resumed behind the redirect"
     assert path == tmp_path / "cache/hub/gpt2/big.bin" and path.read_bytes() == CONTENT
     assert hub_file("gpt2", "small.json").read_text() == '{"a": 1}\n'
     asked = len(hub.requests)
@@ -274,12 +255,6 @@ def test_hub_checks_large_files_by_sha256_and_small_ones_by_git_id(hub):
     assert {path.name for path in download.cache_dir().rglob("*") if path.is_file()} == {".lock"}
     hub_file("gpt2", "big.bin")
     hub_file("gpt2", "small.json")
-
-
-def test_hub_resumes_behind_the_redirect(hub):
-    hub.fault("/store/", cut=1_000_000)
-    assert hub_file("gpt2", "big.bin").read_bytes() == CONTENT
-    assert [request.status for request in hub.asked("/store/")] == [200, 206]
 
 
 def test_hub_find(hub, monkeypatch):
