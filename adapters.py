@@ -1,16 +1,15 @@
 """Adapters in and out, in peft's format: a folder with adapter_config.json and adapter_model.safetensors.
 
-What training writes, `PeftModel.from_pretrained` puts on transformers' GPT-2, and what peft writes for that can be used, or
-trained further, here. Our adapters for q, k and v apart become one of three times the rank on the fused c_attn: A stacked, B
-with a block each on its diagonal.
+What training writes, `PeftModel.from_pretrained` puts on transformers' model, and what peft writes can be used, or trained
+further, here. Where a fused layer has an adapter a part (GPT-2's q, k and v), peft gets one of so many times the rank on the
+whole layer: A stacked, B with a block a part on its diagonal.
 """
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +18,13 @@ from torch import Tensor
 
 import weights
 from base.errors import UserError
-from base.files import safetensors_bytes
-from model import GPT, LINEAR, SIZES, GPTConfig, Linear, LoRAConfig, lora_delta
-from runtime.distributed import whole
+from logprobs import LanguageModel
+from lora import Linear, LoRAConfig, lora_delta
+from weights import HUB_NAMES, Source, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-THEIRS = dict(zip(LINEAR, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"), strict=True))
-NAME = re.compile(r"base_model\.model\.(?:transformer\.h\.(\d+)\.)?(.+)\.lora_([AB])\.weight")
-COPY = re.compile(r"base_model\.model\.(?:lm_head|transformer\.wte)(?:\.base_layer)?\.weight")
-# what peft can add to LoRA and we do not compute: a config that sets one of these is refused
+PEFT = "base_model.model."  # in front of every name in a file of peft's
+# what peft can add to LoRA and is not computed here: a config that sets one of these is refused
 BEYOND = (
     "use_dora lora_bias modules_to_save trainable_token_indices layer_replication target_parameters use_qalora use_bdlora "
     "alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config"
@@ -35,18 +32,8 @@ BEYOND = (
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a model in LoRA training, or one with an adapter merged into it, comes from: its base, by name and fingerprint, and
-    the fingerprint of what was read, which is another where that was an adapter too."""
-
-    base: str
-    base_sha256: str
-    start_sha256: str
-
-
-@dataclass(frozen=True)
 class Part:
-    """One layer's adapter, see model.LoRA: a (parts * rank, n_in), b (n_out, rank)."""
+    """One layer's adapter, see lora.LoRA: a (parts * rank, n_in), b (n_out, rank)."""
 
     a: Tensor
     b: Tensor
@@ -59,69 +46,32 @@ class Adapter:
     """An adapter's folder, read. `parts`: by our layer names ("blocks.0.attn.qkv", "head")."""
 
     folder: Path
-    base: str  # an `init_from`
     base_sha256: str  # of the weights it was trained on; "" where it does not say
+    parts: dict[str, Part]
     config: LoRAConfig | None  # None where layers differ in rank, scale or targets
-    parts: dict[str, Part] = field(default_factory=dict)
-    copies: dict[str, Tensor] = field(default_factory=dict)  # of the base's own weights: peft adds those of a targeted head
 
-    def check(self, model: GPT) -> None:
-        """UserError if the layers it sits on are not those of `model` (which may be without memory)."""
-        for name, part in self.parts.items():
-            try:
-                layer = model.get_submodule(name)
-            except AttributeError:
-                raise UserError(
-                    f"{self.folder}: an adapter for another model: {name} is none of the layers of {self.base}"
-                ) from None
-            found, wanted = (part.b.shape[0], part.a.shape[1]), (layer.out_features, layer.in_features)
-            if found != wanted:
-                raise UserError(
-                    f"{self.folder}: an adapter for another model: that of {name} fits weights of shape {found}, {self.base} "
-                    f"has {wanted}"
-                )
-        targets = self.config.targets if self.config else ()
-        layers = {name for name, layer in model.named_modules() if isinstance(layer, Linear) and name.endswith(targets)}
-        if layers != self.parts.keys():  # on some blocks only
-            self.config = None
-
-    def merge(self, name: str, tensor: Tensor, tied: bool) -> Iterator[tuple[str, Tensor]]:
-        """A base weight with the adapter's share. Under an adapter a tied head gets weights of its own, `head.weight`."""
-        if tied and name == "wte.weight":
-            yield name, tensor
-            name = "head.weight"
-        part = self.parts.get(name.removesuffix(".weight"))
-        if part is not None:
-            tensor = tensor + lora_delta(part.a, part.b, part.scale, part.parts)
-        if part is not None or name != "head.weight" or not tied:
-            yield name, tensor
-
-    def watched(
-        self, tensors: Iterator[tuple[str, Tensor]], tied: bool, digests: dict[str, str]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The base's tensors, their digests noted; UserError at their end if they are not those it was trained on."""
-        copies = {"wte.weight" if tied else where: copy for where, copy in self.copies.items()}
-        for name, tensor in tensors:
-            digests[name] = weights.digest(tensor)
-            if name in copies and not torch.equal(copies[name], tensor.to(copies[name].dtype)):
-                raise UserError(f"{self.folder}: an adapter for another model: it has another {name} than {self.base}")
-            yield name, tensor
-        if self.base_sha256 and self.base_sha256 != (found := weights.combine(digests)):
+    def checked(self, found: Source) -> Iterator[tuple[str, Tensor]]:
+        """The base's weights; UserError at their end if they are not those that the adapter was trained on."""
+        yield from found.tensors
+        if self.base_sha256 and self.base_sha256 != (sha256 := weights.combine(found.digests)):
             raise UserError(
-                f"{self.folder}: an adapter for other weights (SHA-256 {self.base_sha256[:12]}…) than {self.base} has now "
-                f"({found[:12]}…): restore those, or name them in its {CONFIG} as base_model_name_or_path"
+                f"{self.folder}: an adapter for other weights (SHA-256 {self.base_sha256[:12]}…) than {found.base} has now "
+                f"({sha256[:12]}…): restore those, or name them in its {CONFIG} as base_model_name_or_path"
             )
 
-    def merged(
-        self, tensors: Iterator[tuple[str, Tensor]], config: GPTConfig
-    ) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
-        """The base's tensors and config -> those of the model with the adapter in it."""
-        pairs = (pair for name, tensor in tensors for pair in self.merge(name, tensor, config.tied))
-        return replace(config, tied=config.tied and "head" not in self.parts), pairs
+    def merged(self, tensors: Iterator[tuple[str, Tensor]], model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+        """The base's weights with the adapter added. Under an adapter a tied head gets weights of its own, `head.weight`."""
+        untied = "head" in self.parts and model.config.tied
+        for name, tensor in tensors:
+            if untied and model.get_parameter(name) is model.embedding.weight:
+                yield name, tensor
+                name = "head.weight"
+            part = self.parts.get(name.removesuffix(".weight"))
+            yield name, tensor if part is None else tensor + lora_delta(part.a, part.b, part.scale, part.parts)
 
     def fingerprint(self, base_digests: dict[str, str]) -> str:
-        """SHA-256 of the base and of A, B and scale, as they were read. Not of the weights that they make: a product's last
-        bits differ between processors."""
+        """SHA-256 of the base and of A, B and scale, as they were read. Not of the weights that they make: the last bits of a
+        product differ between processors."""
         own = {
             f"{name}.lora": f"{weights.digest(part.a)} {weights.digest(part.b)} {part.scale!r}"
             for name, part in self.parts.items()
@@ -129,7 +79,7 @@ class Adapter:
         return weights.combine(base_digests | own)
 
     def initial(self, keep_start: bool) -> Iterator[tuple[str, Tensor]]:
-        """Its values as model parameters, instead of `GPT.initial_lora`."""
+        """Its values as model parameters, in place of `lora.initial_lora`."""
         for name, part in self.parts.items():
             for letter, tensor in (("a", part.a), ("b", part.b)):
                 yield f"{name}.lora.{letter}", tensor
@@ -137,89 +87,61 @@ class Adapter:
                     yield f"{name}.lora.start_{letter}", tensor.clone()
 
 
-class Start:
-    """What LoRA training starts from, or a merged model is made of: fingerprints, taken on rank 0 as the base's weights go by.
-
-    `old`: the adapter that it goes on from, or that is merged, if any.
-    """
-
-    def __init__(self, init_from: str, tied: bool, old: Adapter | None):
-        self.tied, self.old = tied, old
-        self.base = old.base if old else init_from
-        self.digests: dict[str, str] = {}
-
-    def watched(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        if self.old:
-            yield from self.old.watched(tensors, self.tied, self.digests)
-            return
-        for name, tensor in tensors:
-            self.digests[name] = weights.digest(tensor)
-            yield name, tensor
-
-    def origin(self) -> Origin:
-        folder = Path(self.base).expanduser()
-        base = str(folder.resolve()) if self.base not in SIZES and folder.is_dir() else self.base
-        found = weights.combine(self.digests)
-        return Origin(base, found, self.old.fingerprint(self.digests) if self.old else found)
-
-
 def is_folder(init_from: str) -> bool:
     folder = Path(init_from).expanduser()
-    return init_from not in SIZES and (folder / CONFIG).is_file() and not (folder / weights.CONFIG).is_file()
+    return init_from not in HUB_NAMES and (folder / CONFIG).is_file() and not (folder / weights.CONFIG).is_file()
 
 
-def source(init_from: str, **options) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
-    """`weights.source`, which also takes a folder with an adapter: it is merged into the weights that it belongs to."""
+def source(init_from: str, *, merge: bool = True, **options) -> Source:
+    """`weights.source`, which also takes an adapter's folder: with `merge` its model has the adapter in its weights, without it
+    is the base, and the `adapter` stands beside it."""
     if not is_folder(init_from):
         return weights.source(init_from, **options)
-    adapter = read(init_from)
-    config, tensors = base(adapter, **options)
-    return adapter.merged(adapter.watched(tensors, config.tied, {}), config)
+    folder = Path(init_from).expanduser()
+    raw = _read_config(folder / CONFIG)
+    name = raw["base_model_name_or_path"].removeprefix("openai-community/")
+    if name == "scratch" and not all(options.get(size) for size in ("n_layer", "n_head", "n_embd", "block_size")):
+        raise UserError(f"{folder}: trained on weights that no file holds: use the run's model/")
+    if is_folder(name):
+        raise UserError(f"{folder / CONFIG}: base_model_name_or_path {name} is an adapter too: name a model")
+    try:
+        found = weights.source(name, **options)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: base_model_name_or_path: {error}") from None
+    model = weights.empty(found.config)
+    adapter = _read(folder, raw, model, name)
+    tensors, config = adapter.checked(found), found.config
+    if merge:
+        tensors = adapter.merged(tensors, model)
+        config = replace(config, tied=config.tied and "head" not in adapter.parts)
+    return Source(config, tensors, name, found.digests, adapter)
 
 
-def load(init_from: str, **options) -> GPT:
-    """`weights.load`, which also takes a folder with an adapter. All of it float32, on the CPU."""
-    config, tensors = source(init_from, **options)
-    model = weights.empty(config)
-    model.load_state_dict(dict(tensors), assign=True)
+def load(init_from: str, **options) -> LanguageModel:
+    """`weights.load`, which also takes an adapter's folder. All of it float32, on the CPU."""
+    found = source(init_from, **options)
+    model = weights.empty(found.config)
+    model.load_state_dict(dict(found.tensors), assign=True)
     return model
 
 
-def base(adapter: Adapter, **options) -> tuple[GPTConfig, Iterator[tuple[str, Tensor]]]:
-    """Config and weights of the model that an adapter belongs to."""
-    if adapter.base == "scratch" and not all(options.get(size) for size in ("n_layer", "n_head", "n_embd", "block_size")):
-        raise UserError(f"{adapter.folder}: trained on weights that no file holds: use the run's model/")
-    if is_folder(adapter.base):
-        raise UserError(f"{adapter.folder / CONFIG}: base_model_name_or_path {adapter.base} is an adapter too: name a model")
-    try:
-        config, tensors = weights.source(adapter.base, **options)
-    except UserError as error:
-        raise UserError(f"{adapter.folder / CONFIG}: base_model_name_or_path: {error}") from None
-    adapter.check(weights.empty(config))
-    return config, tensors
-
-
-def chosen(cfg, adapter: Adapter | None, width: int) -> LoRAConfig:
-    """What the keys `lora_…` say; where the run goes on from an adapter they must not say otherwise (UserError).
-
-    width: the model's n_embd, which a rank may not pass: the adapters would be larger than what they sit on.
-    """
-    if cfg.lora_rank > width:
-        raise UserError(f"key lora_rank: {cfg.lora_rank} is more than the model's width {width}: give less")
-    targets = targets_of(cfg.lora_targets)
-    if adapter is None:
-        alpha = cfg.lora_alpha or float(cfg.lora_rank)
-        return LoRAConfig(cfg.lora_rank, alpha, cfg.lora_dropout, targets or LINEAR, cfg.lora_rslora)
-    there = adapter.config
+def chosen(cfg, found: Source) -> LoRAConfig:
+    """What the keys `lora_…` ask for. Where the run goes on from an adapter they must agree with it (UserError)."""
+    if cfg.lora_rank > found.config.n_embd:
+        raise UserError(f"key lora_rank: {cfg.lora_rank} is more than the model's width {found.config.n_embd}: give less")
+    targets = targets_of(cfg.lora_targets, weights.empty(found.config).LINEAR)
+    if found.adapter is None:
+        return LoRAConfig(cfg.lora_rank, cfg.lora_alpha or float(cfg.lora_rank), targets, cfg.lora_dropout, cfg.lora_rslora)
+    there = found.adapter.config
     if there is None:
         raise UserError(
-            f"{adapter.folder}: its layers differ in rank, scale or targets: it can be used, but not trained further; train "
-            "without lora_rank (it is merged then), or from a merged model"
+            f"{found.adapter.folder}: its layers differ in rank, scale or targets: it can be used, but not trained further; "
+            "train without lora_rank (it is merged then), or from a merged model"
         )
     for name, here, old in (
         ("lora_rank", cfg.lora_rank, there.rank),
         ("lora_alpha", cfg.lora_alpha or there.alpha, there.alpha),
-        ("lora_targets", targets or there.targets, there.targets),
+        ("lora_targets", targets if cfg.lora_targets else there.targets, there.targets),
         ("lora_rslora", cfg.lora_rslora or there.stabilised, there.stabilised),
     ):
         if here != old:
@@ -231,38 +153,38 @@ def chosen(cfg, adapter: Adapter | None, width: int) -> LoRAConfig:
     return replace(there, dropout=cfg.lora_dropout)
 
 
-def targets_of(text: str) -> tuple[str, ...]:
-    """A text like "attn.qkv, head" -> ("attn.qkv", "head"), in the model's order. UserError for what is no such layer."""
-    names = re.split(r"[\s,]+", text.strip()) if text.strip() else []
+def targets_of(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """A text like "attn.qkv, head" -> ("attn.qkv", "head"), in the model's order; all where it is empty. UserError for what is
+    no such layer."""
+    names = re.split(r"[\s,]+", text.strip()) if text.strip() else known
     for name in names:
-        if name not in LINEAR:
-            near = difflib.get_close_matches(name, LINEAR, 1, cutoff=0.0)[0]
-            raise UserError(f"key lora_targets: no layer {name!r}: known are {' '.join(LINEAR)}; did you mean {near}?")
-    return tuple(name for name in LINEAR if name in names)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
+            raise UserError(f"key lora_targets: no layer {name!r}: known are {' '.join(known)}; did you mean {near}?")
+    return tuple(name for name in known if name in names)
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
 
 
-def save(model: GPT, tokenizer, folder: Path, rank: int = 0) -> None:
+def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
     """Write the model's adapters (and the tokenizer) as a folder that peft takes, whole or not at all. float32.
 
     Of a sharded model every rank must call this. Raises what `weights.write_folder` does.
     """
     lora, tensors = model.lora, {}
-    for name, p in model.named_parameters():
-        layer, _, letter = name.rpartition(".lora.")
-        if letter not in ("a", "b"):
-            continue
-        tensor = whole(p).detach().to("cpu", torch.float32)
-        if layer.endswith("qkv") and letter == "b":
-            tensor = torch.block_diag(*tensor.chunk(lora.qkv_parts))
-        tensors[f"{_their_layer(layer)}.lora_{letter.upper()}.weight"] = tensor.contiguous()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.lora}
+    for name, layer in layers.items():
+        a, b = (whole(p).detach().to("cpu", torch.float32) for p in (layer.lora.a, layer.lora.b))
+        if layer.lora.parts > 1:
+            b = torch.block_diag(*b.chunk(layer.lora.parts))
+        tensors |= {f"{PEFT}{model.hf_name(name)}.lora_{x}.weight": tensor for x, tensor in (("A", a), ("B", b))}
     if rank:
         return
-    # peft scales c_attn by its own rank: alpha grows with it, so that the scale stays
-    parts = lora.qkv_parts if "attn.qkv" in lora.targets else 1
-    grown = lora.alpha * (math.sqrt(parts) if lora.stabilised else parts)
+    theirs = {target: _kind(next(model.hf_name(name) for name in layers if name.endswith(target))) for target in lora.targets}
+    # peft scales a fused layer by its own rank: alpha grows with it, so that the scale stays
+    parts = {theirs[target]: layers[name].lora.parts for target in lora.targets for name in layers if name.endswith(target)}
+    fused = {name: n for name, n in parts.items() if n > 1}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -272,28 +194,27 @@ def save(model: GPT, tokenizer, folder: Path, rank: int = 0) -> None:
         "lora_alpha": _short(lora.alpha),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.stabilised,
-        "target_modules": [THEIRS[name] for name in lora.targets],
-        "rank_pattern": {"attn.c_attn": parts * lora.rank} if parts > 1 else {},
-        "alpha_pattern": {"attn.c_attn": _short(grown)} if parts > 1 else {},
-        "fan_in_fan_out": lora.targets != ("head",),  # transformers' Conv1D keeps its weights as (in, out)
+        "target_modules": list(theirs.values()),
+        "rank_pattern": {name: n * lora.rank for name, n in fused.items()},
+        "alpha_pattern": {name: _short(lora.alpha * (math.sqrt(n) if lora.stabilised else n)) for name, n in fused.items()},
+        "fan_in_fan_out": any(model.transposed(f"{name}.weight") for name in layers),
         "bias": "none",
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    metadata = {"format": "pt", "base_sha256": model.origin.base_sha256, "qkv_parts": str(parts)}
+    metadata = {"format": "pt", "base_sha256": model.origin.base_sha256, "qkv_parts": str(max(parts.values()))}
 
     def write(new: Path) -> None:
-        (new / WEIGHTS).write_bytes(safetensors_bytes(tensors, metadata))  # what the library writes itself hides a full disk
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / WEIGHTS).write_bytes(weights.safetensors_bytes(tensors, metadata))
+        weights.write_json(new / CONFIG, config)
         tokenizer.save(new)
 
     weights.write_folder(folder, CONFIG, "an adapter", write)
 
 
-def _their_layer(name: str) -> str:
-    """Our layer's name -> peft's for transformers' GPT-2."""
-    *block, kind = ("", "head") if name == "head" else name.split(".", 2)
-    return "base_model.model." + (f"transformer.h.{block[1]}." if block[0] else "") + THEIRS[kind]
+def _kind(name: str) -> str:
+    """transformer.h.0.attn.c_attn -> attn.c_attn, by which peft finds that layer in every block."""
+    return re.sub(r".*\.\d+\.", "", name)
 
 
 def _short(alpha: float) -> int | float:
@@ -303,10 +224,9 @@ def _short(alpha: float) -> int | float:
 # --- in -------------------------------------------------------------------------------------------------------------
 
 
-def read(folder: str | Path) -> Adapter:
-    """An adapter of ours or peft's for transformers' GPT-2. Raises UserError for what is missing, damaged, or no plain LoRA."""
-    folder = Path(folder).expanduser()
-    raw = _read_config(folder / CONFIG)
+def _read(folder: Path, raw: dict, model: LanguageModel, base: str) -> Adapter:
+    """An adapter of ours or peft's for `model`, which is called `base`. Raises UserError for what is missing, damaged, or no
+    plain LoRA of its layers."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"no {WEIGHTS} in {folder}: save the adapter as safetensors")
@@ -316,37 +236,42 @@ def read(folder: str | Path) -> Adapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no .safetensors file ({error}): copy it again") from None
-    name = str(raw["base_model_name_or_path"])
-    short = name.removeprefix("openai-community/")
-    adapter = Adapter(folder, short if short in SIZES else name, metadata.get("base_sha256", ""), None)
-    ours = {theirs: name for name, theirs in THEIRS.items()}
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = NAME.fullmatch(name)
-        layer = ours.get(found[2]) if found else None
-        if COPY.fullmatch(name):
-            adapter.copies["wte.weight" if "wte" in name else "head.weight"] = tensor
-        elif layer is None or (layer == "head") != (found[1] is None) or tensor.dim() != 2:
-            raise UserError(f"{path}: tensor {name} is no LoRA of a linear layer of transformers' GPT-2")
-        else:
-            name = layer if layer == "head" else f"blocks.{found[1]}.{layer}"
-            pairs.setdefault(name, {})[found[3]] = tensor.to(torch.float32, copy=True)
-    if not pairs:
-        raise UserError(f"{path}: no LoRA tensors in it")
-    for layer, both in sorted(pairs.items()):
-        if both.keys() != {"A", "B"} or len(both["A"]) != both["B"].shape[1]:
-            raise UserError(f"{path}: A and B of {layer} do not belong together: copy it again")
-        adapter.parts[layer] = _part(layer, both["A"], both["B"], raw, metadata, path)
-    adapter.config = _uniform(adapter.parts, raw)
-    return adapter
+    parts = {}
+    for name, layer in model.named_modules():
+        theirs = model.hf_name(name) if isinstance(layer, Linear) else ""
+        a, b = (tensors.pop(f"{PEFT}{theirs}.lora_{letter}.weight", None) for letter in "AB")
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+            raise UserError(f"{path}: A and B of {theirs} do not belong together: copy it again")
+        found, wanted = (b.shape[0], a.shape[1]), (layer.out_features, layer.in_features)
+        if found != wanted:
+            raise UserError(f"{path}: an adapter for another model: that of {theirs} fits {found}, {base} has {wanted}")
+        rank, alpha = _pattern(raw, "rank_pattern", theirs, raw["r"]), _pattern(raw, "alpha_pattern", theirs, raw["lora_alpha"])
+        if len(a) != rank:
+            raise UserError(f"{path}: the adapter of {theirs} has rank {len(a)}, {CONFIG} says {rank}")
+        scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+        a, b = (t.to(torch.float32, copy=True) for t in (a, b))
+        split = metadata.get("qkv_parts") == str(layer.parts) and rank % layer.parts == 0
+        parts[name] = _split(a, b, scale, layer.parts) if split else Part(a, b, scale, 1)
+    # peft saves the base's embedding and head beside an adapter on the head: they are read with the base
+    left = [name for name in tensors if not re.search(r"(embed\w*|wte|lm_head)(\.base_layer)?\.weight$", name)]
+    if left or not parts:
+        what = f"tensor {left[0]} is no LoRA of a linear layer of {base}" if left else "no LoRA tensors in it"
+        raise UserError(f"{path}: an adapter for another model: {what}")
+    return Adapter(folder, metadata.get("base_sha256", ""), parts, _uniform(parts, raw, model))
+
+
+def _split(a: Tensor, b: Tensor, scale: float, parts: int) -> Part:
+    """An adapter on a whole fused layer as one a part, if B is block-diagonal."""
+    rows = [piece.chunk(parts, 1) for piece in b.chunk(parts)]
+    blocks = torch.cat([row[i] for i, row in enumerate(rows)])
+    return Part(a, blocks, scale, parts) if torch.equal(torch.block_diag(*blocks.chunk(parts)), b) else Part(a, b, scale, 1)
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+    raw = weights.read_json(path)
+    if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type must be LORA: other adapters are not known here")
     if not isinstance(raw.get("base_model_name_or_path"), str) or not raw["base_model_name_or_path"]:
         raise UserError(f"{path}: base_model_name_or_path is missing: name the model that the adapter belongs to")
@@ -357,52 +282,31 @@ def _read_config(path: Path) -> dict:
     # these begin with the base's own weights changed, and the adapter means those
     if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
         raise UserError(f"{path}: init_lora_weights is {start!r}: save it converted to plain LoRA, or merge it with peft")
-    for name, kind in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(raw.get(name), kind) or not 0 < raw[name] < math.inf:
-            raise UserError(f"{path}: {name} is {raw.get(name)!r}, not a number above 0")
-    for name in ("rank_pattern", "alpha_pattern"):
-        try:
-            good = all(value > 0 and re.compile(pattern) for pattern, value in (raw.get(name) or {}).items())
-        except (AttributeError, TypeError, re.error):
-            good = False
-        if not good:
-            raise UserError(f"{path}: {name} is {raw[name]!r}, not layers with a number above 0 each")
+    patterns = [raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(p, dict) and all(re.fullmatch(r"[\w.]+", key) for key in p) for p in patterns):
+        raise UserError(f"{path}: rank_pattern and alpha_pattern must map names of layers to numbers")
+    numbers = [("r", raw.get("r")), ("lora_alpha", raw.get("lora_alpha")), *(item for p in patterns for item in p.items())]
+    for name, value in numbers:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} is {value!r}, not a number above 0")
     return raw
 
 
-def _part(layer: str, a: Tensor, b: Tensor, raw: dict, metadata: dict, path: Path) -> Part:
-    """A layer's tensors with the scale that the config gives them; and q, k, v apart where the file says they were."""
-    theirs = _their_layer(layer).removeprefix("base_model.model.")
-    rank, alpha = (
-        next((value for key, value in (raw.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", theirs)), raw[name])
-        for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
-    if len(a) != rank:
-        raise UserError(f"{path}: the adapter of {theirs} has rank {len(a)}, {CONFIG} says {rank}")
-    scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
-    parts = 3 if layer.endswith("qkv") and metadata.get("qkv_parts") == "3" and rank % 3 == 0 else 1
-    if parts == 3:
-        rows = [piece.chunk(3, 1) for piece in b.chunk(3)]
-        blocks = torch.cat([row[i] for i, row in enumerate(rows)])
-        if torch.equal(torch.block_diag(*blocks.chunk(3)), b):
-            return Part(a, blocks, scale, 3)
-    return Part(a, b, scale, 1)
+def _pattern(raw: dict, pattern: str, layer: str, default: float) -> float:
+    """The value of the first key that names the layer or its end. (peft takes keys as regular expressions.)"""
+    return next((v for key, v in (raw.get(pattern) or {}).items() if f".{layer}".endswith(f".{key}")), default)
 
 
-def _uniform(parts: dict[str, Part], raw: dict) -> LoRAConfig | None:
-    """The config that makes adapters of these shapes and scales, if there is one; `Adapter.check` asks for all blocks."""
-    kinds = {kind: [p for name, p in parts.items() if name.endswith(kind)] for kind in LINEAR}
-    targets = tuple(kind for kind in LINEAR if kinds[kind])
-    config = LoRAConfig(
-        rank=raw["r"],
-        alpha=float(raw["lora_alpha"]),
-        targets=targets,
-        stabilised=bool(raw.get("use_rslora")),
-        qkv_parts=max((p.parts for p in kinds["attn.qkv"]), default=3),
-    )
+def _uniform(parts: dict[str, Part], raw: dict, model: LanguageModel) -> LoRAConfig | None:
+    """The config that makes adapters of these shapes and scales, if there is one."""
+    targets = tuple(kind for kind in model.LINEAR if any(name.endswith(kind) for name in parts))
+    split = all(part.parts == model.get_submodule(name).parts for name, part in parts.items())
+    config = LoRAConfig(raw["r"], float(raw["lora_alpha"]), targets, stabilised=bool(raw.get("use_rslora")), split=split)
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, Linear) and name.endswith(targets)}
     same = all(
-        p.b.shape[1] == config.rank and math.isclose(p.scale, config.scale) and p.parts == (config.qkv_parts if q else 1)
-        for name, p in parts.items()
-        for q in [name.endswith("qkv")]
+        part.b.shape[1] == config.rank
+        and math.isclose(part.scale, config.scale)
+        and part.parts == (model.get_submodule(name).parts if split else 1)
+        for name, part in parts.items()
     )
-    return config if same else None
+    return config if same and layers == parts.keys() else None

@@ -17,21 +17,25 @@ from torch import Tensor
 import losses
 import weights
 from base.errors import UserError, run, warn
-from data import RECIPES
-from data.packing import BatchPlan, Encoded, collate, data_hash, describe, epoch_order, load_encoded, plan_once
+from data.batch import collate
+from data.encode import Encoded, data_hash
+from data.plan import describe, epoch_order
 from data.tokenizer import choose
+from lora import as_started
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
-from model import as_started
 from runtime import config, distributed, optim
+from runtime.build import batch_plan, build_model, load_data
 from runtime.config import key
 from runtime.keys import TrainKeys
+from runtime.log import Timer
 from runtime.reference import Reference
-from runtime.run import Run, Timer, build_model, check_finite, context, print_samples, seed_dropout, summary
+from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
+from runtime.score import score
 
 
 @dataclass
 class Config(TrainKeys):
-    """Direct Preference Optimization of GPT-2 on pairs of chosen and rejected completions."""
+    """Direct Preference Optimization on pairs of chosen and rejected completions."""
 
     loss: str = key("sigmoid", "preference loss, see losses.py", LOSSES)
     beta: float = key(0.1, "strength of the pull to the reference (for ipo its tau)", above=0)
@@ -57,14 +61,10 @@ class Config(TrainKeys):
             )
 
 
-def pair_sums(logps: Tensor, batch) -> Tensor:
-    """Token log-probs (tokens,) -> log pi(y|x) of chosen and rejected, (pairs, 2)."""
-    return losses.completion_sums(logps, batch.completion, batch.n_completions).view(-1, 2)
-
-
-def as_pairs(sums: Tensor, ref: Tensor, lengths: Tensor) -> Pairs:
-    """(pairs, 2) each of policy sums, reference sums and completion lengths -> what a loss takes."""
-    return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.to(sums).view(-1, 2).unbind(1))
+def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
+    """log pi and log pi_ref of these pairs' completions, (pairs, 2) each -> what a loss takes."""
+    lengths = torch.tensor([[len(c) for c in item.completions] for item in items]).to(sums)
+    return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.unbind(1))
 
 
 def objective(p: Pairs, cfg: Config, n_pairs: int, chosen_tokens: int) -> Tensor:
@@ -89,45 +89,14 @@ def reward_metrics(p: Pairs, beta: float) -> dict[str, float]:
     return dict(zip(values, means, strict=True))
 
 
-@torch.no_grad()
-def all_sums(model, items: list[Encoded], micros, compute) -> Tensor:
-    """log pi(y|x) of every pair of `items`, (pairs, 2), in their order, on every rank. No gradients.
-
-    micros: this rank's micro-batches, [micro-batch][row][number into items].
-    """
-    sums = torch.zeros(len(items), 2)
-    for rows in micros:
-        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
-        with compute.autocast():
-            sums[[i for row in rows for i in row]] = pair_sums(model(batch), batch).cpu()
-    return compute.total(sums).to(compute.device)
-
-
-def lengths_of(items: list[Encoded], device: torch.device) -> Tensor:
-    return torch.tensor([[len(c) for c in item.completions] for item in items], device=device)
-
-
 def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
-    """`all_sums` without dropout, the work split over all ranks."""
-    model.eval()
-    micros = plan_once(items, cfg.micro_tokens, compute.spare_padding, compute.world)[compute.rank]
-    sums = all_sums(model, items, micros, compute)
-    model.train()
-    return sums
-
-
-def started_sums(model, items: list[Encoded], micros, compute) -> Tensor:
-    """`all_sums` of the model that training started from, without dropout: the reference of a LoRA run without a file."""
-    model.eval()
-    with as_started(model):
-        sums = all_sums(model, items, micros, compute)
-    model.train()
-    return sums
+    """log pi of every pair's completions, (pairs, 2), without gradients or dropout."""
+    return torch.stack(score(model, items, compute, cfg.micro_tokens)).to(compute.device)
 
 
 def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> dict:
     """The loss and the rewards over all validation pairs."""
-    p = as_pairs(measure(model, items, cfg, compute), ref, lengths_of(items, compute.device))
+    p = as_pairs(measure(model, items, cfg, compute), ref, items)
     chosen_tokens = sum(len(item.completions[0]) for item in items)
     loss = objective(p, cfg, len(items), chosen_tokens).item()
     return {"loss": loss, **reward_metrics(p, cfg.beta)}
@@ -138,11 +107,10 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
 
     Raises UserError if they differ by more than rounding can explain: 1e-3 nats a token if both ran in float32, else 0.05.
     """
-    sums = measure(model, items, cfg, compute)
+    p = as_pairs(measure(model, items, cfg, compute), ref, items)
     exact = compute.dtype == torch.float32 and reference.metadata.get("dtype") == "float32"
-    lengths = lengths_of(items, compute.device)
-    gap = ((sums - ref).abs() / lengths).max().item()
-    loss = LOSSES[cfg.loss](as_pairs(sums, ref, lengths), cfg).mean().item()
+    gap = max((p.ratio_chosen.abs() / p.chosen_len).max().item(), (p.ratio_rejected.abs() / p.rejected_len).max().item())
+    loss = LOSSES[cfg.loss](p, cfg).mean().item()
     expected = ", ln 2 = 0.6931 if they were the same" if cfg.loss == "sigmoid" else ""
     said = f"policy and reference differ by at most {gap:.2e} nats a token on the first batch; loss {loss:.4f}"
     if gap <= (1e-3 if exact else 0.05):
@@ -156,22 +124,26 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
         )
 
 
+def batch_gradient(model, pairs: list[Encoded], micros: list, ref: Tensor, cfg: Config, compute) -> Tensor:
+    """d loss / d log pi, (pairs, 2), for a loss that couples the pairs of a batch: one pass ahead over all of them, without
+    gradients. The pass that follows it draws the same dropout."""
+    with torch.random.fork_rng():
+        sums = torch.stack(score(model, pairs, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
+    chosen_tokens = sum(len(item.completions[0]) for item in pairs)
+    loss = objective(as_pairs(sums, ref, pairs), cfg, len(pairs), chosen_tokens)
+    return torch.autograd.grad(loss, sums)[0]
+
+
 def main() -> int | None:
     cfg = config.load(Config, prog="dpo.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
 
-    # text -> tokens -> which pairs each step takes
+    # model, text -> tokens
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
     own_reference = cfg.loss not in REFERENCE_FREE and not cfg.ref
-    model = build_model(cfg, tokenizer, compute, cfg.dropout, cfg.seed, keep_start=own_reference)
-    max_len = context(cfg.max_len, model)
-    policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
-    train = compute.once(lambda: load_encoded(cfg.data, "train", "preference", tokenizer, limit=cfg.limit, **policy))
-    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
-    val = []
-    if val_source:
-        val = compute.once(lambda: load_encoded(val_source, "val", "preference", tokenizer, limit=cfg.val_limit, **policy))
+    model = build_model(cfg, tokenizer, compute, keep_start=own_reference)
+    train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
     fingerprint = weights.fingerprint(model)
@@ -181,20 +153,10 @@ def main() -> int | None:
     if cfg.pairs_per_example:  # validation draws once, the same pairs every time
         drawn = sorted(epoch_order([item.group for item in val], cfg.seed, 0, cfg.pairs_per_example))
         val, val_ref = [val[i] for i in drawn], val_ref[drawn]
-    plan = BatchPlan(
-        train,
-        cfg.batch_size,
-        cfg.seed,
-        row_len=cfg.row_len,
-        micro_tokens=cfg.micro_tokens,
-        spare_padding=compute.spare_padding,
-        world=compute.world,
-        shuffle=cfg.shuffle,
-        per_group=cfg.pairs_per_example,
-    )
+    plan = batch_plan(cfg, train, compute, cfg.pairs_per_example)
     print(describe(plan, train))
 
-    # model, optimizer, run folder
+    # optimizer, run folder
     steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     this_run = Run(cfg, steps, compute, binding, "pairs")
@@ -203,9 +165,8 @@ def main() -> int | None:
     model.train()
     if own_reference:
         print("reference: this model as it starts, without the run's adapters")
-    if own_reference and val:
         with as_started(model):
-            val_ref = measure(model, val, cfg, compute)
+            val_ref = measure(model, val, cfg, compute) if val else val_ref
     if start == 0:
         first = plan.examples(0)
         if cfg.loss not in REFERENCE_FREE and not own_reference:
@@ -217,45 +178,45 @@ def main() -> int | None:
     for step in range(start, steps):
         lr = optim.learning_rate(cfg, step, steps)
         optim.set_lr(optimizer, lr)
-        numbers = plan.examples(step)
-        micros = plan[step][compute.rank]
         seed_dropout(cfg.seed, step, compute)
 
+        # the step's pairs, numbered anew from 0; micros: this rank's share, [micro-batch][row][pair]
+        numbers = plan.examples(step)
         pairs = [train[i] for i in numbers]
         chosen_tokens = sum(len(item.completions[0]) for item in pairs)
         place = {i: n for n, i in enumerate(numbers)}
-        local = [[[place[i] for i in row] for row in rows] for rows in micros]
-        batch_ref = started_sums(model, pairs, local, compute) if own_reference else ref[numbers]
-        batch_lengths = lengths_of(pairs, compute.device)
-
-        gradient = None  # of the loss by each pair's sums, for losses that couple the pairs of a batch
+        micros = [[[place[i] for i in row] for row in rows] for rows in plan[step][compute.rank]]
+        if own_reference:
+            with as_started(model):
+                batch_ref = measure(model, pairs, cfg, compute)
+        else:
+            batch_ref = ref[numbers]
+        gradient = None
         if cfg.loss in WHOLE_BATCH and (len(micros) > 1 or compute.world > 1):
-            with torch.random.fork_rng():  # the same dropout in both passes
-                sums = all_sums(model, pairs, local, compute).requires_grad_(True)
-            loss = objective(as_pairs(sums, batch_ref, batch_lengths), cfg, len(pairs), chosen_tokens)
-            (gradient,) = torch.autograd.grad(loss, sums)
+            gradient = batch_gradient(model, pairs, micros, batch_ref, cfg, compute)
 
-        parts, found = [], torch.zeros(len(pairs), 2, device=compute.device)
+        parts, sums = [], torch.zeros(len(pairs), 2, device=compute.device)
         for n, rows in enumerate(micros, start=1):
-            at = [place[i] for row in rows for i in row]
-            batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            at = [i for row in rows for i in row]  # this micro-batch's pairs
+            batch = collate([[pairs[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
             distributed.sync_gradients(model, n == len(micros))
             with compute.autocast():
                 logps = model(batch)
-            sums = pair_sums(logps, batch)
+            micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions).view(-1, 2)
             if gradient is None:
-                loss = objective(as_pairs(sums, batch_ref[at], batch_lengths[at]), cfg, len(pairs), chosen_tokens)
+                p = as_pairs(micro_sums, batch_ref[at], batch.items)
+                loss = objective(p, cfg, len(pairs), chosen_tokens)
             else:
-                loss = (sums * gradient[at]).sum()
+                loss = (micro_sums * gradient[at]).sum()
             loss.backward()
             parts.append((loss, batch.items))
-            found[at] = sums.detach()
+            sums[at] = micro_sums.detach()
         _, grad_norm = check_finite(parts, optim.clip(model, cfg.grad_clip), step, compute)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        p = as_pairs(compute.total(found.cpu()).to(compute.device), batch_ref, batch_lengths)
+        p = as_pairs(compute.total(sums.cpu()).to(compute.device), batch_ref, pairs)  # the global batch's
         loss = objective(p, cfg, len(pairs), chosen_tokens).item()
         tokens, predicted = (sum(getattr(item, name) for item in pairs) for name in ("row_tokens", "completion_tokens"))
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **reward_metrics(p, cfg.beta)}

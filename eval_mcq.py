@@ -11,23 +11,19 @@ among the options (`acc`; `aligned` is the share of answers that are one of the 
 import json
 import math
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
-
-import losses
+import generate
 from base.errors import UserError, run
 from base.files import write_whole
 from data import Example, load
-from data.packing import Encoded, collate, encode, plan_once
+from data.encode import Encoded, encode
 from data.tokenizer import choose
 from runtime import config, distributed
+from runtime.build import build_model
 from runtime.config import REQUIRED, key
 from runtime.keys import DeviceKeys, ModelKeys
-from runtime.log import Progress
-from runtime.run import Timer, build_model
-
-T = TypeVar("T")
+from runtime.log import Progress, Timer
+from runtime.score import score
 
 
 @dataclass
@@ -48,28 +44,8 @@ class Config(DeviceKeys):
     max_new_tokens: int = key(0, "generate: most tokens of an answer, 0 = those of the batch's longest option", least=0)
 
 
-@torch.no_grad()
-def score(model, items: list[Encoded], compute, micro_tokens: int) -> list[list[float]]:
-    """log p(option | prompt) of every option of every item, in nats; the prompt goes through the model once an item."""
-    model.eval()
-    logps: dict[int, list[float]] = {}
-    micros = plan_once(items, micro_tokens, compute.spare_padding, compute.world)[compute.rank]
-    progress = Progress("scoring", sum(map(len, micros)), "examples", compute.rank)
-    for rows in filter(None, micros):
-        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
-        with compute.autocast():
-            token_logps = model(batch)
-        sums = losses.completion_sums(token_logps, batch.completion, batch.n_completions).tolist()
-        for i in (i for row in rows for i in row):
-            k = len(items[i].completions)
-            logps[i], sums = sums[:k], sums[k:]
-        progress.add(len(batch.items))
-    progress.close()
-    return in_order(logps, compute)
-
-
 def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_new_tokens: int) -> list[str]:
-    """A greedy answer to every item's prompt. Prompts of like length go together."""
+    """A greedy answer to every item's prompt, on every rank. Prompts of like length go together."""
     answers: dict[int, str] = {}
     order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt))
     groups = [order[at : at + batch_size] for at in range(0, len(order), batch_size)][compute.rank :: compute.world]
@@ -78,19 +54,15 @@ def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_
         new = max_new_tokens or max(len(c) for i in group for c in items[i].completions)
         try:
             with compute.autocast():
-                written = model.generate([items[i].prompt.tolist() for i in group], new, tokenizer.eot, tokenizer.size)
+                prompts = [items[i].prompt.tolist() for i in group]
+                written = generate.greedy(model, prompts, new, tokenizer.eot, tokenizer.size)
         except FloatingPointError as error:
             raise UserError(f"key model: {error}: its weights are damaged", here=True) from None
         answers |= {i: tokenizer.decode(ids) for i, ids in zip(group, written, strict=True)}
         progress.add(len(group))
     progress.close()
-    return in_order(answers, compute)
-
-
-def in_order(found: dict[int, T], compute) -> list[T]:
-    """The findings of all ranks, by their items' numbers."""
-    everything = {i: value for part in compute.gather(found) for i, value in part.items()}
-    return [everything[i] for i in range(len(everything))]
+    everything = {i: answer for part in compute.gather(answers) for i, answer in part.items()}
+    return [everything[i] for i in range(len(items))]
 
 
 def option_bytes(option: str) -> int:
@@ -112,17 +84,8 @@ def grade_loglik(examples: list[Example], items: list[Encoded], logps: list[list
         pred, pred_norm = scores.index(max(scores)), per_byte.index(max(per_byte))
         right.append(pred == example.label)
         right_norm.append(pred_norm == example.label)
-        lengths = [len(c) for c in item.completions]
-        details.append(
-            {
-                "id": item.number,
-                "label": example.label,
-                "pred": pred,
-                "pred_norm": pred_norm,
-                "logps": scores,
-                "n_tokens": lengths,
-            }
-        )
+        detail = {"id": item.number, "label": example.label, "pred": pred, "pred_norm": pred_norm}
+        details.append(detail | {"logps": scores, "n_tokens": [len(c) for c in item.completions]})
     return {"n": len(right), **share(right, "acc"), **share(right_norm, "acc_norm")}, details
 
 
@@ -139,18 +102,19 @@ def grade_written(examples: list[Example], items: list[Encoded], answers: list[s
     return {"n": len(right), **share(right, "acc"), "aligned": aligned}, details
 
 
-def evaluate(model, tokenizer, examples: list[Example], mode: str, compute, **settings) -> tuple[dict, list[dict], float]:
+def evaluate(model, tokenizer, examples: list[Example], cfg: Config, compute) -> tuple[dict, list[dict], float]:
     """(result, details, seconds) of `examples` in the mode's view. Prompts too long for the model lose their start."""
     room = model.config.block_size
-    items, report = encode(examples, tokenizer, room, "left", end=mode == "generate")
+    items, report = encode(examples, tokenizer, room, "left", end=cfg.mode == "generate")
     if report.cut:
         print(f"{report}: the model has room for {room}")
     seconds = Timer(compute.device)
-    if mode == "loglik":
-        result, details = grade_loglik(examples, items, score(model, items, compute, settings["micro_tokens"]))
+    if cfg.mode == "loglik":
+        logps = [sums.tolist() for sums in score(model, items, compute, cfg.micro_tokens, "scoring")]
+        result, details = grade_loglik(examples, items, logps)
     else:
-        new = settings["max_new_tokens"]
-        result, details = grade_written(examples, items, write(model, items, tokenizer, compute, settings["batch_size"], new))
+        answers = write(model, items, tokenizer, compute, cfg.batch_size, cfg.max_new_tokens)
+        result, details = grade_written(examples, items, answers)
     return result, details, seconds.lap()
 
 
@@ -162,8 +126,7 @@ def main() -> None:
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     view = "loglik" if cfg.mode == "loglik" else "mcq"
     examples = compute.once(lambda: load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
-    settings = {name: getattr(cfg, name) for name in ("micro_tokens", "batch_size", "max_new_tokens")}
-    result, details, seconds = evaluate(model, tokenizer, examples, cfg.mode, compute, **settings)
+    result, details, seconds = evaluate(model, tokenizer, examples, cfg, compute)
 
     chance = sum(1 / len(e.completions) for e in examples) / len(examples)
     if cfg.details:

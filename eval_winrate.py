@@ -27,8 +27,8 @@ import weights
 from base.errors import UserError, run, warn
 from base.files import check_file, write_whole
 from data import jsonl
+from data.encode import Encoded, data_hash, load_encoded
 from data.hh import TURN
-from data.packing import Encoded, data_hash, load_encoded
 from data.tokenizer import choose
 from dpo import as_pairs, lengths_of
 from judge.client import Cache, Decision, Judge, Question, address

@@ -12,8 +12,8 @@ the number of processes. (Logits of another batch size, dtype or machine differ 
 than that, another may win: about once in 100,000 tokens in float32, once in 100 in bfloat16.) An empty prompt stands for the
 start of a text, <|endoftext|>. A prompt that leaves no room for max_new_tokens loses its start.
 
-Finished prompts are kept in FILE.part0, FILE.part1, … (one a process) until FILE is written, so that the same command goes on
-where it was killed. Without --prompts, a line typed or piped in is a prompt (\n in it a new line), answered as it is drawn;
+Finished prompts are kept in FILE.part0, FILE.part1, … (one a process) until FILE is written: the same command goes on where it
+was killed. Without --prompts, a line typed or piped in is a prompt (\n in it a new line), answered as it is drawn;
 Ctrl-C stops the text, Ctrl-D leaves.
 """
 
@@ -24,18 +24,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 
 import weights
 from base.errors import UserError, fail, run
-from base.files import lock, write_whole
+from base.files import write_whole
 from data import jsonl
 from data.tokenizer import choose
+from generate import lay_out, stream
 from runtime import config, distributed
+from runtime.build import build_model
 from runtime.config import REQUIRED, key
 from runtime.keys import DeviceKeys, ModelKeys
 from runtime.log import Progress
-from runtime.run import build_model, restarted
+from runtime.run import restarted
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Config(DeviceKeys):
 
     @property
     def how(self) -> dict:
-        """What `GPT.stream` is told about drawing."""
+        """What `generate.stream` is told about drawing."""
         return {name: getattr(self, name) for name in ("n", "temperature", "top_k", "top_p", "seed")}
 
 
@@ -103,72 +106,85 @@ def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:
     return cut
 
 
-# --- what is finished, kept until all is -----------------------------------------------------------------------------
+class Unfinished:
+    """Finished prompts, kept in OUT.part0, OUT.part1, … (one a process) until all are: a killed run goes on from them.
 
-FIRST = b'{"weights_sha256": "'  # how a part file begins
+    A part file's first line holds the settings that its completions follow from; then comes [prompt number, completions] a
+    line. `done` has what an earlier run finished, on every rank.
+    """
+
+    def __init__(self, cfg: Config, settings: dict, compute):
+        self.cfg, self.settings, self.compute = cfg, settings, compute
+        self.lock = filelock.FileLock(f"{cfg.out}.lock")
+        self.done: dict[int, list[str]] = compute.once(self._take_over)
+        self.file = open(f"{cfg.out}.part{compute.rank}", "ab", buffering=0)  # noqa: SIM115
+        if compute.rank:
+            self._write(settings)
+
+    def _paths(self) -> list[Path]:
+        out = Path(self.cfg.out)
+        name = re.compile(re.escape(out.name) + r"\.part[0-9]+")
+        return sorted(p for p in out.parent.iterdir() if name.fullmatch(p.name))
+
+    def _take_over(self) -> dict[int, list[str]]:
+        """On rank 0: gather what earlier part files hold into the first one. Refuses files of other settings, or not ours."""
+        Path(self.cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"key out: another process is writing {self.cfg.out}: wait, or name another file") from None
+        done = {}
+        for path in self._paths():
+            theirs, found = _read_part(path)
+            if self.cfg.overwrite and not restarted():
+                continue
+            if theirs is not None and theirs != self.settings:
+                name = next((k for k in self.settings if theirs.get(k) != self.settings[k]), "key")
+                was, now = theirs.get(name), self.settings.get(name)
+                raise UserError(
+                    f"{path} holds unfinished samples with another {name} ({was!r:.40}, here {now!r:.40}): "
+                    "finish those, name another --out, or throw them away with --overwrite"
+                )
+            done |= found
+        lines = [self.settings, *done.items()]
+        write_whole(f"{self.cfg.out}.part0", "".join(json.dumps(line) + "\n" for line in lines))
+        for path in self._paths()[1:]:
+            path.unlink()
+        return done
+
+    def add(self, number: int, completions: list[str]) -> None:
+        self._write([number, completions])
+
+    def _write(self, line) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
+
+    def remove(self) -> None:
+        self.file.close()
+        Path(self.file.name).unlink(missing_ok=True)
+        if self.compute.rank == 0:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
 
 
-def kept(path: Path) -> tuple[dict | None, dict[int, list[str]], int]:
-    """A part file's settings, completions by prompt number, and its bytes up to where a kill or a power cut tore it."""
-    settings, found, size = None, {}, 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+def _read_part(path: Path) -> tuple[dict | None, dict[int, list[str]]]:
+    """A part file's settings (None where a kill came before the first line) and completions, up to where a kill tore it."""
+    settings, found = None, {}
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             value = json.loads(line if line.endswith(b"\n") else b"")
+            if settings is None and "weights_sha256" not in value:
+                raise TypeError
+            if settings is None:
+                settings = value
+            else:
+                found[value[0]] = value[1]
         except ValueError:
-            break
-        if settings is None:
-            settings = value
-        else:
-            found[value[0]] = value[1]
-        size += len(line)
-    return settings, found, size
-
-
-def part_files(out: str) -> list[Path]:
-    """OUT.part0, OUT.part1, …, whatever the number of processes that wrote them. Raises UserError for what is not ours."""
-    name = re.compile(re.escape(Path(out).name) + r"\.part[0-9]+")
-    paths = sorted(p for p in Path(out).parent.iterdir() if name.fullmatch(p.name))
-    for path in paths:
-        with open(path, "rb") as file:
-            start = file.read(len(FIRST))
-        if not FIRST.startswith(start):  # shorter: a kill tore it
-            raise UserError(f"{path} was not written by sample.py and would be in its way: rename it, or name another --out")
-    return paths
-
-
-def open_part(cfg: Config, compute):
-    """This rank's part file, to be appended to, and its own as long as it is open."""
-    path = Path(f"{cfg.out}.part{compute.rank}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab", buffering=0)  # noqa: SIM115
-    busy = "" if lock(file) else f"key out: another process is writing {path}: wait, or name another file"
-    if busy := max(compute.gather(busy)):
-        raise UserError(busy)
-    return file
-
-
-def resume(cfg: Config, settings: dict) -> dict[int, list[str]]:
-    """What an earlier run of the same settings has finished; refuses what one of others left behind."""
-    done = {}
-    for path in part_files(cfg.out):  # all of them ours, before one is emptied
-        if cfg.overwrite and not restarted():
-            path.write_bytes(b"")
-        theirs, found, _ = kept(path)
-        if theirs not in (None, settings):
-            name = next((k for k in settings if theirs.get(k) != settings[k]), "key")
-            was, now = theirs.get(name), settings.get(name)
-            raise UserError(
-                f"{path} holds unfinished samples with another {name} ({was!r:.40}, here {now!r:.40}): "
-                "finish those, name another --out, or throw them away with --overwrite"
-            )
-        done |= found
-    return done
-
-
-def lay_out(model, rows: int, compute) -> None:
-    """Make the model fast for so many completions at once; from here on it is good for nothing else."""
-    if compute.device.type == "cpu" and compute.dtype == torch.float32:
-        model.lay_out(rows)
+            if settings is not None or b'{"weights_sha256": '.startswith(line[:19]) or line.startswith(b'{"weights_sha256": '):
+                break
+            raise UserError(f"{path} was not written by sample.py: rename it, or name another --out") from None
+        except (TypeError, KeyError, IndexError):
+            raise UserError(f"{path} was not written by sample.py: rename it, or name another --out") from None
+    return settings, found
 
 
 # --- the two modes ---------------------------------------------------------------------------------------------------
@@ -182,7 +198,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     if cut:
         print(f"{cut:,} of {len(prompts):,} prompts lost their start: the model's context is {model.config.block_size} tokens")
     settings = {
-        "weights_sha256": compute.once(lambda: weights.fingerprint(model)),  # the first: see FIRST
+        "weights_sha256": weights.fingerprint(model),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -190,101 +206,84 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
         "stop": cfg.stop,
         **cfg.how,
     }
-    part = open_part(cfg, compute)
-    done = compute.once(lambda: resume(cfg, settings))
-    earlier = part_files(cfg.out)
-    before, _, size = kept(Path(part.name))
-    part.truncate(size)
-    if before is None:
-        part.write(json.dumps(settings).encode() + b"\n")
+    unfinished = Unfinished(cfg, settings, compute)
+    done = unfinished.done
 
     todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
     todo = todo[compute.rank :: compute.world]
     print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
     progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
-    lay_out(model, min(cfg.batch_size, max(1, cfg.n * len(todo))), compute)
-    text, found, finished, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, {}, 0
-    with compute.autocast(), torch.inference_mode():
-        stream = model.stream(
-            {i: tokens[i] for i in todo},
-            cfg.max_new_tokens,
-            tokenizer.eot,
-            n_ids=tokenizer.size,
-            batch_size=cfg.batch_size,
-            ended=text.ended,
-            **cfg.how,
-        )
-        for i, j, ids in stream:
-            found[i][j] = text.final(ids)
-            if len(found[i]) == cfg.n:
-                finished[i] = [found[i][j] for j in range(cfg.n)]
-                part.write(json.dumps([i, finished[i]]).encode() + b"\n")
-            written += len(ids)
-            progress.add(1)
+    text, found, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, 0
+    for i, j, ids in completions(cfg, {i: tokens[i] for i in todo}, cfg.batch_size, text.ended, model, tokenizer, compute):
+        found[i][j] = text.final(ids)
+        if len(found[i]) == cfg.n:
+            found[i] = [found[i][j] for j in range(cfg.n)]
+            unfinished.add(i, found[i])
+        written += len(ids)
+        progress.add(1)
     seconds = progress.close()
     print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
 
-    for share in compute.gather(finished):
+    for share in compute.gather(found):
         done |= share
     lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
     compute.once(lambda: write_whole(cfg.out, "".join(lines)))
-    part.close()
-    Path(part.name).unlink(missing_ok=True)
-    if compute.rank == 0:  # also those of an earlier run with more processes
-        for path in earlier:
-            path.unlink(missing_ok=True)
+    unfinished.remove()
     print(f"wrote {cfg.out}")
 
 
+def completions(cfg: Config, prompts: dict[int, list[int]], batch_size: int, ended, model, tokenizer, compute):
+    """`generate.stream` with the keys' settings: (prompt number, sample, tokens) as each is finished."""
+    with compute.autocast(), torch.inference_mode():
+        yield from stream(
+            model,
+            prompts,
+            cfg.max_new_tokens,
+            tokenizer.eot,
+            n_ids=tokenizer.size,
+            batch_size=batch_size,
+            ended=ended,
+            **cfg.how,
+        )
+
+
 def converse(cfg: Config, model, tokenizer, compute) -> None:
-    """Answer line after line of standard input, until it ends."""
-    ask = "> " if sys.stdin.isatty() else ""
-    lay_out(model, 1, compute)
+    """Answer line after line of standard input, until it ends. Ctrl-C stops an answer."""
     text = Text(tokenizer, cfg.stop)
     number = 0
     while True:
         try:
-            line = input(ask)
+            line = input("> " if sys.stdin.isatty() else "")
+            if line.strip():
+                answer(cfg, line.replace("\\n", "\n"), number, text, model, tokenizer, compute)
+                number += 1
         except EOFError:
             return
         except KeyboardInterrupt:
             print()
-            continue
         except UnicodeDecodeError:
             raise UserError("standard input: not UTF-8 text") from None
-        if not line.strip():
-            continue
-        shown = ""
-
-        def show(tokens: list[int]) -> bool:
-            nonlocal shown
-            now = text.certain(tokens)
-            print(now[len(shown) :], end="", flush=True)
-            shown = now
-            return text.ended(tokens)
-
-        try:
-            tokens = [tokenizer.encode(line.replace("\\n", "\n"))]
-            if fit(tokens, model, tokenizer, cfg.max_new_tokens):
-                print(f"the prompt lost its start: it has room for {len(tokens[0])} tokens", file=sys.stderr)
-            with compute.autocast(), torch.inference_mode():
-                stream = model.stream(
-                    {number: tokens[0]},
-                    cfg.max_new_tokens,
-                    tokenizer.eot,
-                    n_ids=tokenizer.size,
-                    batch_size=1,
-                    ended=show,
-                    **cfg.how,
-                )
-                for _, _, ids in stream:
-                    print(text.final(ids)[len(shown) :], flush=True)
-                    shown = ""
-        except KeyboardInterrupt:
-            print()
         except UserError as error:  # a word that the tokenizer does not have
             fail(error)
-        number += 1
+
+
+def answer(cfg: Config, prompt: str, number: int, text: Text, model, tokenizer, compute) -> None:
+    """Print the completion of one prompt while it is drawn."""
+    tokens = [tokenizer.encode(prompt)]
+    if fit(tokens, model, tokenizer, cfg.max_new_tokens):
+        print(f"the prompt lost its start: it has room for {len(tokens[0])} tokens", file=sys.stderr)
+    printed = 0
+
+    def show(ids: list[int]) -> bool:
+        nonlocal printed
+        certain = text.certain(ids)
+        print(certain[printed:], end="", flush=True)
+        printed = max(printed, len(certain))
+        return text.ended(ids)
+
+    for _, _, ids in completions(cfg, {number: tokens[0]}, 1, show, model, tokenizer, compute):
+        print(text.final(ids)[printed:], flush=True)
+        printed = 0
 
 
 def main() -> None:
@@ -301,6 +300,8 @@ def main() -> None:
             records.append(record)
     tokenizer = choose(cfg.tokenizer, cfg.model)
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
+    if compute.device.type == "cpu" and compute.dtype == torch.float32:
+        lay_out(model, min(cfg.batch_size, cfg.n * len(records)) if cfg.prompts else 1)
     try:
         if cfg.prompts:
             sample_file(cfg, records, model, tokenizer, compute)

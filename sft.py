@@ -9,34 +9,29 @@ The loss is the mean negative log-likelihood over all completion tokens of the g
 import math
 from dataclasses import dataclass
 
-import torch
-
 import losses
 from base.errors import run
-from data import RECIPES
-from data.packing import BatchPlan, Encoded, collate, data_hash, describe, load_encoded, plan_once
+from data.batch import collate
+from data.encode import Encoded, data_hash
+from data.plan import describe
 from data.tokenizer import choose
 from runtime import config, distributed, optim
+from runtime.build import batch_plan, build_model, load_data
 from runtime.keys import TrainKeys
-from runtime.run import Run, Timer, build_model, check_finite, context, print_samples, seed_dropout, summary
+from runtime.log import Timer
+from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
+from runtime.score import score
 
 
 @dataclass
 class Config(TrainKeys):
-    """Supervised fine-tuning of GPT-2 on prompts and completions."""
+    """Supervised fine-tuning on prompts and completions."""
 
 
-@torch.no_grad()
 def validate(model, items: list[Encoded], compute, micro_tokens: int) -> dict:
     """Mean negative log-likelihood a completion token, in nats, over all items; and its perplexity."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for rows in plan_once(items, micro_tokens, compute.spare_padding, compute.world)[compute.rank]:
-        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
-        with compute.autocast():
-            total -= model(batch).double().sum().cpu()
-    model.train()
-    loss = compute.total(total).item() / sum(item.completion_tokens for item in items)
+    logps = sum(sums.double().sum().item() for sums in score(model, items, compute, micro_tokens))
+    loss = -logps / sum(item.completion_tokens for item in items)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
 
@@ -45,29 +40,14 @@ def main() -> int | None:
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
 
-    # text -> tokens -> which examples each step takes
+    # model, text -> tokens, which examples each step takes
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    model = build_model(cfg, tokenizer, compute, cfg.dropout, cfg.seed)
-    max_len = context(cfg.max_len, model)
-    policy = {"max_len": max_len, "truncation": cfg.truncation, "data_dir": cfg.data_dir}
-    train = compute.once(lambda: load_encoded(cfg.data, "train", "sft", tokenizer, limit=cfg.limit, **policy))
-    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
-    val = []
-    if val_source:
-        val = compute.once(lambda: load_encoded(val_source, "val", "sft", tokenizer, limit=cfg.val_limit, **policy))
-    plan = BatchPlan(
-        train,
-        cfg.batch_size,
-        cfg.seed,
-        row_len=cfg.row_len,
-        micro_tokens=cfg.micro_tokens,
-        spare_padding=compute.spare_padding,
-        world=compute.world,
-        shuffle=cfg.shuffle,
-    )
+    model = build_model(cfg, tokenizer, compute)
+    train, val, _ = load_data(cfg, "sft", tokenizer, model, compute)
+    plan = batch_plan(cfg, train, compute)
     print(describe(plan, train))
 
-    # model, optimizer, run folder
+    # optimizer, run folder
     steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     this_run = Run(cfg, steps, compute, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")

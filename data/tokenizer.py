@@ -17,7 +17,7 @@ import tiktoken
 
 from base.errors import UserError
 from data import toy, toy_math
-from model import SIZES
+from weights import HUB_NAMES as SIZES
 
 EOT = "<|endoftext|>"
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i

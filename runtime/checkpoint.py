@@ -1,6 +1,6 @@
 """Checkpoints: torch.distributed.checkpoint files + state.json in out_dir/checkpoints/step_N, whole or absent.
 
-A checkpoint is written under another name, synced, and renamed; state.json holds every file's size and SHA-256, so that one
+A checkpoint is written under another name, synced, and renamed. state.json holds every file's size and SHA-256, so that one
 that was damaged later is noticed and passed over for the one before.
 """
 
@@ -24,73 +24,49 @@ from base.files import write_whole
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 
 
-class Save:
-    """A checkpoint on its way to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its shards.
+def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
+    """Write a checkpoint to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its shards.
 
     Frozen parameters are left out: whoever builds the model reads them anew. Nothing else is needed to go on: the data's
-    order and dropout's random numbers follow from seed and step. `later`: only copy the tensors and write them in a thread;
-    `complete` must be called all the same, by all ranks, when `written` says so on all of them or at the latest before the
-    next save.
+    order and dropout's random numbers follow from seed and step.
 
-    Raises OSError, on all ranks, when it cannot be written; nothing of it is left then, and the checkpoints before it are
-    untouched.
+    Raises OSError, on all ranks, when it cannot be written. Then nothing of it is left, and earlier checkpoints are untouched.
     """
+    final, folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
+    state = {"step": step, **state}
 
-    def __init__(self, root: Path, step: int, state: dict, model, optimizer, compute, later: bool = False):
-        self.root, self.state, self.compute = root, {"step": step, **state}, compute
-        self.final, self.folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
-        self.thread = None
-        compute.once(self._make_room)
-        with self._clean():
-            how = {"storage_writer": dcp.FileSystemWriter(self.folder, thread_count=1), "no_dist": compute.world == 1}
+    def make_room() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def publish() -> None:
+        for name, (size, _) in state["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise UserError(f"{folder / name} is not there: out_dir must be a folder that all nodes see")
+        write_whole(folder / "state.json", json.dumps(state, indent=1))
+        _sync_folder(folder)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(folder, final)
+        _sync_folder(root)
+
+    compute.once(make_room)
+    try:
+        writer = dcp.FileSystemWriter(folder, thread_count=1)
+        with _quiet():
             tensors = _tensors(model, optimizer)
-            if later:
-                self.thread = dcp.async_save(tensors, process_group=compute.background, **how)
-            else:
-                dcp.save(tensors, process_group=compute.control, **how)
-
-    def written(self) -> bool:
-        """Whether this rank's part is on the disk (or has failed)."""
-        return self.thread is None or self.thread.done()
-
-    def complete(self) -> None:
-        """Wait for the last byte, note every file's size and SHA-256, and rename the folder: from then on it counts."""
-        with self._clean():
-            if self.thread:
-                self.thread.result()
-            rank = self.compute.rank  # the shards are __RANK_N
-            names = (f"__{rank}_", ".metadata") if rank == 0 else f"__{rank}_"
-            mine = [f for f in sorted(self.folder.iterdir()) if f.name.startswith(names)]
-            hashes = self.compute.gather({f.name: [f.stat().st_size, _sha256(f)] for f in mine})
-            self.state["files"] = {name: entry for part in hashes for name, entry in part.items()}
-            self.compute.once(self._rename)
-
-    def _make_room(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-
-    def _rename(self) -> None:
-        for name, (size, _) in self.state["files"].items():
-            if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
-                raise UserError(f"{self.folder / name} is not there: out_dir must be a folder that all nodes see")
-        write_whole(self.folder / "state.json", json.dumps(self.state, indent=1))
-        _sync_folder(self.folder)
-        shutil.rmtree(self.final, ignore_errors=True)
-        os.rename(self.folder, self.final)
-        _sync_folder(self.root)
-
-    @contextlib.contextmanager
-    def _clean(self):
-        try:
-            with _quiet():
-                yield
-        except BaseException as error:
-            if self.compute.rank == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            cause = _os_error(error)
-            if cause is not None and cause is not error:
-                raise OSError(cause.errno, cause.strerror, str(self.final)) from error
-            raise
+            dcp.save(tensors, storage_writer=writer, process_group=compute.control, no_dist=compute.world == 1)
+        names = (f"__{compute.rank}_", *([".metadata"] if compute.rank == 0 else []))  # the shards are __RANK_N
+        mine = [f for f in sorted(folder.iterdir()) if f.name.startswith(names)]
+        hashes = compute.gather({f.name: [f.stat().st_size, _sha256(f)] for f in mine})
+        state["files"] = {name: entry for part in hashes for name, entry in part.items()}
+        compute.once(publish)
+    except BaseException as error:
+        if compute.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        cause = _os_error(error)
+        if cause is not None and cause is not error:
+            raise OSError(cause.errno, cause.strerror, str(final)) from error
+        raise
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, compute) -> None:

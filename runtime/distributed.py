@@ -6,11 +6,8 @@ curve is the same for every number of them.
 """
 
 import ctypes
-import hashlib
 import os
-import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,8 +30,7 @@ PATIENCE = timedelta(hours=24)  # while rank 0 downloads, tokenizes, or saves, t
 class Compute:
     """The device, the dtype of matrix products (master weights and optimizer stay float32), and this process's place.
 
-    `control` is a group on the CPU for what the processes tell each other, `background` one for the thread that saves; None
-    where there is only one process.
+    `control` is a group on the CPU for what the processes tell each other; None where there is only one.
     """
 
     device: torch.device
@@ -42,7 +38,6 @@ class Compute:
     rank: int = 0
     world: int = 1
     control: Any = None
-    background: Any = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -135,48 +130,30 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=meet(rank, world), rank=rank, world_size=world, timeout=STUCK)
+        join(rank, world, backend)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    control, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
-    return Compute(where, DTYPES[dtype], rank, world, control, background)
+    return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
-def meet(rank: int, world: int) -> dist.Store:
-    """A store that only the processes of this start know of.
+def join(rank: int, world: int, backend: str) -> None:
+    """Join the other processes. UserError, of each process for itself, where some do not come for as long as STUCK.
 
-    torchrun keeps its store when it starts workers again, and torch's own start takes from there the address that a killed
-    process left, and waits for it (seen with 2.13). So each process puts down a word drawn anew; rank 0 says which words it
-    sees, until every other has found its own among them and said so. UserError, of each process for itself, where some do
-    not come for as long as STUCK; rank 0 says which.
+    torchrun keeps its store when it starts workers again, and torch's own start would take from there the address that a
+    killed process left, and wait for it (seen with 2.13). So the keys of each start have a prefix of their own.
     """
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1)
     torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    missing, why = [], f"waited {STUCK}"
-    deadline = time.monotonic() + STUCK.total_seconds()
-    try:  # torch's own way to the store waits for all processes, and cannot say for whom
-        store = dist.TCPStore(host, port, None, rank == 0 and not torchruns, STUCK, wait_for_workers=False, multi_tenant=True)
-        word = secrets.token_hex(8)
-        store.set(f"word/{rank}", word)
-        while time.monotonic() < deadline:
-            if rank == 0:
-                missing = [r for r in range(world) if not store.check([f"word/{r}"])]
-                if not missing:
-                    words = b" ".join(store.multi_get([f"word/{r}" for r in range(world)]))
-                    store.set("words", words)
-                    store.set("seen/0", words)
-                    missing = [r for r in range(world) if not store.check([f"seen/{r}"]) or store.get(f"seen/{r}") != words]
-                if not missing:
-                    store.set("start", words)
-            elif store.check(["words"]) and word in (words := store.get("words")).decode().split():
-                store.set(f"seen/{rank}", words)
-            if store.check(["start"]) and word in (start := store.get("start").decode()).split():
-                return dist.PrefixStore(hashlib.sha256(start.encode()).hexdigest(), store)
-            time.sleep(0.02)
-    except dist.DistError as error:  # the store is not there, or has gone with rank 0
+    try:
+        server = rank == 0 and not torchruns
+        store = dist.TCPStore(host, port, None, server, STUCK, wait_for_workers=False, multi_tenant=True)
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=STUCK)
+    except (dist.DistError, RuntimeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
-    who = f"rank {', '.join(map(str, missing))}" if missing else "others"
-    raise UserError(f"rank {rank}: {who} did not come to {host}:{port} ({why}): look for why they did not start", here=True)
+        raise UserError(
+            f"rank {rank}: not all {world} processes came to {host}:{port} ({why}): look for why they did not start", here=True
+        ) from None
 
 
 def _number(name: str, least: int) -> int:
@@ -234,7 +211,7 @@ def wrap(model: nn.Module, mesh, dtype: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, mp_policy=exact if module is model else policy)
         module.set_gradient_divide_factor(1.0)  # every rank's loss is its share of the global mean: sum, do not average
         module.set_force_sum_reduction_for_comms(True)  # … in a way that gloo knows too
-    register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "inside")
 
 
 def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], compute: Compute) -> None:
@@ -275,11 +252,6 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], compute: Compu
                 p.copy_(whole)
         missing.discard(name)
     assert not missing, f"no weights for {missing}"
-
-
-def whole(p: Tensor) -> Tensor:
-    """A parameter as one tensor on every rank that takes part, whether it is sharded or not."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def own(p: Tensor) -> Tensor:

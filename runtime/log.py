@@ -134,6 +134,19 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Timer:
+    """Seconds since it was made or last read, with the device's work done."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.perf_counter()
+
+    def lap(self) -> float:
+        _synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds
+
+
 class Progress:
     """A line of progress on stderr for work of a known size: live on a terminal, every ten seconds elsewhere.
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from runtime.distributed import whole
+from weights import whole
 
 STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # float32 numbers that an optimizer keeps a parameter
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from base.errors import UserError, warn
-from data.packing import Encoded, data_hash
+from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
 
@@ -51,27 +51,25 @@ class Reference:
         path = Path(cfg.ref)
         tensors, metadata = read(path)
         logps, val_logps = tensors["logps"], tensors.get("val_logps")
-
-        def refuse(what: str, there: object, here: object) -> None:
-            raise UserError(
-                f"key ref: {path} was made with another {what} ({there}, here {here}): make it anew with precompute_ref.py "
-                "from this run's init_from, data, tokenizer, max_len and truncation"
-            )
-
-        if metadata.get("tokenizer_sha256") != tokenizer.fingerprint():
-            refuse("tokenizer", metadata.get("tokenizer"), tokenizer.name)
-        if metadata.get("max_len") != str(max_len):
-            refuse("max_len", metadata.get("max_len"), max_len)
-        if metadata.get("truncation") != cfg.truncation:
-            refuse("truncation", metadata.get("truncation"), cfg.truncation)
-        if tuple(logps.shape) != (len(train), 2):
-            refuse("number of pairs", len(logps), len(train))
-        if metadata.get("data_sha256") != (here := data_hash(train)):
-            refuse("data", f"SHA-256 {metadata.get('data_sha256', '')[:12]}…", f"{here[:12]}…")
         if val and val_logps is None:
             raise UserError(f"key ref: {path} has no validation pairs: make it with --val_data {cfg.val_data}")
-        if val and (tuple(val_logps.shape) != (len(val), 2) or metadata.get("val_data_sha256") != data_hash(val)):
-            refuse("validation data", f"{len(val_logps)} pairs", f"{len(val)} pairs")
+        made = {name: metadata.get(name) for name in ("tokenizer_sha256", "max_len", "truncation", "data_sha256")}
+        here = {
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "max_len": str(max_len),
+            "truncation": cfg.truncation,
+            "data_sha256": data_hash(train),
+        }
+        if val:
+            made["val_data_sha256"], here["val_data_sha256"] = metadata.get("val_data_sha256"), data_hash(val)
+        for name, value in here.items():
+            if made[name] != value:
+                what = name.removesuffix("_sha256").replace("val_data", "validation data")
+                pairs = f"; it holds {len(logps):,} pairs, the training data {len(train):,}" if name == "data_sha256" else ""
+                raise UserError(
+                    f"key ref: {path} was made with another {what} ({made[name]!s:.12}, here {value:.12}{pairs}): make it "
+                    "anew with precompute_ref.py from this run's init_from, data, tokenizer, max_len and truncation"
+                )
         if not val:
             val_logps = torch.zeros(0, 2)
         if metadata["weights_sha256"] != fingerprint:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import adapters
 import model as model_file
 import weights
-from data.packing import collate
+from data.encode import collate
 from data.tokenizer import get
 from model import LINEAR, SIZES, GPTConfig, LoRAConfig, as_started, target_logps
 from tests import peers

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import model as model_file
 import weights
-from data.packing import Encoded, collate
+from data.encode import Encoded, collate
 from losses import completion_sums
 from model import GPT, GPTConfig, attention_mask, may_attend, target_logps
 

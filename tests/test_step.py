@@ -13,7 +13,7 @@ import precompute_ref
 import sft
 import weights
 from data import load
-from data.packing import encode, epoch_order
+from data.encode import encode, epoch_order
 from data.tokenizer import get
 from data.toy import VOCAB
 from tests import peers

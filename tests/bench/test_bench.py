@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import weights
 from bench import __main__ as bench
 from data import tokenizer
-from data.packing import Encoded, collate, encode, epoch_order
+from data.encode import Encoded, collate, encode, epoch_order
 from runtime.run import Run
 from tests import peers
 

@@ -5,7 +5,7 @@ import pytest
 
 from base.errors import UserError
 from data import Example
-from data.packing import BatchPlan, Encoded, encode, epoch_order, micro_batches, pack, plan_once, plan_step
+from data.encode import BatchPlan, Encoded, encode, epoch_order, micro_batches, pack, plan_once, plan_step
 from data.tokenizer import get
 
 

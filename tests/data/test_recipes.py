@@ -20,7 +20,7 @@ import sft
 import weights
 from base.errors import UserError
 from data import alpaca, hellaswag, hh, human_labels
-from data.packing import encode, load_encoded
+from data.encode import encode, load_encoded
 from data.tokenizer import get
 from model import GPT, SIZES, GPTConfig
 from runtime import config

@@ -878,7 +878,7 @@ def test_standard_errors_count_a_group_once():
     import numpy as np
     import torch
 
-    from data.packing import Encoded
+    from data.encode import Encoded
     from eval_winrate import grade_reward
 
     ids = np.zeros(2, dtype=np.int32)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import weights
-from data.packing import Encoded, collate
+from data.encode import Encoded, collate
 from model import SIZES, GPTConfig, LoRAConfig
 from report import memory
 from runtime import optim

@@ -492,7 +492,7 @@ def test_sharded_bfloat16_is_near_autocast(device, monkeypatch):
     from torch.distributed.device_mesh import init_device_mesh
 
     import weights
-    from data.packing import Encoded, collate
+    from data.encode import Encoded, collate
     from runtime.distributed import whole, wrap
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(free_port()))

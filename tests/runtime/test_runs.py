@@ -111,7 +111,7 @@ def test_reference_shares_prompts_of_a_group(sft_run):
     """Three pairs of one problem are one row; the numbers are those of pairs scored alone."""
     import weights
     from data import load
-    from data.packing import encode
+    from data.encode import encode
     from data.tokenizer import get
     from precompute_ref import reference_logps, share_prompts
     from runtime.distributed import setup
@@ -205,7 +205,7 @@ def test_best_checkpoint_is_kept_and_becomes_the_model(files, call, tmp_path):
     assert status == 0 and f"step {best}, which validated best" in printed
     import sft
     import weights
-    from data.packing import load_encoded
+    from data.encode import load_encoded
     from data.tokenizer import get
     from runtime.distributed import setup
 

@@ -1,0 +1,83 @@
+"""Rows of examples -> tensors. One row, a prompt `a b` with the completions `c d e` and `f g`:
+
+    tokens      a  b  c  d  f       a completion's last token is not fed
+    branch      0  0  1  1  2       0 = prompt
+    positions   0  1  2  3  2       each branch goes on from the prompt's end
+    predicts       c  d  e  g       `b` predicts the first token of both branches: `c` and `f`
+
+A row may hold several such examples, one behind the other; tokens of different examples do not see each other.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.encode import Encoded
+
+PADDING = -1  # the example number of padded positions
+
+
+@dataclass
+class Batch:
+    """Rows as tensors, all int64. The first four are (rows, row_len), the next three (completion tokens,).
+
+    tokens; positions (0.. on each branch, going on from the prompt's end); example (a number within the row, -1 = padding);
+    branch (0 = prompt, 1..k); source (flat position in rows * row_len that predicts); target (token predicted there);
+    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    example: Tensor
+    branch: Tensor
+    source: Tensor
+    target: Tensor
+    completion: Tensor
+    n_completions: int
+    plain: bool  # at most one example a row, with one completion: then causal attention is enough
+    items: list[Encoded]
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens in each completion, (n_completions,)."""
+        return torch.bincount(self.completion, minlength=self.n_completions)
+
+
+def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
+    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`.
+
+    No rows: one row of padding without completions. A rank that has no work left runs it, because the forward of a sharded
+    model needs all ranks.
+    """
+    width = max((sum(item.row_tokens for item in row) for row in rows), default=1)
+    width = -(-width // multiple) * multiple
+    rows = rows or [[]]
+    tokens, positions, branch, example = np.zeros((4, len(rows), width), dtype=np.int64)
+    example[:] = PADDING
+    source, target, completion = [], [], []  # a list of arrays each, joined at the end
+    for r, row in enumerate(rows):
+        at = 0
+        for e, item in enumerate(row):
+            p = len(item.prompt)
+            last = r * width + at + p - 1  # where the prompt's last token stands
+            for b, ids in enumerate([item.prompt, *item.completions]):
+                fed = ids[:-1] if b else ids
+                here, begin = slice(at, at + len(fed)), p if b else 0
+                tokens[r, here], branch[r, here], example[r, here] = fed, b, e
+                positions[r, here] = np.arange(begin, begin + len(fed))
+                if b:
+                    source += [[last], np.arange(r * width + at, r * width + here.stop)]
+                    completion.append(np.full(len(ids), len(target)))
+                    target.append(ids)
+                at = here.stop
+    n = len(target)
+    plain = all(len(row) <= 1 and all(len(item.completions) == 1 for item in row) for row in rows)
+    joined = (np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion))
+    arrays = (tokens, positions, example, branch, *joined)
+    return Batch(*map(torch.from_numpy, arrays), n, plain, [item for row in rows for item in row])

@@ -1,0 +1,136 @@
+"""Text -> tokens: `load_encoded` gives a recipe or a file as `Encoded` examples that fit the model's context."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from base.errors import UserError
+from data import Example, load
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A tokenized example: `prompt` (p,) int32 with p >= 1, and k completions (c_j,) int32 with c_j >= 1."""
+
+    prompt: np.ndarray
+    completions: list[np.ndarray]
+    number: int  # its place in the loaded data: messages and result files name an example by it
+    group: int  # examples of one group are alternatives: an epoch may draw only some of them
+    label: int | None = None  # the right completion, where the completions are options
+
+    @cached_property
+    def row_tokens(self) -> int:
+        """Tokens that the example takes in a row: a completion's last token is predicted but never fed."""
+        return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of prompt + longest completion: the length of a plain sequence, which shares nothing."""
+        return len(self.prompt) + max(len(c) for c in self.completions)
+
+    @cached_property
+    def completion_tokens(self) -> int:
+        """Tokens to predict, over all completions."""
+        return sum(len(c) for c in self.completions)
+
+
+@dataclass
+class LengthReport:
+    """How many examples there were, and what `encode` did to them."""
+
+    examples: int
+    dropped: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
+    identical: int = 0
+
+    def __str__(self) -> str:
+        parts = {
+            f"{self.examples:,} examples": True,
+            f"{self.dropped:,} dropped as too long": self.dropped,
+            f"{self.cut:,} prompts cut from the left by {self.cut_tokens:,} tokens in all": self.cut,
+            f"{self.identical:,} pairs dropped, chosen and rejected being the same tokens": self.identical,
+        }
+        return ", ".join(text for text, count in parts.items() if count)
+
+
+def to_ids(texts: list[str | tuple[int, ...]], tokenizer) -> list[list[int]]:
+    """Token ids of texts. What is ids already stays as it is: such data need GPT-2's tokenizer, else UserError."""
+    found = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+    if tokenizer.name != "gpt2" and not all(isinstance(text, str) for text in texts):
+        raise UserError(f"these data are token ids of gpt2, and the tokenizer is {tokenizer.name}: start from a GPT-2")
+    return [next(found) if isinstance(text, str) else list(text) for text in texts]
+
+
+def encode(
+    examples: list[Example], tokenizer, max_len: int, truncation: str, *, end: bool = True
+) -> tuple[list[Encoded], LengthReport]:
+    """Tokenize prompts and completions, each on its own, and apply the length policy.
+
+    max_len: most tokens of prompt + one completion. truncation: what to do with longer examples, "drop" them or cut the
+    prompt's start ("left"). end: put end-of-text behind each completion that is text.
+    An empty prompt becomes one end-of-text token, because the first completion token needs a position that predicts it. A
+    pair whose two completions are the same tokens is dropped.
+    Raises UserError for an empty completion, for a completion that fits with no cut, and when no example is left.
+    """
+    prompts = to_ids([e.prompt for e in examples], tokenizer)
+    flat = iter(to_ids([c for e in examples for c in e.completions], tokenizer))
+    kept, report, eot = [], LengthReport(len(examples)), [tokenizer.eot]
+    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        completions = [next(flat) for _ in example.completions]
+        if not all(completions):
+            raise UserError(f"{example.source}: an empty completion: every completion needs at least one token")
+        if end and isinstance(example.completions[0], str):
+            completions = [ids + eot for ids in completions]
+        prompt, longest = prompt or eot, max(map(len, completions))
+        over = max(0, len(prompt) + longest - max_len)
+        if example.label is None and len(completions) == 2 and completions[0] == completions[1]:
+            report.identical += 1
+            continue
+        if over and truncation == "drop":
+            report.dropped += 1
+            continue
+        if over and longest >= max_len:
+            raise UserError(
+                f"{example.source}: a completion of {longest} tokens does not fit max_len {max_len} even with the "
+                "prompt cut to one token: raise max_len, shorten it, or leave such examples out with truncation drop"
+            )
+        report.cut += over > 0
+        report.cut_tokens += over
+        arrays = [np.array(ids, dtype=np.int32) for ids in (prompt[over:], *completions)]
+        group = number if example.group is None else example.group
+        kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label))
+    if not kept:
+        raise UserError(
+            f"no example is left of {len(examples)}: {report}; max_len is {max_len}, the first is at {examples[0].source}: "
+            "raise max_len (up to the model's context) or set truncation left"
+        )
+    return kept, report
+
+
+def load_encoded(
+    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", limit=0, end=True
+) -> list[Encoded]:
+    """`data.load`, then `encode`; prints how many examples and tokens there are, and what was dropped or cut."""
+    examples = load(source, split, view, data_dir=data_dir, limit=limit)
+    items, report = encode(examples, tokenizer, max_len, truncation, end=end)
+    fed, predicted = sum(i.row_tokens for i in items), sum(i.completion_tokens for i in items)
+    print(f"{split} data {source}: {report}; {fed:,} tokens in rows, {predicted:,} of them to predict", flush=True)
+    return items
+
+
+def data_hash(items: list[Encoded]) -> str:
+    """SHA-256 of the tokenized data in order: two runs with the same hash see the same tokens, after any cutting.
+
+    Reference files and run folders hold this hash, so what goes into it must not change.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        for ids in (item.prompt, *item.completions):
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(ids.tobytes())
+        digest.update(len(item.completions).to_bytes(4, "little"))
+        digest.update((item.group - items[0].group).to_bytes(8, "little", signed=True))
+    return digest.hexdigest()

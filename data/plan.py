@@ -1,0 +1,151 @@
+"""Which examples make a step, a row, a forward: integers in, integers out.
+
+A plan names examples by their index in the list of `Encoded`, and nests them like this:
+
+    plan = [                           one optimizer step of 7 examples on 2 ranks, rows of at most 64 tokens
+        [ [[3], [0, 5]], [[1]] ],      rank 0: two forwards; the first has two rows, the second row holds examples 0 and 5
+        [ [[2, 6, 4]],   []    ],      rank 1: one forward with one row of three examples, then an empty one
+    ]
+    plan[rank][micro-batch][row][example]
+
+Which examples a step takes depends on the seed and the step's number alone. How they are laid out in rows, forwards and
+ranks depends on lengths and settings, and must not change any loss.
+"""
+
+from collections import Counter
+from dataclasses import KW_ONLY, InitVar, dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data.encode import Encoded
+
+Rows = list[list[int]]  # a micro-batch: rows of examples
+
+
+def epoch_order(groups: list[int], seed: int, epoch: int, per_group: int = 0, shuffle: bool = True) -> list[int]:
+    """The examples of one epoch in the order of training.
+
+    per_group: above 0, draw that many examples of every group, anew each epoch. shuffle: without it the data's own order
+    stays, and the first examples of a group are drawn.
+    """
+    order = list(range(len(groups)))
+    if shuffle:
+        order = np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist()
+    if not per_group:
+        return order
+    seen, drawn = Counter(), []
+    for i in order:
+        seen[groups[i]] += 1
+        if seen[groups[i]] <= per_group:
+            drawn.append(i)
+    return drawn
+
+
+def pack(step: list[int], lengths: list[int], row_len: int) -> Rows:
+    """Examples into rows, the longest row first.
+
+    row_len 0: one example a row. Above 0: rows of at most `row_len` tokens by first-fit-decreasing, that is, each example,
+    longest first, goes to the first row with room for it. A longer example gets a row of its own.
+    """
+    by_length = sorted(step, key=lambda i: (-lengths[i], i))
+    if row_len == 0:
+        return [[i] for i in by_length]
+    rows: Rows = []
+    room: list[int] = []
+    for i in by_length:
+        r = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(row_len)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+
+
+def micro_batches(rows: Rows, lengths: list[int], micro_tokens: int, spare_padding: int) -> list[Rows]:
+    """Rows, longest first, into micro-batches of at most `micro_tokens` positions, padding counted, but at least one row.
+
+    A micro-batch also ends where its padding would pass `spare_padding` positions: then another forward costs less.
+    """
+    out: list[Rows] = []
+    width = padding = 0
+    for row in rows:
+        tokens = sum(lengths[i] for i in row)
+        padding += width - tokens
+        if not out or (len(out[-1]) + 1) * width > micro_tokens or padding > spare_padding:
+            out.append([])
+            width, padding = tokens, 0
+        out[-1].append(row)
+    return out
+
+
+@dataclass
+class BatchPlan:
+    """The steps of a run, numbered from 0 through all epochs: `plan[step]` is [rank][micro-batch][row][example]."""
+
+    items: InitVar[list[Encoded]]
+    batch_size: int  # examples a step, over all ranks
+    seed: int
+    _: KW_ONLY
+    row_len: int = 0
+    micro_tokens: int = 4096
+    spare_padding: int = 64
+    world: int = 1
+    per_group: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self, items: list[Encoded]):
+        self.lengths, groups = [item.row_tokens for item in items], [item.group for item in items]
+        self.order = lru_cache(maxsize=1)(lambda epoch: epoch_order(groups, self.seed, epoch, self.per_group, self.shuffle))
+        self.examples_per_epoch = len(self.order(0))
+        self.steps_per_epoch = -(-self.examples_per_epoch // self.batch_size)
+
+    def examples(self, step: int) -> list[int]:
+        """The examples of a step, over all ranks."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
+
+    def __getitem__(self, step: int) -> list[list[Rows]]:
+        """Rows go, longest first, to the rank with the fewest tokens. Ranks with fewer micro-batches get empty ones at the
+        end, so that all ranks run the same number of forwards."""
+        shares: list[Rows] = [[] for _ in range(self.world)]
+        tokens = [0] * self.world
+        for row in pack(self.examples(step), self.lengths, self.row_len):
+            rank = tokens.index(min(tokens))
+            shares[rank].append(row)
+            tokens[rank] += sum(self.lengths[i] for i in row)
+        ranks = [micro_batches(rows, self.lengths, self.micro_tokens, self.spare_padding) for rows in shares]
+        most = max(map(len, ranks))
+        return [micros + [[]] * (most - len(micros)) for micros in ranks]
+
+
+def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64, world: int = 1) -> list[list[Rows]]:
+    """Every example once, one a row, longest first: [rank][micro-batch][row][example]. For validation, the reference pass
+    and scoring.
+
+    The micro-batches are the same for every `world`. Ranks take them in turns; a rank that gets one less has an empty one.
+    """
+    lengths = [item.row_tokens for item in items]
+    micros = micro_batches(pack(list(range(len(items))), lengths, 0), lengths, micro_tokens, spare_padding)
+    micros += [[]] * (-len(micros) % world)
+    return [micros[rank::world] for rank in range(world)]
+
+
+def describe(plan: BatchPlan, items: list[Encoded], most: int = 200) -> str:
+    """What the layout costs, counted on the first epoch's first `most` steps: tokens, padding, forwards, and the positions
+    that plain sequences (prompts not shared, each step padded to its longest) would take."""
+    steps = range(min(plan.steps_per_epoch, most))
+    planned = [plan[step] for step in steps]
+    micros = [rows for ranks in planned for micros in ranks for rows in micros if rows]
+    widths = [[sum(plan.lengths[i] for i in row) for row in rows] for rows in micros]
+    fed, positions = sum(map(sum, widths)), sum(max(tokens) * len(tokens) for tokens in widths)
+    chosen = [[items[i] for i in plan.examples(step)] for step in steps]
+    padded = sum(max(i.longest for i in step) * sum(len(i.completions) for i in step) for step in chosen)
+    n_rows, forwards = sum(map(len, micros)), sum(len(ranks[0]) for ranks in planned)
+    return (
+        f"{len(steps)} steps of {plan.batch_size}: {fed:,} tokens in {positions:,} positions "
+        f"({100 * (1 - fed / positions):.1f}% padding); "
+        f"padded and unshared they would be {padded:,} ({padded / positions:.2f}x)\n"
+        f"a step: {fed / len(steps):,.0f} tokens in {n_rows / len(steps):.1f} rows, {forwards / len(steps):.1f} forwards a rank"
+    )

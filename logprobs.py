@@ -1,0 +1,265 @@
+"""What all model families share: attention in packed rows, and log-probabilities of target tokens without [B, T, V] logits.
+
+Every stage asks a model one question: which log-probability does it give these tokens after that prompt?
+`LanguageModel.forward(batch)` answers it for rows that hold a prompt once and its completions behind it (data/batch.py):
+
+    [prompt | completion 1 | completion 2 | …]      a completion sees the prompt and itself, never a sibling
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora import LoRA, LoRAConfig
+
+LOGITS_BUDGET = 2**28  # bytes of logits a forward may keep for backward; past it they are computed again
+LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
+
+
+class LanguageModel(nn.Module):
+    """A model family's base class. A family is one file; this is all that the rest of the project knows of it.
+
+    Its config is a frozen dataclass:
+        model_type      class attribute: the name in transformers' config.json, by which weights.FAMILIES finds the file
+        n_layer, n_head, n_kv_head, head_dim, n_embd, vocab_size, dropout
+        block_size      positions: the longest prompt + completion, not the longest row
+        tied            the output projection is the token embedding
+        from_hf(raw)    class method: config.json as a dict -> config; ValueError, naming the key, for what it does not compute
+        to_hf()         the config as transformers reads it
+
+    Its model is a subclass of this class:
+        LINEAR          names of the layers that an adapter may sit on: ends of module names, "head" the last
+        blocks          ModuleList. block(x, rotary, attention) -> x, with x (rows, length, n_embd). A block makes
+                        q (rows, n_head, length, head_dim), k and v (rows, n_kv_head, length, head_dim) with lora.Linear layers
+                        and lets `attention(q, k, v, dropout)` mix the values: -> (rows, n_head, length, head_dim)
+        embed(tokens, positions)    both (rows, length) int64 -> x in float32, and `rotary`: what the blocks want to know of
+                        the positions, or None
+        embedding, norm the token embedding, and the norm behind the last block
+        head            lora.Linear without bias; its weight is None where it is tied
+        initial_weights(seed)       (name, tensor) of every parameter of a model trained from scratch
+        PREFIX, hf_name(name), transposed(name), IGNORED
+                        its parameters in transformers' files: a prefix that may be missing there, the whole name, whether the
+                        matrix is stored as (in, out), and a pattern of names to pass over
+
+    An attention object is made once a forward and asked once a layer: `attention.layer(i)` gives the one for layer i. There are
+    `Packed` here, and `Prefill` and `Decode` in generate.py.
+    """
+
+    lora: LoRAConfig | None = None  # set by lora.add_lora
+    origin = None  # set by runtime.build.build_model: a weights.Origin
+    IGNORED = ""
+    recompute = False  # activation checkpointing: keep only each block's input, compute the rest again in the backward pass
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection, (vocab_size, n_embd)."""
+        return self.embedding.weight if self.head.weight is None else self.head.weight
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [*self.head.parameters(), *([self.embedding.weight] if self.head.weight is None else [])]
+
+    def states(self, tokens: Tensor, positions: Tensor, attention) -> Tensor:
+        """What the last block gives, (rows, length, n_embd) float32."""
+        x, rotary = self.embed(tokens, positions)
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        for i, block in enumerate(self.blocks):
+            inputs = x, rotary, attention.layer(i)
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+        return x
+
+    def forward(self, batch) -> Tensor:
+        """Log-probability of every completion token of a batch of rows.
+
+        `batch` carries integer tensors: `tokens`, `positions`, `example`, `branch`, each (rows, row_len), and `source`,
+        `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len.
+        `plain` says that every row is one sequence, so that the causal rule alone will do.
+        Returns (completion tokens,) float32, natural logarithm.
+        """
+        attention = Packed(None if batch.plain else attention_mask(batch.example, batch.branch))
+        x = self.states(batch.tokens, batch.positions, attention)  # (rows, row_len, n_embd)
+        x = self.norm(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
+        return target_logps(x, self.head_weight, batch.target, self.head.lora)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Plain sequences (rows, length) -> (rows, length, vocab_size). For tests and curiosity: training never needs it."""
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        x = self.states(tokens, positions, Packed(None))
+        return self.project(x.flatten(0, 1)).unflatten(0, tokens.shape)
+
+    def project(self, x: Tensor, n_ids: int | None = None) -> Tensor:
+        """What the last block gives, (rows, n_embd) -> float32 logits of the first `n_ids` tokens (None: all)."""
+        x, w = self.norm(x), self.head_weight
+        h, b = (self.head.lora and self.head.lora.low(x)) or (None, None)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.head.product is not None:
+            logits = self.head.product(x)[:, :n_ids]
+        else:  # for a few rows the large matrix on the left is up to twice as fast on a CPU
+            logits = _float32_product(w[:n_ids].to(x.dtype), x.T).T.contiguous()
+        return logits if h is None else _add_product(logits, h.to(x.dtype), b[:n_ids].T.to(x.dtype))
+
+    def inside(self, work, *args, **kwargs):
+        """`work(self, …)` as a forward pass: a sharded model's parameters outside of the blocks are gathered meanwhile."""
+        return work(self, *args, **kwargs)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """Attention within rows that hold prompts and their completions: for training and scoring.
+
+    mask: None (every row is one sequence: causal), or what `attention_mask` makes.
+    """
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def layer(self, number: int) -> "Packed":
+        return self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        return attend(q, k, v, self.mask, dropout)
+
+
+def may_attend(example: Tensor, branch: Tensor, row, query, key):
+    """The one rule: same example, causal, and the key is the prompt's (branch 0) or of the query's own branch."""
+    key_branch = branch[row, key]
+    return (
+        (query >= key) & (example[row, query] == example[row, key]) & ((key_branch == 0) | (key_branch == branch[row, query]))
+    )
+
+
+def attention_mask(example: Tensor, branch: Tensor):
+    """The rule for rows (rows, row_len): on CUDA a FlexAttention BlockMask, elsewhere 0 or -inf, (rows, 1, row_len, row_len).
+
+    Padding carries an example number of its own, so that a padded position sees itself and no row of the mask is empty.
+    """
+    rows, length = example.shape
+    if example.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def rule(row, _head, query, key):
+            return may_attend(example, branch, row, query, key)
+
+        return create_block_mask(rule, rows, None, length, length, device=example.device)
+    at = torch.arange(length, device=example.device)
+    row = torch.arange(rows, device=example.device).view(-1, 1, 1)
+    allowed = may_attend(example, branch, row, at[:, None], at[None, :]).unsqueeze(1)
+    return torch.where(allowed, 0.0, -math.inf)  # from booleans every layer would make such a tensor and keep it
+
+
+_compiled_flex = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal; a single query is the last and sees all), a tensor, or a
+    FlexAttention BlockMask.
+
+    q: (rows, heads, length, head_dim); k, v: (rows, kv_heads, length, head_dim), where kv_heads divides heads.
+    FlexAttention has no dropout on the weights, so there only the residual one acts.
+    """
+    grouped = q.size(1) != k.size(1)
+    if mask is None or isinstance(mask, Tensor):
+        causal = q.size(2) > 1 and mask is None  # in this order a bool also while torch.compile traces
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
+    global _compiled_flex
+    if _compiled_flex is None:  # uncompiled it would write out the whole matrix of scores
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled_flex = torch.compile(flex_attention, dynamic=True)
+    return _compiled_flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+
+# --- the vocabulary projection --------------------------------------------------------------------------------------
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log softmax(x w^T + h b^T)[target] in chunks of rows, without autograd's three copies of the logits.
+
+    h, b: an adapter's scaled A x (n, rank) and its B (vocab, rank), or None. A frozen w costs no gradient.
+
+    Kept for backward: nothing but x and the log-normaliser, or, while they fit LOGITS_BUDGET, the logits too. Products are in
+    the dtype of x, sums and logits in float32: GPT-2's logits lie near -100, where bfloat16 steps by half a nat.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, target: Tensor, chunk: int, keep: bool):
+        logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        lse = torch.empty_like(logps)
+        kept = []
+        cast = [m if m is None else m.to(x.dtype) for m in (w, h, b)]
+        for i in range(0, len(x), chunk):
+            logits = _logits(x, *cast, slice(i, i + chunk))  # (chunk, vocab)
+            at = logits.gather(1, target[i : i + chunk, None])[:, 0]
+            lse[i : i + chunk] = torch.logsumexp(logits, 1)
+            logps[i : i + chunk] = at - lse[i : i + chunk]
+            if keep:
+                kept.append(logits)
+        ctx.save_for_backward(x, *cast, target, lse, *kept)
+        ctx.chunk, ctx.dtypes = chunk, [m if m is None else m.dtype for m in (w, h, b)]
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, w, h, b, target, lse, *kept = ctx.saved_tensors
+        dx, dh = (torch.empty_like(m) if need else None for m, need in zip((x, h), ctx.needs_input_grad[::2], strict=False))
+        dw = db = None
+        for n, i in enumerate(range(0, len(x), ctx.chunk)):
+            part = slice(i, i + ctx.chunk)
+            logits = kept[n] if kept else _logits(x, w, h, b, part)
+            # d logp_t / d logits = onehot(target) - softmax(logits), times the incoming gradient
+            d = logits.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
+            d.scatter_add_(1, target[part, None], grad[part, None])
+            d = d.to(x.dtype)
+            if dx is not None:
+                dx[part] = d @ w
+            if dh is not None:
+                dh[part] = d @ b
+                db = _add_product(db, d.T, h[part])
+            if ctx.needs_input_grad[1]:
+                dw = _add_product(dw, d.T, x[part])
+        if not len(x):  # with nothing to predict the gradients are zero: a sharded model's ranks must all have them
+            dw, db = (
+                torch.zeros_like(m) if need else None for m, need in zip((w, b), ctx.needs_input_grad[1::2], strict=False)
+            )
+        return dx, *(g if g is None else g.to(t) for g, t in zip((dw, dh, db), ctx.dtypes, strict=True)), None, None, None
+
+
+def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:
+    """x w^T + h b^T for a part of their rows, float32."""
+    logits = _float32_product(x[part], w.T)
+    return logits if h is None else _add_product(logits, h[part], b.T)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in float32, in place; None is zero."""
+    if total is None:
+        return _float32_product(a, b)
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    return total.add_(_float32_product(a, b))
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of float32 or bfloat16 matrices, added up and returned in float32, autocast or not."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def target_logps(x: Tensor, w: Tensor, target: Tensor, lora: LoRA | None = None) -> Tensor:
+    """log softmax(x w^T) at the target tokens. x: (n, n_embd), w: (vocab, n_embd), target: (n,) -> (n,) float32.
+
+    lora: the adapter beside w.
+    """
+    h, b = (lora and lora.low(x)) or (None, None)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    row_bytes = 4 * len(w)
+    keep = torch.is_grad_enabled() and len(x) * row_bytes <= LOGITS_BUDGET
+    return _TargetLogps.apply(x, w, h, b, target, max(1, LOGITS_CHUNK // row_bytes), keep)

@@ -1,0 +1,86 @@
+"""What a stage starts from: its model, its data, and the plan of which examples each step takes."""
+
+import torch
+
+import adapters
+import weights
+from base.errors import UserError
+from data import RECIPES
+from data.encode import Encoded, load_encoded
+from data.plan import BatchPlan
+from logprobs import LanguageModel
+from lora import add_lora, initial_lora
+from runtime import distributed
+from runtime.keys import SCRATCH, DataKeys, ModelKeys, TrainKeys
+
+
+def source_options(cfg: ModelKeys, tokenizer) -> dict:
+    """What `weights.source` wants to know beside `init_from`."""
+    given = {name: getattr(cfg, name, 0) for name in ("dropout", "seed")}
+    return {name: getattr(cfg, name) for name in SCRATCH} | given | {"vocab_size": tokenizer.size}
+
+
+def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) -> LanguageModel:
+    """The model that `init_from` names, in float32 on this process's device: for training (TrainKeys) sharded over all
+    processes, else whole on each. Rank 0 reads the weights. UserError if the tokenizer has more ids than the model.
+
+    With `lora_rank` the weights are frozen, in the compute dtype, with adapters beside them: new ones, or, where `init_from` is
+    an adapter, that one; `keep_start` then keeps a copy of it as it starts, for `lora.as_started`. Without `lora_rank` an
+    adapter is merged into its base.
+    """
+    training = isinstance(cfg, TrainKeys)
+    with_lora = training and cfg.lora_rank > 0
+
+    def find() -> tuple[weights.Source, adapters.LoRAConfig | None]:
+        found = adapters.source(cfg.init_from, merge=not with_lora, **source_options(cfg, tokenizer))
+        if tokenizer.size > found.config.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
+                f"{found.config.vocab_size}: give the --tokenizer that it was trained with"
+            )
+        return found, adapters.chosen(cfg, found) if with_lora else None
+
+    found, lora = compute.once(find)
+    model = weights.empty(found.config)
+    tensors = [found.tensors]
+    if lora:
+        add_lora(model, lora, compute.dtype, keep_start and found.adapter is not None)
+        tensors.append(found.adapter.initial(keep_start) if found.adapter else initial_lora(model, cfg.seed))
+    if training:
+        model.recompute = cfg.activation_checkpointing
+        for block in model.blocks if cfg.compile else ():
+            block.forward = torch.compile(block.forward, dynamic=True)
+        distributed.shard(model, compute, cfg.replicate)
+    distributed.fill(model, (pair for part in tensors for pair in part), compute)
+    model.origin = compute.once(found.origin)
+    return model
+
+
+def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[list[Encoded], list[Encoded], int]:
+    """The training and the validation examples (none where a file has none), and the most tokens that one may have."""
+    block_size = model.config.block_size
+    if cfg.max_len > block_size:
+        raise UserError(f"key max_len: {cfg.max_len} is more than the model's context of {block_size} tokens")
+    max_len = cfg.max_len or block_size
+
+    def load(source: str, split: str, limit: int) -> list[Encoded]:
+        how = {"data_dir": cfg.data_dir, "limit": limit}
+        return compute.once(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how))
+
+    train = load(cfg.data, "train", cfg.limit)
+    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
+    return train, load(val_source, "val", cfg.val_limit) if val_source else [], max_len
+
+
+def batch_plan(cfg: TrainKeys, items: list[Encoded], compute, per_group: int = 0) -> BatchPlan:
+    return BatchPlan(
+        items,
+        cfg.batch_size,
+        cfg.seed,
+        row_len=cfg.row_len,
+        micro_tokens=cfg.micro_tokens,
+        spare_padding=compute.spare_padding,
+        world=compute.world,
+        per_group=per_group,
+        shuffle=cfg.shuffle,
+    )
