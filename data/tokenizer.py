@@ -17,7 +17,7 @@ import tiktoken
 
 from base.errors import UserError
 from data import toy, toy_math
-from weights import HUB_NAMES as SIZES
+from weights import HUB_NAMES
 
 EOT = "<|endoftext|>"
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i
@@ -189,7 +189,7 @@ def choose(name: str, init_from: str) -> Tokenizer:
     base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
         init_from, folder = base, Path(base).expanduser()
-    return get(folder if init_from not in (*SIZES, "scratch") and folder.is_dir() else "gpt2")
+    return get(folder if init_from not in (*HUB_NAMES, "scratch") and folder.is_dir() else "gpt2")
 
 
 def _vocab_of(folder: Path) -> tuple[Path, dict[str, int] | None]:
