@@ -28,6 +28,7 @@ import torch
 import weights
 from base.errors import UserError, fail, run
 from base.files import write_whole
+from base.progress import Progress
 from data import jsonl
 from data.tokenizer import choose
 from generate import lay_out, stream
@@ -35,7 +36,6 @@ from runtime import config, distributed
 from runtime.build import build_model
 from runtime.config import REQUIRED, key
 from runtime.keys import DeviceKeys, ModelKeys
-from runtime.log import Progress
 from runtime.unfinished import Unfinished
 
 

@@ -1,17 +1,25 @@
-"""What the project's HTTP clients share: the key in the header, how long a server asks us to wait, why no answer came."""
+"""What every request to a web server needs: a token that stays with it, plain words for a failure, Retry-After."""
 
 import email.utils
-import re
 import time
 
 import requests
-from urllib3.exceptions import NewConnectionError
+from urllib3.exceptions import MaxRetryError
+
+REASONS = {  # the name of the exception -> what it means for the user; by name, because older versions lack some
+    "NameResolutionError": "no such host",
+    "NewConnectionError": "it refuses the connection",
+    "ConnectTimeoutError": "no connection in time",
+    "ReadTimeout": "no answer in time",
+    "SSLError": "no trusted TLS connection",
+    "ProxyError": "no way through the proxy (HTTPS_PROXY)",
+}
 
 
 class Bearer(requests.auth.AuthBase):
-    """Sends `Authorization: Bearer TOKEN`, or no such header if the token is empty.
+    """Sends `Authorization: Bearer TOKEN`, or nothing if the token is empty.
 
-    An auth object, not a plain header: requests replaces a header by a ~/.netrc entry for the host, if there is one.
+    requests lets an entry of ~/.netrc replace a plain Authorization header. It does not replace an auth object.
     """
 
     def __init__(self, token: str):
@@ -23,31 +31,31 @@ class Bearer(requests.auth.AuthBase):
         return request
 
 
-def retry_after(text: str) -> float:
-    """Seconds from now that a Retry-After header asks for (RFC 9110, 10.2.3): a number or a date; 0 for anything else."""
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
-        return float(text)
+def reached(error: requests.RequestException) -> bool:
+    """Whether the request that failed had reached a server. If not, the address or the network is wrong."""
+    return not isinstance(error, ValueError) and not isinstance(_cause(error), MaxRetryError)
+
+
+def explain(error: requests.RequestException) -> str:
+    """Why a request failed, in a few words. Never the exception's own text: it may quote a signed address or a header."""
+    if error.response is not None:
+        return f"the server answers with status {error.response.status_code}"
+    if isinstance(error, ValueError):  # what requests raises for an address or header that it cannot use
+        return f"no usable address ({type(error).__name__})"
+    name = type(getattr(_cause(error), "reason", None) or error).__name__
+    return REASONS.get(name, "the connection was cut")
+
+
+def retry_after(response: requests.Response | None) -> float:
+    """Seconds that the server asks to wait, 0 if it does not say. The header holds seconds or a date (RFC 9110, 10.2.3)."""
+    text = "" if response is None else response.headers.get("Retry-After", "").strip()
     try:
+        if text.replace(".", "", 1).isdigit():
+            return float(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
 
-def no_answer(error: requests.RequestException) -> tuple[str, bool]:
-    """(why a request got no answer, whether it reached the server). Not the exception's own text, which may hold a key."""
-    cause = getattr(error.args[0] if error.args else None, "reason", None)  # urllib3's exception behind that of requests
-    if isinstance(error, requests.exceptions.ProxyError):
-        return "no way through the proxy (HTTPS_PROXY)", False
-    if isinstance(error, requests.exceptions.SSLError):
-        return "no trusted TLS connection", False
-    if isinstance(error, requests.exceptions.ConnectTimeout):
-        return "no connection in time", False
-    if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
-        return "no answer in time", True
-    if type(cause).__name__ == "NameResolutionError":  # by name: urllib3 1.x does not have it
-        return "no such host", False
-    if isinstance(cause, NewConnectionError):
-        return "it refuses the connection", False
-    if isinstance(error, ValueError):
-        return f"not an address to ask ({type(error).__name__})", False
-    return "the connection was cut", True
+def _cause(error: requests.RequestException) -> object:
+    return error.args[0] if error.args else None

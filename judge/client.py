@@ -20,10 +20,10 @@ from urllib.parse import SplitResult, urlsplit
 import requests
 
 from base.errors import UserError
-from base.http import Bearer, no_answer, retry_after
+from base.http import Bearer, explain, reached, retry_after
+from base.progress import Progress
 from judge.cache import Cache, Reply
 from runtime.config import REQUIRED, key
-from runtime.log import Progress
 
 DELAY = 1.0  # seconds before the second try, about; doubled for each further one
 LONGEST = 60.0  # seconds between two tries, beside those that the server asks for
@@ -234,10 +234,10 @@ class Judge:
         try:
             response = requests.post(self.url, json=body, auth=Bearer(self.key), timeout=limits, allow_redirects=False)
         except requests.RequestException as error:
-            problem, reached = no_answer(error)
-            if not reached and not self.answered:
+            problem = explain(error)
+            if not reached(error) and not self.answered:
                 raise UserError(f"{self.url}: {problem}: check --judge and the network") from None
-            raise NoAnswer(problem, paid=reached) from None
+            raise NoAnswer(problem, paid=reached(error)) from None
         self.answered = True
         status, said = response.status_code, self._quote(response)
         if status == 200:
@@ -246,7 +246,7 @@ class Judge:
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
                 raise NoAnswer(f"no answer of the expected form: {said!r}", paid=True) from None
         if (status in LATER or status >= 500) and b"insufficient_quota" not in response.content:
-            raise NoAnswer(f"status {status}: {said}", wait=retry_after(response.headers.get("Retry-After", "")))
+            raise NoAnswer(f"status {status}: {said}", wait=retry_after(response))
         raise UserError(
             f"{self.url}: the judge refuses (status {status}: {said}): check --judge, --judge_model and the API key in "
             f"{self.key_name}; --max_tokens 0 and --temperature -1 leave these two out of the request"

@@ -2,7 +2,7 @@
 
 As the real one it answers `/{repo}/resolve/main/{file}`, redirects bare names (`gpt2`) to `openai-community/…`, states
 size and checksum, and sends large files (by their ending) through a redirect to another host, whose ETag is one of its
-own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT`.
+own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT HF_HUB_CACHE=/none`.
 """
 
 import contextlib
@@ -186,9 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(repos: dict[str, Path], monkeypatch) -> Iterator[Hub]:
-    """A running Hub that HF_ENDPOINT points to; proxies and tokens of the machine are out of the way."""
+    """A running Hub that HF_ENDPOINT points to. Proxies, tokens and the hub cache of the machine do not count."""
     with Hub(repos) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", "/none")
         monkeypatch.setenv("NO_PROXY", "*")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import requests
 
 from base.errors import UserError
 from base.http import retry_after
@@ -95,9 +96,15 @@ def test_a_dead_server_ends_it_and_one_lost_question_does_not(server, call, refu
 
 
 def test_retry_after_as_seconds_or_date():
-    assert retry_after("7") == 7 and retry_after(" 1.5 ") == 1.5
-    assert 28 < retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert [retry_after(text) for text in ("", "soon", "-3", email.utils.formatdate(0))] == [0, 0, 0, 0]
+    def seconds(text: str) -> float:
+        response = requests.Response()
+        response.headers["Retry-After"] = text
+        return retry_after(response)
+
+    assert seconds("7") == 7 and seconds(" 1.5 ") == 1.5
+    assert 28 < seconds(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert [seconds(text) for text in ("", "soon", "-3", email.utils.formatdate(0))] == [0, 0, 0, 0]
+    assert retry_after(None) == retry_after(requests.Response()) == 0
 
 
 def test_what_no_second_try_can_mend_ends_at_once(server, refused, tmp_path, monkeypatch):
