@@ -1,11 +1,11 @@
 """Recipe C's problems: GSM8K, MATH, the toy sums, or a user's file. Each has the answer that a completion must reach.
 
-GSM8K: Cobbe et al. 2021 (arXiv 2110.14168), https://github.com/openai/grade-school-math. Its fields are `question` and `answer`,
-a worked solution that ends in `#### 72`.
+GSM8K: Cobbe et al. 2021 (arXiv 2110.14168), https://github.com/openai/grade-school-math. Its fields are `question` and
+`answer`, a worked solution that ends in `#### 72`.
 
 MATH: Hendrycks et al. 2021 (arXiv 2103.03874). Its fields are `problem`, `level`, `type`, and `solution`, with the answer in
-`\\boxed{}`. We download the split of https://github.com/openai/prm800k (Lightman et al. 2023, arXiv 2305.20050): 12,000 problems
-to train on and 500 to test, one a line. `data_dir` may also hold MATH as it was released, one file a problem.
+`\\boxed{}`. We download the split of https://github.com/openai/prm800k (Lightman et al. 2023, arXiv 2305.20050): 12,000
+problems to train on and 500 to test, one a line. `data_dir` may also hold MATH as it was released, one file a problem.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def extract(text: str, markers_only: bool = False) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{…}` whose braces close, or None. It may hold braces; `\\{` and `\\}` count as letters."""
+    """The content of the last `\\boxed{…}` whose braces close, or None. It may hold braces; `\\{` and `\\}` are letters."""
     for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
         depth = 1
         for m in re.compile(r"\\.|[{}]", re.S).finditer(text, start):

@@ -29,7 +29,6 @@ from selftrain.samples import GradeKeys, Sample, load_graded
 
 SHOWN = 20  # disagreements with stored grades that are printed
 MOST = 1000  # completions of a problem: C(n, n/2) of more would be above the largest float
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 @dataclass
@@ -128,45 +127,57 @@ def evaluate(samples: list[Sample], k: int = 0) -> dict:
 
     Raises UserError where a problem has fewer than k completions, or more than can be counted.
     """
-    least = min(samples, key=lambda s: len(s.completions))
-    if k > len(least.completions):
-        raise UserError(f"{least.source}: {len(least.completions)} completions, k is {k}: sample more of them, or lower k")
-    most = max(samples, key=lambda s: len(s.completions))
+    fewest, most = (pick(samples, key=lambda s: len(s.completions)) for pick in (min, max))
+    if k > len(fewest.completions):
+        raise UserError(f"{fewest.source}: {len(fewest.completions)} completions, k is {k}: sample more of them, or lower k")
     if len(most.completions) > MOST:
         raise UserError(f"{most.source}: {len(most.completions):,} completions, at most {MOST:,} can be counted: take fewer")
-    top = k or len(least.completions)
+    top = k or len(fewest.completions)
     result = measure(samples, top)
     for name in ("level", "subject"):
         groups = defaultdict(list)
         for s in samples:
-            groups[s.kind.get(name, "")].append(s)
-        if set(groups) != {""}:
+            groups[s.kind.get(name, "(none)")].append(s)
+        if set(groups) != {"(none)"}:
             parts = {value: measure(group, top) for value, group in sorted(groups.items())}
-            result[f"by_{name}"] = {value or "(none)": {f: p[f] for f in p if f != "by_k"} for value, p in parts.items()}
+            result[f"by_{name}"] = {value: {f: p[f] for f in p if f != "by_k"} for value, p in parts.items()}
     return result
 
 
+# --- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def cell(row: dict, field: str) -> str:
+    """A figure as text: a share with its 95% interval, a change with its ± half-width, or a plain number; "" if missing."""
+    value, ci95 = row.get(field, ""), row.get(f"{field}_ci95")
+    if isinstance(ci95, list):
+        return f"{value:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
+    if ci95 is not None:
+        return f"{value:+.3f} ± {ci95:.3f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict], columns: dict[str, str]) -> str:
+    """Rows as a Markdown table. columns: {field: heading}; one that no row has is left out."""
+    columns = {field: heading for field, heading in columns.items() if any(field in row for row in rows)}
+    lines = [list(columns.values()), ["---"] * len(columns), *([cell(row, field) for field in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def table(result: dict) -> str:
-    """The result as text: a line a k (all up to 16, then the powers of two and the last), then one a level and subject."""
-
-    def cells(row: dict, names: tuple[str, ...]) -> str:
-        return "".join(f"{row[n]:>9.3f} [{row[n + '_ci95'][0]:.3f}, {row[n + '_ci95'][1]:.3f}]" for n in names)
-
-    last = len(result["by_k"])
-    lines = [f"{'k':>12}{'maj@k [95%]':>25}{'pass@k [95%]':>25}"]
-    for row in result["by_k"]:
-        if row["k"] <= 16 or row["k"] == last or not row["k"] & (row["k"] - 1):
-            lines.append(f"{row['k']:>12}{cells(row, ('maj', 'pass'))}")
+    """The result as text: a row for each k up to 16, for its powers of two and its last, then for each level and subject."""
+    k, by_k = result["k"], result["by_k"]
+    shown = [row for row in by_k if row["k"] <= 16 or row is by_k[-1] or row["k"].bit_count() == 1]
+    tables = [markdown(shown, {"k": "k", "maj": "maj@k [95%]", "pass": "pass@k [95%]"})]
     for name in ("level", "subject"):
         if parts := result.get(f"by_{name}"):
-            heads = "".join(f"{h:>25}" for h in (f"maj@{result['k']}", f"pass@{result['k']}", "pass@1"))
-            lines.append(f"{name:>12}{heads}{'n':>7}")
-            lines += [f"{v:>12.12}{cells(p, ('maj', 'pass', 'pass_at_1'))}{p['n']:>7}" for v, p in parts.items()]
-    lines.append(
+            columns = {name: name, "maj": f"maj@{k}", "pass": f"pass@{k}", "pass_at_1": "pass@1", "n": "n"}
+            tables.append(markdown([{name: value, **part} for value, part in parts.items()], columns))
+    summary = (
         f"{result['n']:,} problems, {result['samples']:,} answers; all right in {result['all_right']:,}, all wrong in "
         f"{result['all_wrong']:,} problems; {result['no_answer']:,} completions without an answer"
     )
-    return "\n".join(lines)
+    return "\n\n".join([*tables, summary])
 
 
 def draw(results: dict[str, dict], path: str) -> None:
@@ -178,11 +189,12 @@ def draw(results: dict[str, dict], path: str) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, (label, result) in enumerate(results.items()):
-        colour, ks = COLOURS[number % len(COLOURS)], [row["k"] for row in result["by_k"]]
+        by_k, colour = result["by_k"], f"C{number}"
+        ks = [row["k"] for row in by_k]
         for name, style in (("maj", "o-"), ("pass", "s--")):
-            low, high = zip(*(row[f"{name}_ci95"] for row in result["by_k"]), strict=True)
-            middle, text = [row[name] for row in result["by_k"]], f"{label} {name}@k".strip()
-            axes.plot(ks, middle, style, markersize=4, color=colour, label=text)
+            low, high = zip(*(row[f"{name}_ci95"] for row in by_k), strict=True)
+            text = f"{label} {name}@k".strip()
+            axes.plot(ks, [row[name] for row in by_k], style, markersize=4, color=colour, label=text)
             axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -195,10 +207,8 @@ def draw(results: dict[str, dict], path: str) -> None:
 
 
 def compare(samples: list[Sample], grader: str) -> str:
-    """Where our grades differ from those that the file stores, as text; empty if it stores none."""
+    """Where our grades differ from those that the file stores, as text."""
     graded = [s for s in samples if s.stored is not None]
-    if not graded:
-        return ""
     total = sum(len(s.stored) for s in graded)
     lines = [
         f"  {s.source}, completion {i}: answer {s.answer!r}, given {p!r}: stored {was}, {grader} {now}"
@@ -207,8 +217,7 @@ def compare(samples: list[Sample], grader: str) -> str:
         if was != now
     ]
     head = f"{grader} agrees with the stored grades on {total - len(lines):,} of {total:,} answers"
-    more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([head, *lines[:SHOWN], *more])
+    return "\n".join([head, *lines[:SHOWN]])
 
 
 def main() -> None:
@@ -216,8 +225,8 @@ def main() -> None:
     samples, grader = load_graded(cfg)
     result = evaluate(samples, cfg.k) | {"grades": grader}
     print(f"{cfg.samples}, grades: {grader}")
-    if grader != "stored" and (said := compare(samples, grader)):
-        print(said)
+    if grader != "stored" and any(s.stored is not None for s in samples):
+        print(compare(samples, grader))
     print(table(result))
     if cfg.marker:
         result["marker"] = sum(cfg.marker in c for s in samples for c in s.completions) / result["samples"]

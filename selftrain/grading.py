@@ -161,7 +161,7 @@ FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re
 
 
 def program(prompt: str, completion: str) -> str | None:
-    """The last block of code in a completion, or None. It may have been opened by the prompt's suffix, and need not be closed."""
+    """The last block of code in a completion, or None. The prompt's suffix may have opened it; it may be unclosed."""
     if prompt.count("```") % 2:
         completion = "```" + prompt.rpartition("```")[2] + completion
     blocks = FENCE.findall(completion)

@@ -86,11 +86,8 @@ def step(cfg: Config, script: str, names: str, own: dict) -> tuple[str, dict]:
 
     `own` connects the step to the others. Raises UserError where the user sets one of these.
     """
-    defaults = {
-        "sample": {"batch_size": 256, "device": cfg.device},
-        "dpo": {"save_every": 100, "samples": 0, "device": cfg.device},
-    }
-    keys = defaults.get(script, {})
+    defaults = {"sample": {"batch_size": 256}, "dpo": {"save_every": 100, "samples": 0}}
+    keys = {**defaults[script], "device": cfg.device} if script in defaults else {}
     for name in names.split():
         given = words(getattr(cfg, name), name)
         if taken := sorted(given.keys() & {*own, "config", "overwrite"}):
@@ -107,7 +104,8 @@ def model_after(cfg: Config, r: int) -> str:
 def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
     """(script, its keys) of every step of round r, in order. Round 0 only evaluates."""
     at, eval_prompts = f"{cfg.out_dir}/round_{r}", f"{cfg.out_dir}/eval_prompts.jsonl"
-    samples, graded, ask = f"{at}/eval_samples.jsonl", f"{at}/eval_graded.jsonl", {"data_dir": cfg.data_dir, "seed": cfg.seed}
+    samples, graded = f"{at}/eval_samples.jsonl", f"{at}/eval_graded.jsonl"
+    ask = {"data_dir": cfg.data_dir, "seed": cfg.seed}
     draw = {"model": model_after(cfg, r), "prompts": eval_prompts, "seed": cfg.seed, "out": samples}
     grade = {"samples": samples, "marker": cfg.marker, "details": graded, "out": f"{at}/eval.json"}
     evaluation = [step(cfg, "sample", "sample eval_sample", draw), step(cfg, "selftrain.eval_math", "grade", grade)]
@@ -115,7 +113,8 @@ def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
         ask |= {"data": cfg.eval_data or cfg.data, "split": "test", "skip": 0, "limit": cfg.eval_problems, "out": eval_prompts}
         return [step(cfg, "selftrain.problems", "prompt", ask), *evaluation]
 
-    before, prompts, samples, graded = model_after(cfg, r - 1), *(f"{at}/{n}.jsonl" for n in ("prompts", "samples", "graded"))
+    before = model_after(cfg, r - 1)
+    prompts, samples, graded = (f"{at}/{name}.jsonl" for name in ("prompts", "samples", "graded"))
     ask |= {"data": cfg.data, "split": "train", "skip": (r - 1) * cfg.problems, "limit": cfg.problems, "wrap": True}
     draw = {"model": before, "prompts": prompts, "seed": 1000 * cfg.seed + r, "out": samples}  # a seed that no other round has
     grade = {"samples": samples, "marker": "", "details": graded, "out": f"{at}/train.json"}
@@ -172,19 +171,6 @@ def run_step(script: str, keys: dict, compute) -> None:
 
 # --- what came out of it ---------------------------------------------------------------------------------------------
 
-COLUMNS = [  # field of a row, heading, how it is written
-    ("round", "round", "{round}"),
-    ("pairs", "pairs", "{pairs:,}"),
-    ("all_right", "all right", "{all_right:,}"),
-    ("all_wrong", "all wrong", "{all_wrong:,}"),
-    ("train_pass_at_1", "train pass@1", "{train_pass_at_1:.3f}"),
-    ("pass_at_1", "pass@1", "{pass_at_1:.3f} [{pass_at_1_ci95[0]:.3f}, {pass_at_1_ci95[1]:.3f}]"),
-    ("maj", "maj@{k}", "{maj:.3f} [{maj_ci95[0]:.3f}, {maj_ci95[1]:.3f}]"),
-    ("pass", "pass@{k}", "{pass:.3f} [{pass_ci95[0]:.3f}, {pass_ci95[1]:.3f}]"),
-    ("gain", "gain in pass@1", "{gain:+.3f} ± {gain_ci95:.3f}"),
-    ("marker", "marker", "{marker:.1%}"),
-]
-
 
 def take(cfg: Config) -> None:
     """Make the folder this loop's. Raises UserError if it holds a loop with other settings."""
@@ -227,11 +213,11 @@ def figures(cfg: Config, r: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The rounds as a Markdown table. A column that no round has is left out."""
-    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
-    lines = [[heading.format(**rows[0]) for _, heading, _ in columns], ["---"] * len(columns)]
-    lines += [[form.format(**row) if field in row else "" for field, _, form in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """The rounds as a Markdown table."""
+    columns = {"round": "round", "pairs": "pairs", "all_right": "all right", "all_wrong": "all wrong"}
+    columns |= {"train_pass_at_1": "train pass@1", "pass_at_1": "pass@1", "maj": f"maj@{rows[0]['k']}"}
+    columns |= {"pass": f"pass@{rows[0]['k']}", "gain": "gain in pass@1", "marker": "marker"}
+    return eval_math.markdown(rows, columns)
 
 
 def write_rounds(cfg: Config, rows: list[dict]) -> None:

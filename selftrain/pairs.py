@@ -97,7 +97,7 @@ def main() -> None:
     if not pairs:
         lower = ", or lower max_pairs" if cfg.balanced else ""
         raise UserError(
-            f"{cfg.samples}: no problem has enough right and wrong answers for pairs: sample more, or at another temperature{lower}"
+            f"{cfg.samples}: no problem has enough right and wrong answers: sample more, or at another temperature{lower}"
         )
     chosen, rejected = counts["mean_chosen_characters"], counts["mean_rejected_characters"]
     if max(chosen, rejected) > 1.25 * min(chosen, rejected):

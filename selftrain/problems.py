@@ -3,7 +3,7 @@
     python -m selftrain.problems --data gsm8k --split test --few_shot 4 --out runs/gsm8k_test.jsonl
     python -m selftrain.problems --data math --data_dir ~/MATH --level 5 --suffix ' ```python' --out runs/math5.jsonl
 
-A prompt is `Question: …`, a new line, `Answer:` and the suffix. `--few_shot N` puts N solved problems in front, the same for all.
+A prompt is `Question: …`, a new line, `Answer:` and the suffix. `--few_shot N` puts N solved problems in front of each prompt.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Read sampled answers to problems and grade them, or take the grades that the file has.
 
-A line is one problem: `{"prompt", "answer", "completions": […]}`. sample.py writes such lines from prompts that carry an answer.
-A graded line also has `grades` (true or false for each completion) and `pred` (the answer that each completion gives, or null);
-`python -m selftrain.eval_math --details` writes those.
+A line is one problem: `{"prompt", "answer", "completions": […]}`. sample.py writes it from a prompt that carries an answer. A
+graded line also has `grades` (true or false for each completion) and `pred` (the answer that each completion gives, or null).
+`python -m selftrain.eval_math --details` writes graded lines.
 
 Two published forms are read too: Qwen2.5-Math's (`question`, `answer`, `response`, `pred`, `score`) and OpenAI's solutions of
 GSM8K (`question`, `ground_truth`, and for each model `{"is_correct", "solution"}`).
@@ -110,6 +110,8 @@ def _sample(record: dict, where: str) -> Sample:
 
 def _own_names(record: dict, where: str) -> dict:
     """A line of one of the published forms with `completions`, `answer` and `grades` under our names; any other as it is."""
+    if "completions" in record:
+        return record
     if "ground_truth" in record:  # https://github.com/openai/grade-school-math, example_model_solutions.jsonl
         models = [value for value in record.values() if isinstance(value, dict)]
         if not models or not all(type(m.get("is_correct")) is bool and isinstance(m.get("solution"), str) for m in models):
@@ -117,7 +119,7 @@ def _own_names(record: dict, where: str) -> dict:
         answer = extract(get(record, "ground_truth", str, where), markers_only=True) or ""
         solutions, right = [m["solution"] for m in models], [m["is_correct"] for m in models]
         return {"question": record.get("question"), "answer": answer, "completions": solutions, "grades": right}
-    if "response" in record and "completions" not in record:
+    if "response" in record:
         grades = {"grades": record["score"]} if "score" in record else {}
         return {**record, "completions": record["response"], **grades}
     return record

@@ -71,7 +71,7 @@ def test_table_and_files(whole, start):
 
 
 def main() -> None:
-    """The loop in a process of its own. It is killed before a step puts its first file or folder in place, once for each step."""
+    """The loop in a process of its own, killed before a step puts its first file or folder in place, once for each step."""
     killed = Path(os.environ["KILLED"])
 
     def wrapped(real):
@@ -172,7 +172,9 @@ def test_a_user_s_problems_from_a_folder_of_theirs(start, tmp_path, call, monkey
     assert all(c.startswith("-m ") or Path(c).resolve() == Path(loop.__file__).parents[1] / Path(c).name for c in commands)
 
 
-LOOPS = [p for p in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "selftrain.loop --config" in p.read_text()]
+LOOPS = [
+    p for p in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "selftrain.loop --config" in p.read_text()
+]
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
