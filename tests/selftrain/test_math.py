@@ -126,7 +126,6 @@ def test_bad_problems(tmp_path):
 def test_final_answer():
     for text, answer in (
         (r"so \boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"the set \boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{7} and the next was cut \boxed{8", "7"),
         ("2+2 = <<2+2=4>>4\n#### 1,234\nmore 5", "1,234"),
         ("She has 3.\nA: 18", "18"),
@@ -271,27 +270,29 @@ def test_interval_covers():
     assert 0 < low < 0.5 < high < 1
 
 
-@pytest.mark.parametrize(("name", "answers"), [("math_samples", 320), ("gsm8k_model_solutions", 4000)])
-def test_real_grades(tmp_path, call, name, answers):
-    """maj and pass follow from the stored grades; our own grades agree with every one of them."""
+@pytest.mark.parametrize(
+    ("name", "answers", "maj", "mixed"), [("math_samples", 320, 0.950, 4), ("gsm8k_model_solutions", 4000, 0.486, 561)]
+)
+def test_real_grades(tmp_path, call, name, answers, maj, mixed):
+    """We read the published forms as they are, and our own grades agree with every stored one."""
     path, out, details = real(name), tmp_path / "r.json", tmp_path / "d.jsonl"
-    results = {}
-    for grades in ("stored", "own"):
-        args = ("--samples", path, "--grades", grades, "--grader", "plain", "--out", out, "--details", details)
-        status, said, _ = call("selftrain.eval_math", *args)
-        assert status == 0
-        results[grades] = json.loads(out.read_text()), records(details), said
-    result, graded, _ = results["stored"]
-    assert result["samples"] == answers and result["grades"] == "stored"
+    args = ("selftrain.eval_math", "--samples", path, "--grader", "plain", "--out", out, "--details", details)
+    assert call(*args)[0] == 0
+    result, graded = json.loads(out.read_text()), records(details)
+    for (_, r), found in zip(read(path), graded, strict=True):
+        theirs = {m["solution"]: m["is_correct"] for m in r.values() if isinstance(m, dict)}
+        theirs |= dict(zip(r.get("response", []), r.get("score", []), strict=True))
+        assert {c[1:]: g for c, g in zip(found["completions"], found["grades"], strict=True)} == theirs
+    assert result["samples"] == answers and result["grades"] == "stored" and result["maj"] == pytest.approx(maj, abs=5e-4)
     assert result["pass"] == sum(any(r["grades"]) for r in graded) / len(graded)
     assert result["pass_at_1"] == pytest.approx(sum(sum(r["grades"]) / len(r["grades"]) for r in graded) / len(graded))
-    samples = [Sample("", "", r["completions"], {}, r, "", grades=r["grades"], pred=r["pred"]) for r in graded]
-    expected = [float(by_hand(*votes(s), result["k"])[0]) for s in samples]
-    assert result["maj"] == pytest.approx(sum(expected) / len(expected))
-    assert [r["grades"] for r in results["own"][1]] == [r["grades"] for r in graded]
-    assert f"agrees with the stored grades on {answers:,} of {answers:,}" in results["own"][2]
     if name == "math_samples":
         assert result["by_level"]["5"]["n"] == 8 and set(result["by_level"]) == set("12345")
+    said = call(*args, "--grades", "own")[1]
+    assert f"plain agrees with the stored grades on {answers:,} of {answers:,}" in said
+    assert [r["grades"] for r in records(details)] == [r["grades"] for r in graded]
+    assert call("selftrain.pairs", "--samples", path, "--out", out, "--max_pairs", 2)[0] == 0
+    assert len({p["problem"] for p in records(out)}) == mixed
 
 
 def test_results_files(tmp_path, call):
@@ -322,11 +323,9 @@ def test_disagreements_are_listed(tmp_path, call):
 
 BAD = [
     ('{"prompt": "p", "completions": ["a"]}', "neither 'grades' nor an 'answer'"),
-    ('{"prompt": "p", "answer": "", "completions": ["a"]}', "neither 'grades' nor an 'answer'"),
     ('{"prompt": "p", "answer": "1", "completions": []}', "'completions' must be a list of texts, at least one"),
     ('{"prompt": "p", "answer": "1", "completions": [3]}', "'completions' must be a list of texts"),
     ('{"prompt": "p", "answer": "1"}', "the field 'completions' is missing"),
-    ('{"prompt": "p", "answer": "1", "completions": "a"}', "the field 'completions' must be a list"),
     ('{"answer": "1", "completions": ["a"]}', "the field 'prompt' is missing"),
     ('{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [true, false]}', "'grades' must be a list of true or"),
     (
@@ -429,18 +428,3 @@ def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path):
     assert gap["length", 0] < gap["random", 0]
     numbers, shuffled = ([p["problem"] for p in found] for found in (make(shuffle="false"), made["length", 0]))
     assert numbers == sorted(numbers) and shuffled != sorted(shuffled)
-
-
-def test_pairs_of_real_samples(tmp_path, call):
-    out = tmp_path / "p.jsonl"
-    for name, problems in (("gsm8k_model_solutions", 561), ("math_samples", 4)):
-        path = real(name)
-        assert call("selftrain.pairs", "--samples", path, "--out", out, "--max_pairs", 2)[0] == 0
-        made, answers = records(out), [s for _, s in read(path)]
-        assert len({p["problem"] for p in made}) == problems
-        for p in made:
-            r = answers[p["problem"]]
-            right = {m["solution"]: m["is_correct"] for m in r.values() if isinstance(m, dict)}
-            right |= dict(zip(r.get("response", []), r.get("score", []), strict=True))
-            assert right[p["chosen"][1:]] is True and right[p["rejected"][1:]] is False
-            assert grading.plain_equal(r.get("answer") or extract(r["ground_truth"]), extract(p["chosen"]))

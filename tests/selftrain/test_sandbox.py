@@ -61,8 +61,7 @@ ATTACKS = {
         "loops for ever": "while True: pass",
         "sleeps for ever": "import time\ntime.sleep(1000)",
         "ignores signals": "import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
-        "leaves its session": "import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass",
-        "leaves its parent": "import ctypes, time\nl = ctypes.CDLL(None)\nl.setsid(), l.prctl(1, 0, 0, 0, 0)\ntime.sleep(30)",
+        "leaves its session": "import ctypes, time\nl = ctypes.CDLL(None)\nl.setsid(), l.prctl(1, 0, 0, 0, 0)\ntime.sleep(30)",
         "closes its output": "import os\nos.close(1)\nwhile True: pass",
     },
     "failed": {
