@@ -65,9 +65,9 @@ def maj_at_k(right: int, wrong: tuple[int, ...], silent: int) -> tuple[float, ..
         ways[0, : free + 1] = [math.comb(free, m) for m in range(free + 1)]
         for count in rivals:
             more = np.zeros_like(ways)
-            for votes in range(r + 1):
-                t = int(votes == r)
-                more[t:, votes:] += math.comb(count, votes) * ways[: len(ways) - t, : n + 1 - votes]
+            for drawn in range(r + 1):
+                t = int(drawn == r)
+                more[t:, drawn:] += math.comb(count, drawn) * ways[: len(ways) - t, : n + 1 - drawn]
             ways = more
         share = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # row t: a tie with t wrong answers
         wins[r:] += math.comb(right, r) * share[: n + 1 - r]
@@ -103,9 +103,8 @@ def measure(samples: list[Sample], top: int) -> dict:
     n_samples = sum(len(s.completions) for s in samples)
     by_k, maj = [], [maj_at_k(*votes(s)) for s in samples]
     for k in range(1, min(len(s.completions) for s in samples) + 1):
-        figures = {"maj": [m[k - 1] for m in maj], "pass": [pass_at_k(len(s.grades), sum(s.grades), k) for s in samples]}
-        row = {"k": k}
-        for name, values in figures.items():
+        passed, row = [pass_at_k(len(s.grades), sum(s.grades), k) for s in samples], {"k": k}
+        for name, values in (("maj", [m[k - 1] for m in maj]), ("pass", passed)):
             row |= {name: sum(values) / len(values), f"{name}_ci95": interval(values, n_samples)}
         by_k.append(row)
     at, one = by_k[top - 1], by_k[0]
