@@ -1,6 +1,6 @@
-"""The other side of comparisons: tiny random GPT-2 folders, TRL's trainers and lm-evaluation-harness on given data.
+"""The other side of comparisons: transformers' models, peft's adapters, TRL's trainers and lm-evaluation-harness.
 
-tests/ and bench.py share it. transformers, trl and lm_eval are imported where used: this file imports without them.
+The tests and the benches share it. The libraries are imported where they are used: this file imports without them.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ class Ids:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT, pad_token=EOT).save_pretrained(str(folder))
 
 
-def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=97, seed=0) -> Path:
+def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=97, seed=0,
+                tied=True) -> Path:  # fmt: skip
     """A random GPT2LMHeadModel without dropout, as transformers saves it. Its weights are larger than GPT-2's
     initialisation, so that log-probs, and with them rewards, differ visibly between tokens."""
     import torch
@@ -53,6 +54,7 @@ def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_siz
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.1,
+                        tie_word_embeddings=tied,
                         bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1)  # fmt: skip
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
@@ -61,6 +63,33 @@ def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_siz
                 p.add_(torch.randn_like(p) * 0.05)
     model.save_pretrained(str(folder))
     return Path(folder)
+
+
+def peft_adapter(base: str | Path, folder: str | Path, **settings) -> Path:
+    """An adapter for the model in `base`, with values that are not zero, made and saved by peft; `settings` are LoraConfig's."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model = peft.get_peft_model(model, peft.LoraConfig(fan_in_fan_out=True, task_type="CAUSAL_LM", **settings))
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(p, 0, 0.1)
+        model.save_pretrained(folder)
+    return Path(folder)
+
+
+def peft_model(base: str | Path, adapter: str | Path, trainable: bool = False):
+    """transformers' model in `base` with an adapter that peft has loaded."""
+    import peft
+    import transformers
+
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=trainable).train(trainable)
 
 
 @contextlib.contextmanager
@@ -136,19 +165,30 @@ def _dataset(rows: list[dict] | Path, columns: tuple[str, ...], cache: str | Pat
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
 
-def dpo_trainer(folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, ref_model=None, sync=None, **settings):
-    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has model and tokenizer. -> (trainer, watch).
+def dpo_trainer(
+    folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, model=None, ref_model=None, sync=None, **settings
+):
+    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has the tokenizer and, where `model` is not given,
+    the model. -> (trainer, watch).
 
     `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run, `watch.ends` each
     step's end (`now()`, after `sync()`). The reference is `ref_model`, or the model itself, and precomputed.
     """
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     watch = _watch(sync)
     with quiet():
         args = DPOConfig(**_args(out, {"precompute_ref_log_probs": True} | settings))
         data = _dataset(pairs, ("prompt", "chosen", "rejected"), Path(out) / "cache")
-        trainer = DPOTrainer(model=str(folder), ref_model=ref_model, args=args, train_dataset=data, callbacks=[watch])
+        trainer = DPOTrainer(
+            model=model or str(folder),
+            ref_model=ref_model,
+            args=args,
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            callbacks=[watch],
+        )
         trainer.remove_callback(_printer())
     return trainer, watch
 
