@@ -66,7 +66,7 @@ def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_siz
 
 
 def peft_adapter(base: str | Path, folder: str | Path, **settings) -> Path:
-    """An adapter for the model in `base`, with values that are not zero, made and saved by peft; `settings` are LoraConfig's."""
+    """An adapter for the model in `base`, none of its values zero, made and saved by peft. `settings` are LoraConfig's."""
     import peft
     import torch
     import transformers

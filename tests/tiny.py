@@ -1,10 +1,12 @@
 """Tiny random models and examples that several test files use."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import adapters
 import weights
 from data.encode import Encoded
 from lora import LoRAConfig, add_lora
@@ -32,6 +34,23 @@ def with_lora(model: GPT, rank: int = 4, alpha: float = 8.0, targets: tuple[str,
             if p.requires_grad:
                 p.normal_(0, 0.1, generator=generator)
     return model.eval()
+
+
+class NoTokenizer:
+    """What `save` needs of a tokenizer that nobody uses."""
+
+    eot = 96
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer_config.json").write_text("{}")
+
+
+def save_adapter(model: GPT, base: Path, folder: Path, tokenizer=None) -> Path:
+    """Write the adapters of `model`, which sit on the weights in `base`, as a run does at its end."""
+    sha256 = weights.fingerprint(weights.load(base))
+    model.origin = weights.Origin(str(base), sha256, sha256)
+    adapters.save(model, tokenizer or NoTokenizer(), folder)
+    return folder
 
 
 def example(rng: np.random.Generator, prompt: int, *completions: int) -> Encoded:
