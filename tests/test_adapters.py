@@ -5,18 +5,20 @@ import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import adapters
+import sft
 import weights
 from base.errors import UserError
 from lora import add_lora
 from model import GPT
+from runtime import config
 from tests import peers, tiny
+from tests.conftest import flags
 
 pytest.importorskip("peft")
 TOKENS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -216,29 +218,25 @@ def test_other_weights_than_the_adapter_was_trained_on(base, copied, tmp_path):
         adapters.load(str(copied))
 
 
-def test_keys_must_agree_with_the_adapter(base, ours):
+def test_keys_must_agree_with_the_adapter(base, ours, tmp_path):
     """Where a run goes on from one; what is not given is taken from it."""
+    one_block = peers.peft_adapter(base, tmp_path / "one block", **PEFT["one block"])
 
     def chosen(folder: Path, **keys):
-        cfg = {"init_from": folder, "lora_rank": 4, "lora_alpha": 0.0, "lora_targets": "", "lora_dropout": 0.0}
-        return adapters.chosen(SimpleNamespace(**cfg | {"lora_rslora": False} | keys), adapters.source(str(folder), merge=False))
+        cfg = config.load(sft.Config, flags(init_from=folder, data="toy", out_dir="run", **{"lora_rank": 4, **keys}))
+        return adapters.chosen(cfg, adapters.source(str(folder), merge=False))
 
     assert chosen(ours, lora_dropout=0.1) == replace(adapters.source(str(ours)).adapter.config, dropout=0.1)
-    some = chosen(base, lora_targets="head, mlp.fc", lora_rslora=True)
+    some = chosen(base, lora_targets="head, mlp.fc", lora_rslora="true")
     assert (some.targets, some.alpha, some.scale) == (("mlp.fc", "head"), 4.0, 2.0)
     for folder, keys, says in (
         (ours, {"lora_rank": 8}, "key lora_rank: 8, but init_from .* is an adapter with 4"),
         (ours, {"lora_alpha": 4.0}, "key lora_alpha: 4.0, but init_from .* is an adapter with 8"),
-        (ours, {"lora_targets": "head"}, "key lora_targets: head, but init_from .* with attn.qkv attn.proj mlp.fc mlp.proj head"),
-        (ours, {"lora_rslora": True}, "key lora_rslora: True, but init_from"),
+        (ours, {"lora_targets": "head"}, "key lora_targets: head, but init_from .* is an adapter with attn.qkv attn.proj mlp"),
+        (ours, {"lora_rslora": "true"}, "key lora_rslora: True, but init_from"),
+        (one_block, {"lora_rank": 2}, "its layers differ in rank, scale or targets: .* train without lora_rank"),
         (base, {"lora_rank": 33}, "key lora_rank: 33 is more than the model's width 32"),
         (base, {"lora_targets": "attn.qvk head"}, "no layer 'attn.qvk': known are .*did you mean attn.qkv"),
     ):
         with pytest.raises(UserError, match=says):
             chosen(folder, **keys)
-
-
-def test_layers_that_differ_cannot_be_trained_further(base, tmp_path):
-    folder = peers.peft_adapter(base, tmp_path / "adapter", **PEFT["one block"])
-    with pytest.raises(UserError, match="its layers differ in rank, scale or targets: .* train without lora_rank"):
-        adapters.chosen(SimpleNamespace(lora_rank=2, lora_targets=""), adapters.source(str(folder), merge=False))
