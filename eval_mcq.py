@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import generate
 from base.errors import UserError, run
 from base.files import write_whole
+from base.progress import Progress
 from data import Example, load
 from data.encode import Encoded, encode
 from data.tokenizer import choose
@@ -22,7 +23,7 @@ from runtime import config, distributed
 from runtime.build import build_model
 from runtime.config import REQUIRED, key
 from runtime.keys import DeviceKeys, ModelKeys
-from runtime.log import Progress, Timer
+from runtime.log import Timer
 from runtime.score import score
 
 

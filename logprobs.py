@@ -50,6 +50,7 @@ class LanguageModel(nn.Module):
 
     lora: LoRAConfig | None = None  # set by lora.add_lora
     origin = None  # set by runtime.build.build_model: a weights.Origin
+    IGNORED = ""
     recompute = False  # activation checkpointing: keep only each block's input, compute the rest again in the backward pass
 
     @property

@@ -4,7 +4,6 @@ What it shares with other families, the forward pass over packed rows included, 
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -138,7 +137,7 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     LINEAR = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "head")
     PREFIX = "transformer."
-    IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old checkpoints carry as a buffer
+    IGNORED = r"h\.\d+\.attn\.(bias|masked_bias)"  # the causal mask, which old checkpoints carry as a buffer
 
     def __init__(self, config: GPTConfig):
         super().__init__()

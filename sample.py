@@ -19,17 +19,16 @@ Ctrl-C stops the text, Ctrl-D leaves.
 
 import hashlib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import torch
 
 import weights
 from base.errors import UserError, fail, run
 from base.files import write_whole
+from base.progress import Progress
 from data import jsonl
 from data.tokenizer import choose
 from generate import lay_out, stream
@@ -37,8 +36,7 @@ from runtime import config, distributed
 from runtime.build import build_model
 from runtime.config import REQUIRED, key
 from runtime.keys import DeviceKeys, ModelKeys
-from runtime.log import Progress
-from runtime.run import restarted
+from runtime.unfinished import Unfinished
 
 
 @dataclass
@@ -106,87 +104,6 @@ def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:
     return cut
 
 
-class Unfinished:
-    """Finished prompts, kept in OUT.part0, OUT.part1, … (one a process) until all are: a killed run goes on from them.
-
-    A part file's first line holds the settings that its completions follow from; then comes [prompt number, completions] a
-    line. `done` has what an earlier run finished, on every rank.
-    """
-
-    def __init__(self, cfg: Config, settings: dict, compute):
-        self.cfg, self.settings, self.compute = cfg, settings, compute
-        self.lock = filelock.FileLock(f"{cfg.out}.lock")
-        self.done: dict[int, list[str]] = compute.once(self._take_over)
-        self.file = open(f"{cfg.out}.part{compute.rank}", "ab", buffering=0)  # noqa: SIM115
-        if compute.rank:
-            self._write(settings)
-
-    def _paths(self) -> list[Path]:
-        out = Path(self.cfg.out)
-        name = re.compile(re.escape(out.name) + r"\.part[0-9]+")
-        return sorted(p for p in out.parent.iterdir() if name.fullmatch(p.name))
-
-    def _take_over(self) -> dict[int, list[str]]:
-        """On rank 0: gather what earlier part files hold into the first one. Refuses files of other settings, or not ours."""
-        Path(self.cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"key out: another process is writing {self.cfg.out}: wait, or name another file") from None
-        done = {}
-        for path in self._paths():
-            theirs, found = _read_part(path)
-            if self.cfg.overwrite and not restarted():
-                continue
-            if theirs is not None and theirs != self.settings:
-                name = next((k for k in self.settings if theirs.get(k) != self.settings[k]), "key")
-                was, now = theirs.get(name), self.settings.get(name)
-                raise UserError(
-                    f"{path} holds unfinished samples with another {name} ({was!r:.40}, here {now!r:.40}): "
-                    "finish those, name another --out, or throw them away with --overwrite"
-                )
-            done |= found
-        lines = [self.settings, *done.items()]
-        write_whole(f"{self.cfg.out}.part0", "".join(json.dumps(line) + "\n" for line in lines))
-        for path in self._paths()[1:]:
-            path.unlink()
-        return done
-
-    def add(self, number: int, completions: list[str]) -> None:
-        self._write([number, completions])
-
-    def _write(self, line) -> None:
-        self.file.write(json.dumps(line).encode() + b"\n")
-
-    def remove(self) -> None:
-        self.file.close()
-        Path(self.file.name).unlink(missing_ok=True)
-        if self.compute.rank == 0:
-            self.lock.release()
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-
-
-def _read_part(path: Path) -> tuple[dict | None, dict[int, list[str]]]:
-    """A part file's settings (None where a kill came before the first line) and completions, up to where a kill tore it."""
-    settings, found = None, {}
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            value = json.loads(line if line.endswith(b"\n") else b"")
-            if settings is None and "weights_sha256" not in value:
-                raise TypeError
-            if settings is None:
-                settings = value
-            else:
-                found[value[0]] = value[1]
-        except ValueError:
-            if settings is not None or b'{"weights_sha256": '.startswith(line[:19]) or line.startswith(b'{"weights_sha256": '):
-                break
-            raise UserError(f"{path} was not written by sample.py: rename it, or name another --out") from None
-        except (TypeError, KeyError, IndexError):
-            raise UserError(f"{path} was not written by sample.py: rename it, or name another --out") from None
-    return settings, found
-
-
 # --- the two modes ---------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +115,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
     if cut:
         print(f"{cut:,} of {len(prompts):,} prompts lost their start: the model's context is {model.config.block_size} tokens")
     settings = {
-        "weights_sha256": weights.fingerprint(model),
+        "weights_sha256": weights.fingerprint(model),  # the first: see unfinished.FIRST
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -206,7 +123,7 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
         "stop": cfg.stop,
         **cfg.how,
     }
-    unfinished = Unfinished(cfg, settings, compute)
+    unfinished = Unfinished(cfg.out, settings, cfg.overwrite, compute)
     done = unfinished.done
 
     todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))

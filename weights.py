@@ -5,14 +5,13 @@ A tensor at a time goes through memory, so loading and saving take about one cop
 
 import contextlib
 import difflib
-import errno
 import hashlib
 import importlib
 import io
 import json
 import os
+import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from logprobs import LanguageModel
 FAMILIES = {"gpt2": "model"}  # model_type in config.json -> the file with its Config and Model, see logprobs.LanguageModel
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 Find = Callable[[Sequence[str]], Path | None]  # file names -> the first of them that is there
 
 
@@ -81,7 +80,7 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
 
     init_from: "scratch" (a GPT-2 of the sizes n_layer, n_head, n_embd, block_size and vocab_size, its weights drawn by seed),
     a name on the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a folder in Hugging Face's layout: config.json with
-    model.safetensors or pytorch_model.bin, in one file or in shards. A folder that has a hub model's name is written ./gpt2.
+    model.safetensors, in one file or in shards. A folder that has a hub model's name is written ./gpt2.
 
     Raises UserError for what is missing, damaged, or no model that is computed here (in part only while the weights are read),
     and for sizes that are given (not 0) and are not those of the weights.
@@ -199,9 +198,9 @@ def _ours(tensors: Iterator[tuple[Path, str, Tensor]], model: LanguageModel) -> 
     path = None
     for path, theirs, tensor in tensors:
         short = theirs.removeprefix(prefix)
-        if model.IGNORED.fullmatch(short):
+        if re.fullmatch(model.IGNORED, short):
             continue
-        copy = short == head and head not in ours
+        copy = short == head.removeprefix(prefix) and short not in ours
         name = embedding if copy else ours.get(short)
         if name is None:
             raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer {model.config.model_type}'s")
@@ -229,7 +228,8 @@ def _tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
     """(file, name, tensor) of every tensor in the weights, one at a time."""
     path = find(WEIGHTS)
     if path is None:
-        raise UserError(f"no weights for {name}: none of {', '.join(WEIGHTS)}")
+        hint = "pytorch_model.bin is a pickle and not read: save it anew with transformers' save_pretrained"
+        raise UserError(f"no weights for {name}: neither of {', '.join(WEIGHTS)}; {hint}")
     files = [path]
     if path.suffix == ".json":
         index = read_json(path).get("weight_map")
@@ -244,37 +244,12 @@ def _tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
                 raise UserError(f"{path.parent / file} is missing, {path.name} lists it; copy it there")
     for file in files:
         try:
-            for key, tensor in _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file):
-                yield file, key, tensor
-        except (SafetensorError, _Damaged) as error:
-            raise UserError(
-                f"{file} ({file.stat().st_size:,} bytes) is damaged, incomplete, or holds more than tensors: "
-                "delete it and get it again"
-            ) from error
-
-
-class _Damaged(Exception):
-    pass
-
-
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
-            yield key, tensors.get_tensor(key)
-
-
-def _read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        # Only the zip format of torch >= 1.6 can be mapped; weights_only: tensors, no code.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # damaged bytes make the readers raise almost anything, EINVAL of a bad seek included
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
-            raise
-        raise _Damaged from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise _Damaged
-    for key in list(state):
-        yield key, state.pop(key)
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    yield file, key, tensors.get_tensor(key)
+        except SafetensorError as error:
+            size = file.stat().st_size
+            raise UserError(f"{file} ({size:,} bytes) is damaged or incomplete: delete it and get it again") from error
 
 
 # --- out -------------------------------------------------------------------------------------------------------------

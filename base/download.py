@@ -1,33 +1,31 @@
 """Files from the web and from the Hugging Face hub: resumed after a cut, checked, and whole or absent.
 
-A download grows in `NAME.partial` beside its place, next to `NAME.partial.etag`, the ETag of what it is a part of. Only
-when size and checksum fit is it renamed. Where a file is already in its place the network is not asked.
+A download grows in `NAME.partial` beside its place. `NAME.partial.etag` holds the server's ETag: what identifies the
+content that the part belongs to. Only when size and checksum fit is the partial file renamed to `NAME`. No request is
+made for a file that is already there, or that the hub's own client has downloaded before.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
 import requests
-from urllib3.exceptions import ProtocolError, ReadTimeoutError
+from filelock import FileLock
 
 from base.errors import UserError
-from base.files import lock
+from base.http import Bearer, explain, reached, retry_after
+from base.progress import Progress
 
-TRIES = 5  # requests in a row that bring next to nothing
+TRIES = 5  # requests in a row that bring nothing new
 DELAY = 1.0  # seconds before the second try, doubled for each further one
+LONGEST = 60.0  # seconds: the most that is waited because a server asks for it
 TIMEOUT = (15, 60)  # seconds to connect, seconds without a byte
-CHUNK = 64 * 1024  # small: a reset connection loses the chunk that was being filled
-PROGRESS = 1_000_000  # a try that brings fewer bytes than this counts as a failed one
-TINY = 1_000_000  # no progress is shown for files up to this many bytes
+CHUNK = 64 * 1024  # bytes; small, because a cut connection loses the chunk that was being filled
 
 
 class NotFound(UserError):
@@ -50,366 +48,190 @@ def openai_endpoint() -> str:
 
 
 def hub_file(repo: str, name: str) -> Path:
-    """The file `name` of a hub repository ("gpt2", "org/name"), from the cache or else from the hub's main branch.
+    """The file `name` of a hub repository ("gpt2", "org/name", "datasets/org/name"), from its main branch.
 
-    Raises NotFound where the hub has no such file, UserError for all that can go wrong on the way (see `fetch`).
+    Looks into our cache first, then into that of the hub's own client, then downloads. Raises NotFound where the hub has no
+    such file, UserError for all that can go wrong on the way (see `fetch`).
     """
-    path = _hub_path(repo, name)
-    return path if path.exists() else fetch(f"{hub_endpoint()}/{repo}/resolve/main/{quote(name)}", path, hub=True)
+    url = f"{hub_endpoint()}/{repo}/resolve/main/{quote(name)}"
+    return _cached(repo, name) or fetch(url, cache_dir() / "hub" / repo / name)
 
 
 def hub_find(repo: str, names: Sequence[str]) -> Path | None:
     """The first of `names` that the repository has, as a local file; None where it has none of them.
 
-    The cache is looked through first, for all of the names: what was downloaded once is found without a network.
+    The caches are looked through first, for all of the names: what was downloaded once is found without a network.
     """
-    for name in names:
-        if (path := _hub_path(repo, name)).exists():
-            return path
-    for name in names:
-        with contextlib.suppress(NotFound):
-            return hub_file(repo, name)
+    for find in (_cached, hub_file):
+        for name in names:
+            with contextlib.suppress(NotFound):
+                if path := find(repo, name):
+                    return path
     return None
 
 
-def fetch(url: str, dest: Path | str, *, sha256: str | None = None, size: int | None = None, hub: bool = False) -> Path:
+def fetch(url: str, dest: Path | str, *, sha256: str | None = None) -> Path:
     """Download `url` to `dest`, checked and whole, or raise and leave `dest` absent; returns `dest`.
 
     A `dest` that is already there (and has the `sha256` asked for, where one is) is returned without a request. Several
     processes may ask for the same `dest`: one downloads, the others wait for it.
 
-    sha256: hex digest the content must have. size: bytes it must have; the server's own statement is checked always.
-    hub: the server is a Hugging Face hub: its X-Linked-Etag or ETag is the content's checksum (64 hex digits: SHA-256;
-    40: SHA-1 as a git blob), and HF_TOKEN is sent, to the hub's own host only.
+    sha256: hex digest the content must have. The server's own statement of the size is always checked, and a hub's
+    statement of the checksum. HF_TOKEN is sent to the hub's own host only.
 
     Raises NotFound (404) and UserError: no connection, refused, cut (the partial file stays, the next call goes on from
-    there), wrong size, wrong checksum (the partial file is deleted). A full disk is an OSError.
+    there), wrong size or checksum (the partial file is deleted), a disk that is full or cannot be written.
     """
     dest = Path(dest)
     if _is_there(dest, sha256):
         return dest
-    with _locked_partial(dest, sha256) as file:
-        if file is None:  # another process was faster
-            return dest
-        try:
-            size, digest = _download(url, dest, file, size, hub)
-            _check(url, file, size, {sha256.lower() if sha256 else None, digest} - {None})
-            os.fsync(file.fileno())
-        except OSError as error:  # the disk's: a write does not tell which file it was
-            error.filename = error.filename or file.name
-            raise
-        os.replace(file.name, dest)
-        _etag_file(file).unlink(missing_ok=True)
+    partial = dest.with_name(dest.name + ".partial")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(dest.parent / ".lock"):
+            if not _is_there(dest, sha256):  # another process may have been faster
+                size, digest = _download(url, dest, partial)
+                _check(url, partial, size, [d for d in (sha256, digest) if d])
+                os.replace(partial, dest)
+                _etag_file(partial).unlink()
+    except OSError as error:
+        what = f"cannot write {error.filename or partial}: {error.strerror}"
+        raise UserError(f"{what}; make room there, or name another folder for downloads with NANOPREF_CACHE") from error
     return dest
 
 
-def _hub_path(repo: str, name: str) -> Path:
+def _cached(repo: str, name: str) -> Path | None:
+    """Where an earlier download of ours, or of the hub's own client, put a file."""
     if any(part in ("", ".", "..") for part in f"{repo}/{name}".split("/")):
         raise UserError(f"{repo}/{name}: not the name of a file on the hub")
-    return cache_dir() / "hub" / repo / name
+    ours = cache_dir() / "hub" / repo / name
+    if ours.is_file():
+        return ours
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    known = repo if repo.startswith("datasets/") else f"models/{repo}"
+    for kind, *owner in (known.split("/"), ["models", "openai-community", repo]):  # "gpt2" is openai-community's
+        folder = root / "--".join([kind, *owner])
+        with contextlib.suppress(OSError):
+            theirs = folder / "snapshots" / (folder / "refs" / "main").read_text().strip() / name
+            if theirs.is_file():
+                return theirs
+    return None
 
 
 def _is_there(dest: Path, sha256: str | None) -> bool:
-    if not dest.is_file():
-        return False
-    if sha256 is None:
-        return True
-    with open(dest, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256.lower()
+    return dest.is_file() and (sha256 is None or _digest(dest, 64) == sha256.lower())
 
 
-def _etag_file(file: BinaryIO) -> Path:
-    return Path(file.name + ".etag")
+def _etag_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".etag")
 
 
-@contextlib.contextmanager
-def _locked_partial(dest: Path, sha256: str | None) -> Iterator[BinaryIO | None]:
-    """The partial file of `dest`, open for appending, ours alone until the block ends; None if `dest` came meanwhile.
+def _restart(partial: Path, etag: str = "") -> None:
+    """Empty the partial file. What comes next belongs to `etag`; without one it cannot be resumed."""
+    partial.write_bytes(b"")  # first: bytes of one ETag must never stand beside another
+    _etag_file(partial).write_text(etag)
 
-    The lock is on the partial file itself and dies with its process, so there is no stale lock to clean up.
-    """
-    partial = dest.with_name(dest.name + ".partial")
+
+def _download(url: str, dest: Path, partial: Path) -> tuple[int | None, str | None]:
+    """Bring `partial` to the whole content of `url`. Returns its size and checksum as the server states them (or None)."""
+    failed, best, answered = 0, 0, False
     while True:
         try:
-            dest.parent.mkdir(parents=True, exist_ok=True)
-            file = open(partial, "a+b")  # noqa: SIM115 (closed below)
-        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise UserError(
-                f"cannot write {error.filename}: {error.strerror}; NANOPREF_CACHE can name another folder for downloads"
-            ) from error
-        with file:
-            if not lock(file):  # should two write at once where there are no locks, size and checksum tell
-                print(f"waiting for another process that downloads {dest.name}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # The one we waited for has renamed or removed what we hold open: then look again.
-            try:
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
-                    continue
-            except FileNotFoundError:
-                continue
-            if _is_there(dest, sha256):
-                partial.unlink(missing_ok=True)
-                yield None
-            else:
-                try:
-                    yield file
-                finally:
-                    if file.seek(0, os.SEEK_END) == 0:  # nothing came: leave nothing behind
-                        partial.unlink(missing_ok=True)
-                        _etag_file(file).unlink(missing_ok=True)
-            return
-
-
-def _download(url: str, dest: Path, file: BinaryIO, size: int | None, hub: bool) -> tuple[int | None, str | None]:
-    """Bring `file` to the whole content of `url`; returns its size and checksum as the server states them (or None)."""
-    failed, best, answered = 0, 0, False
-    expected, digest = size, None
-    bar = Progress(dest.name)
-    try:
-        while True:
-            response = None
-            try:
-                response = _request(url, file, hub)
-                if response.status_code == 416:  # the file has changed and is shorter now
-                    _restart(file, None)
-                    raise requests.exceptions.ChunkedEncodingError("range not satisfiable")
-                _refuse(url, response)
-                expected, digest = _statement(response, size, hub)
-                if size is not None and expected is not None and expected != size:
-                    _restart(file, None)
-                    raise UserError(f"{url}: the server has {expected:,} bytes, not {size:,}: the file has changed")
+            with _request(url, partial) as response:
                 answered = True
-                have = file.seek(0, os.SEEK_END)
-                bar.start(have, expected)
-                for chunk in response.iter_content(CHUNK):
-                    have += file.write(chunk)
-                    bar.update(have)
-                file.flush()
-                bar.finish(have)
-                return expected, digest
-            except (requests.RequestException, _Retry) as error:
-                file.flush()
-                have = file.seek(0, os.SEEK_END)
-                failed = failed + 1 if have < best + PROGRESS else 1
-                best = max(best, have)
-                # No connection at all is told at once. If there was one before, the network went away: wait for it.
-                if failed >= TRIES or not (answered or _is_passing(error)):
-                    if answered and not isinstance(error, _Retry):
-                        raise _cut(url, have, expected, _etag_file(file).exists()) from None
-                    raise _explain(url, error, dest) from None
-                time.sleep(max(DELAY * 2 ** (failed - 1), getattr(error, "wait", 0)))
-            finally:
-                if response is not None:
-                    response.close()
-    finally:
-        bar.close()
+                size, digest = _statement(response)
+                _receive(response, partial, dest.name, size)
+                return size, digest
+        except requests.RequestException as error:
+            have = partial.stat().st_size if partial.exists() else 0
+            failed = failed + 1 if have <= best else 1
+            best = max(best, have)
+            # No connection at all is told at once. If there was one before, the network went away: wait for it.
+            if failed >= TRIES or not (answered or reached(error)):
+                host = urlsplit(error.request.url if error.request is not None else url).netloc  # a redirect leads elsewhere
+                todo = f"check the address and the network and try again, or put the file at {dest} yourself"
+                if have:
+                    todo = f"start the same command again, it goes on after {have:,} bytes if the server can"
+                raise UserError(f"{url}: {explain(error)} (host {host}): {todo}") from None
+            time.sleep(max(DELAY * 2 ** (failed - 1), min(retry_after(error.response), LONGEST)))
 
 
-class _Retry(Exception):
-    """The server says: not now (5xx, 429). `wait` is what it asks for, in seconds."""
+def _request(url: str, partial: Path) -> requests.Response:
+    """Ask for what `partial` lacks of `url`. On return it ends where the response's body begins.
 
-    def __init__(self, status: int, wait: float):
-        super().__init__(status)
-        self.status, self.wait = status, wait
-
-
-def _request(url: str, file: BinaryIO, hub: bool) -> requests.Response:
-    """Ask for what `file` lacks of `url`; on return `file` ends where the response's body begins."""
+    Raises NotFound, UserError, and requests' exceptions for what may be mended by another try.
+    """
     headers = {"Accept-Encoding": "identity", "User-Agent": "nanopref"}  # identity: bytes are counted as stored
-    have = file.seek(0, os.SEEK_END)
-    etag_file = _etag_file(file)
-    etag = etag_file.read_text() if etag_file.exists() else ""
-    if have and etag:
-        # One byte less, so that a partial file that happens to be whole asks for a range that exists.
-        have = file.truncate(have - 1)
+    etag = _etag_file(partial).read_text() if _etag_file(partial).exists() else ""
+    have = partial.stat().st_size - 1 if etag and partial.exists() else 0
+    if have > 0:
+        os.truncate(partial, have)  # one byte less, so that a partial file that is whole asks for a range that exists
         headers |= {"Range": f"bytes={have}-", "If-Range": etag}
-    token = os.environ.get("HF_TOKEN", "").strip()
-    ours = hub and token and urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc
-    auth = _Bearer(token) if ours else None
-    response = _Session().get(url, headers=headers, stream=True, timeout=TIMEOUT, auth=auth)
-    if response.status_code == 206:
-        start = re.match(rf"bytes {have}-\d+/", response.headers.get("Content-Range", ""))
-        if not start or response.headers.get("ETag", etag) != etag:
-            response.close()
-            _restart(file, None)
-            raise requests.exceptions.ChunkedEncodingError("another range than the one asked for")
-    elif response.status_code == 200:
-        etag = response.headers.get("ETag", "")
-        # A weak ETag (W/"…") does not vouch for bytes, and encoded ranges are not ranges of what we store.
-        _restart(file, etag if etag.startswith('"') and "Content-Encoding" not in response.headers else None)
-    return response
-
-
-class _Session(requests.Session):
-    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        """After a redirect: our token stays on its host, and no ~/.netrc entry takes its place."""
-        if self.should_strip_auth(response.request.url, prepared_request.url):
-            prepared_request.headers.pop("Authorization", None)
-
-
-class _Bearer(requests.auth.AuthBase):
-    """An auth object and no plain header: a ~/.netrc entry for the host would replace a header."""
-
-    def __init__(self, token: str):
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
-
-
-def _restart(file: BinaryIO, etag: str | None) -> None:
-    file.truncate(0)  # first: bytes of one ETag must never stand beside another
-    if etag:
-        _etag_file(file).write_text(etag)
-    else:
-        _etag_file(file).unlink(missing_ok=True)
-
-
-def _refuse(url: str, response: requests.Response) -> None:
-    """Raise for every status but success: _Retry, NotFound or UserError."""
+    token = os.environ.get("HF_TOKEN", "").strip() if _on_hub(url) else ""
+    response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT, auth=Bearer(token))
     status = response.status_code
-    if status in (200, 206):
-        return
-    if status == 429 or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise _Retry(status, min(int(wait), 60) if wait.isdigit() else 0)
+    if status == 200:
+        etag = response.headers.get("ETag", "")
+        # A weak ETag (W/"…") does not identify bytes, and ranges of an encoded content are not ranges of what we store.
+        _restart(partial, etag if etag.startswith('"') and "Content-Encoding" not in response.headers else "")
+        return response
+    ours = re.match(rf"bytes {have}-\d+/", response.headers.get("Content-Range", ""))
+    if status == 206 and ours and response.headers.get("ETag", etag) == etag:
+        return response
+    if status in (206, 416):  # another range than ours, or one of another content: start over
+        _restart(partial)
+    if status in (206, 416, 429) or status >= 500:
+        raise requests.HTTPError(response=response)
     if status == 404:
         raise NotFound(f"{url}: no such file there (404); check the name")
-    if status in (401, 403):
-        said = "" if os.environ.get("HF_TOKEN") else ", or set HF_TOKEN to a token that may read it"
-        raise UserError(f"{url}: access refused ({status}): gated, private, or not there at all; check the name{said}")
-    raise UserError(f"{url}: the server answers with status {status}")
+    help = "check the name, or, if the file is gated or private, set HF_TOKEN to a token that may read it"
+    raise UserError(f"{url}: the server answers with status {status}; {help}")
 
 
-def _statement(response: requests.Response, size: int | None, hub: bool) -> tuple[int | None, str | None]:
-    """Size and checksum of the whole content, as the server states them.
+def _on_hub(url: str) -> bool:
+    return urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc
 
-    The hub keeps large files elsewhere and redirects there. What it knows of the file itself stands in the redirect
-    (X-Linked-Etag, X-Linked-Size); the ETag of the store behind it means nothing to us.
+
+def _statement(response: requests.Response) -> tuple[int | None, str | None]:
+    """Size and checksum of the whole content, as the server states them. Only a hub states a checksum, in its ETag.
+
+    The hub keeps large files elsewhere and redirects there. Their checksum stands in the redirect (X-Linked-Etag); the
+    ETag of the store behind it means nothing to us.
     """
     total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
-    expected = int(total) if total.isdigit() and "Content-Encoding" not in response.headers else size
-    if not hub:
-        return expected, None
-    chain = [*response.history, response]
-    linked = [answer.headers for answer in chain if "X-Linked-Etag" in answer.headers]
-    if linked:
-        tag, linked_size = linked[-1]["X-Linked-Etag"], linked[-1].get("X-Linked-Size", "")
-        expected = int(linked_size) if linked_size.isdigit() else expected
-    elif urlsplit(response.url).netloc == urlsplit(hub_endpoint()).netloc:
-        tag = response.headers.get("ETag", "")
-    else:
-        tag = ""
-    tag = tag.removeprefix("W/").strip('"').lower()
-    return expected, tag if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", tag) else None
+    size = int(total) if total.isdigit() and "Content-Encoding" not in response.headers else None
+    answers = [answer for answer in (*response.history, response) if _on_hub(answer.url)]
+    tags = [answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "") for answer in answers]
+    tag = tags[-1].removeprefix("W/").strip('"').lower() if tags else ""
+    return size, tag if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", tag) else None
 
 
-def _check(url: str, file: BinaryIO, size: int | None, digests: set[str]) -> None:
-    """Compare the partial file with its size and checksums; what does not fit is deleted: the next try starts anew."""
-    have = file.seek(0, os.SEEK_END)
-    wrong = None
-    if size is not None and have != size:
-        wrong = f"{have:,} bytes came where {size:,} are expected"
-    for expected in digests:
-        file.seek(0)
-        if len(expected) == 64:
-            name, found = "SHA-256", hashlib.file_digest(file, "sha256").hexdigest()
-        else:  # git's blob id
-            name, found = "git SHA-1", _git_blob(file, have)
-        if found != expected and not wrong:
-            wrong = f"the content's {name} is {found}, not {expected}"
+def _receive(response: requests.Response, partial: Path, name: str, size: int | None) -> None:
+    """Append the response's body to the partial file."""
+    progress = Progress(name, size and size / 1e6, "MB", done=partial.stat().st_size / 1e6)
+    with open(partial, "ab") as file, contextlib.closing(progress):
+        for chunk in response.iter_content(CHUNK):
+            progress.add(file.write(chunk) / 1e6)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check(url: str, partial: Path, size: int | None, digests: list[str]) -> None:
+    """Compare the partial file with its size and checksums. One that does not fit is deleted: the next try starts anew."""
+    have = partial.stat().st_size
+    wrong = [] if size in (None, have) else [f"{have:,} bytes came where {size:,} are expected"]
+    wrong += [f"the content's checksum is not {d}" for d in digests if _digest(partial, len(d)) != d.lower()]
     if wrong:
-        _restart(file, None)
-        raise UserError(f"{url}: {wrong}; the download was deleted, try again (or the file there has changed)")
+        partial.unlink()
+        _etag_file(partial).unlink()
+        raise UserError(f"{url}: {wrong[0]}; the download was deleted, try again (or the file there has changed)")
 
 
-def _git_blob(file: BinaryIO, size: int) -> str:
-    def start():
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
-    return hashlib.file_digest(file, start).hexdigest()
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether waiting a second may mend it: a connection that stood and was cut or fell silent, or a busy server."""
-    if isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError | _Retry):
-        return True
-    return bool(error.args) and isinstance(error.args[0], ProtocolError | ReadTimeoutError)
-
-
-def _cut(url: str, have: int, expected: int | None, resumable: bool) -> UserError:
-    of = f" of {expected:,}" if expected is not None else ""
-    again = "the same command goes on from there" if resumable and have else "start the same command again"
-    return UserError(f"{url}: connection cut after {have:,}{of} bytes; {again}")
-
-
-def _explain(url: str, error: Exception, dest: Path) -> UserError:
-    """One line for a request without an answer. Never the exception's own text: it may hold a signed address."""
-    request = getattr(error, "request", None)  # after a redirect, not the host we asked first
-    host = urlsplit(request.url).netloc if request is not None and request.url else urlsplit(url).netloc
-    reason = getattr(error.args[0], "reason", None) if error.args else None  # a MaxRetryError's
-    help = f"check the network and the address, or put the file at {dest} yourself"
-    if isinstance(error, _Retry):
-        return UserError(f"{url}: the server answers with status {error.status}; try again later")
-    if isinstance(error, requests.Timeout):
-        return UserError(f"{url}: no answer from {host} in time; {help}")
-    if _is_passing(error):
-        return UserError(f"{url}: {host} cuts the connection before its answer; {help}")
-    if isinstance(error, requests.exceptions.ProxyError):
-        return UserError(f"{url}: no way through the proxy to {host} (HTTPS_PROXY); {help}")
-    if isinstance(error, requests.exceptions.SSLError):
-        return UserError(f"{url}: no trusted TLS connection to {host}; {help}")
-    if type(reason).__name__ == "NameResolutionError":  # by name: urllib3 1.x does not have it
-        return UserError(f"{url}: no such host as {host}; {help}")
-    if isinstance(error, requests.ConnectionError):
-        return UserError(f"{url}: {host} refuses the connection; {help}")
-    return UserError(f"{url}: not an address to download from ({type(error).__name__}); {help}")
-
-
-class Progress:
-    """How far a download is, on stderr: a live line on a terminal, else a line at each quarter. Tiny files: nothing."""
-
-    def __init__(self, name: str):
-        self.name, self.total, self.live = name, None, sys.stderr.isatty()
-        self.begun = self.shown = 0.0
-        self.quarter = self.have = self.first = 0
-        self.open = False
-
-    def start(self, have: int, total: int | None) -> None:
-        """A request was answered: `have` bytes are here already, `total` (or None) is the whole."""
-        self.first, self.total, self.begun = have, total, time.monotonic()
-        if total:
-            self.quarter = 4 * have // total
-
-    def update(self, have: int) -> None:
-        now = time.monotonic()
-        if max(have, self.total or 0) <= TINY:
-            return
-        if self.live and now - self.shown > 0.2:
-            self._write(have, "\r", "\x1b[K")
-        elif not self.live and (not self.shown or (self.total and self.quarter < 4 * have // self.total < 4)):
-            self._write(have, "", "\n")
-            self.quarter = 4 * have // self.total if self.total else 0
-
-    def finish(self, have: int) -> None:
-        """The last byte is here."""
-        if have > TINY:
-            self._write(have, "\r" if self.live else "", "\x1b[K" if self.live else "\n")
-
-    def close(self) -> None:
-        if self.open:
-            print(file=sys.stderr)
-
-    def _write(self, have: int, before: str, after: str) -> None:
-        self.shown = now = time.monotonic()
-        speed = (have - self.first) / max(now - self.begun, 1e-3)
-        text = f"{self.name}: {have / 1e6:.1f} MB"
-        if self.total:
-            text = f"{self.name}: {100 * have // self.total}% of {self.total / 1e6:.1f} MB"
-        if speed > 0:
-            text += f", {speed / 1e6:.1f} MB/s"
-            if self.total and have < self.total:
-                text += f", {(self.total - have) / speed:.0f} s left"
-        print(before + text, end=after, file=sys.stderr, flush=True)
-        self.open = self.live
+def _digest(path: Path, length: int) -> str:
+    """The file's SHA-256 (64 hex digits), or its SHA-1 as a git blob (40 hex digits): the hub's two kinds of checksum."""
+    with open(path, "rb") as file:
+        if length == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        start = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        return hashlib.file_digest(file, lambda: start).hexdigest()

@@ -14,7 +14,8 @@ PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, er
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what, where (file:line or key), what to do.
 
-    Of several processes all make the same one, and rank 0 says so; `here`: this one alone made it.
+    Usually every process of a job meets the same mistake, and only rank 0 prints it. here=True: only this process met it,
+    so it prints the message whatever its rank.
     """
 
     def __init__(self, message: str, here: bool = False):
@@ -23,10 +24,11 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None], alone: bool = False) -> None:
-    """Run a script's `main` and leave with its exit status; 2 after a one-line message for a user's mistake or a full disk.
+    """Run a script's `main` and exit with the status that it returns (None = 0).
 
-    Everything that is not the user's doing raises with its traceback. Of several processes rank 0 speaks for all; `alone`:
-    it does all the work, too, for there is nothing to share.
+    A user's mistake, a full disk or a path that cannot be used ends in one line on stderr and exit status 2. Any other
+    exception is a bug and shows its traceback. alone: the script cannot share its work between processes, so under torchrun
+    only rank 0 runs it and the others exit at once.
     """
     if alone and os.environ.get("RANK", "0") != "0":
         sys.exit(0)
@@ -37,7 +39,7 @@ def run(main: Callable[[], int | None], alone: bool = False) -> None:
             raise
         traceback.print_exc()
         status = 1
-    if dist.is_initialized():  # a tidy end would wait for processes that may be gone
+    if dist.is_initialized():  # a normal exit would wait for the other processes, and they may be gone
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -50,7 +52,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
     except UserError as error:
         return fail(error)
     except BrokenPipeError:
-        return 0  # `… | head` closed our stdout: not an error
+        return 0  # a reader such as `head` has closed our stdout
     except OSError as error:
         where = f" while writing {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -70,20 +72,23 @@ def _status_of(main: Callable[[], int | None]) -> int:
 
 
 def fail(message: object) -> int:
-    """Print `error: message` on one line of stderr, of several processes that all have it only on rank 0; returns 2."""
+    """Print `error: message` as one line on stderr; returns exit status 2.
+
+    Only rank 0 prints, unless `message` is a UserError with here=True.
+    """
     if os.environ.get("RANK", "0") == "0" or getattr(message, "here", False):
         print("error: " + " ".join(str(message).split()), file=sys.stderr)
     return 2
 
 
 def warn(message: str) -> None:
-    """Print `warning: message` on stderr, of several processes only on rank 0."""
+    """Print `warning: message` on stderr. Only rank 0 prints."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether a collective failed because its other end has gone."""
+    """Whether a collective operation failed because another process of the job has ended."""
     words = (
         "Connection closed by peer",
         "Connection reset by peer",

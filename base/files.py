@@ -1,56 +1,34 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and a check of where they go."""
 
-import fcntl
-import json
 import os
+import uuid
 from pathlib import Path
-from typing import IO
-
-from safetensors.torch import save
-from torch import Tensor
 
 from base.errors import UserError
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file under another name, sync it, and rename it into place, making its folder where needed."""
+    """Write a file so that a reader sees the old content or all of the new one, also if the process or machine dies.
+
+    The content goes to a temporary file beside it, which is synced and renamed. Its name is unique: of two processes that
+    write to one path, the last rename wins whole. Makes the folder where needed. Raises OSError, with nothing left behind.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def lock(file: IO) -> bool:
-    """Make an open file this process's own until it is closed; False if it is another's. A file system without locks has none
-    to give: then it is taken on trust."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file's bytes, the same for the same content: the library puts metadata in an order drawn anew each time."""
-    content = save(tensors, metadata)
-    end = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a header of JSON, the tensors
-    header = json.dumps(json.loads(content[8:end]) | {"__metadata__": metadata}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[end:]
-
-
 def check_file(key: str, path: str) -> None:
-    """Raise UserError, before the work is done, if `path` (of config key `key`, may be empty) cannot become a file."""
+    """Raise UserError if `path`, the value of config key `key`, cannot become a file. An empty path passes."""
     if path and Path(path).is_dir():
         raise UserError(f"key {key}: {path} is a folder: name a file in it")
     parent = next((p for p in Path(path).absolute().parents if p.exists()), None)

@@ -34,7 +34,8 @@ import torch
 import weights
 from base.errors import UserError, run
 from data import Example, load, tokenizer
-from data.encode import Encoded, encode, epoch_order
+from data.encode import Encoded, encode
+from data.plan import epoch_order
 from model import SIZES
 from runtime import config, distributed
 from runtime.config import key

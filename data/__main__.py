@@ -1,4 +1,4 @@
-"""A recipe's split, or a file, as a file in the user's own format: for sampling and judging, or to look at.
+"""Write a recipe's split, or a file, in the format of your own files: for sampling and judging, or to look at.
 
 python -m data --data hh --split test --view prompts --limit 250 --out runs/hh_prompts.jsonl
 """
@@ -22,14 +22,14 @@ class Config:
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("test", "the recipe's split", ["train", "val", "test"])
     view: str = key(
-        "prompts", "prompts: prompt and chosen, what sample.py and the judge read; else as in training", ["prompts", *VIEWS]
+        "prompts", "prompts: prompt and chosen, which sample.py and the judge read; else as in training", ["prompts", *VIEWS]
     )
     limit: int = key(0, "only the first so many problems, 0 = all", least=0)
     out: str = key(REQUIRED, "the .jsonl file to write", writes=".jsonl")
 
 
 def as_record(example: Example, view: str) -> dict:
-    """An example whose prompt and completions are text, as a line of the view's format."""
+    """An example of texts as a line in the view's format."""
     if view in ("mcq", "loglik"):
         return {"prompt": example.prompt, "choices": example.completions, "label": example.label}
     names = {"prompts": ("chosen",), "sft": ("completion",), "preference": ("chosen", "rejected")}[view]
@@ -37,18 +37,18 @@ def as_record(example: Example, view: str) -> dict:
 
 
 def to_text(examples: list[Example]) -> list[Example]:
-    """Examples that are token ids as text, without <|endoftext|>, and a word on those that would not be the same ids again."""
+    """Examples as text. Token ids are decoded, without <|endoftext|>; prints how many of them a tokenizer would not read back
+    as the same ids."""
     if all(isinstance(example.prompt, str) for example in examples):
         return examples
-    tokenizer = get("gpt2")
-    made, unlike = [], 0
+    tokenizer, made, changed = get("gpt2"), [], 0
     for e in examples:
         ids = [[i for i in part if i != tokenizer.eot] for part in (e.prompt, *e.completions)]
         prompt, *completions = texts = [tokenizer.decode(part) for part in ids]
-        unlike += [tokenizer.encode(text) for text in texts] != ids
+        changed += tokenizer.encode_batch(texts) != ids
         made.append(Example(prompt, tuple(completions), source=e.source))
-    if unlike:
-        print(f"{unlike:,} of {len(examples):,} examples, written as text, have other token ids when they are read again")
+    if changed:
+        print(f"{changed:,} of {len(examples):,} examples, written as text, have other token ids when they are read again")
     return made
 
 

@@ -2,8 +2,8 @@
 https://github.com/openai/lm-human-preferences
 
 A file is one JSON list of {"query": [ids], "sample0": [ids], …, "sample3": [ids], "best": 0..3}: token ids of GPT-2, padded
-with 50259, and they stay the ids that they are. The best sample stands against each of the other three: three pairs of one
-group. A sample that ends before its padding gets <|endoftext|>; one that fills its length was cut off there, and gets none.
+with 50259. The ids are used unchanged, without the padding. The best sample is preferred to each of the other three: three
+pairs of one group. A sample with padding behind it has ended, so it gets <|endoftext|>; one without was cut off, and gets none.
 """
 
 import array
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from base.download import cache_dir, fetch, openai_endpoint
 from base.errors import UserError
-from data import Example, local, only_text_views, report, split_of
-from data.jsonl import get, read
+from data.examples import Example, local, only_text_views, report, split_of
+from data.jsonl import get, index, read
 
 FILES = {
     "sentiment": ("sentiment/offline_5k.json",),
@@ -23,23 +23,21 @@ FILES = {
 PAD, EOT = 50259, 50256
 SAMPLES = ("sample0", "sample1", "sample2", "sample3")
 VAL, TEST = 0.05, 0.05  # shares of all queries, drawn by their hash
-_IDS = list(range(EOT + 1))  # one object an id: a file has up to 50 million of them
+_IDS = list(range(EOT + 1))  # one int object for each id: a file holds up to 50 million ids, and Python would make as many ints
 
 
 def unpadded(record: dict, field: str, where: str) -> tuple[tuple[int, ...], bool]:
-    """A field's ids without the padding on either side, and whether there was any behind them."""
+    """A field's ids without the padding on either side, and whether there was padding behind them."""
     ids = get(record, field, list, where)
     begin, end = 0, len(ids)
     while begin < end and ids[end - 1] == PAD:
         end -= 1
     while begin < end and ids[begin] == PAD:
         begin += 1
-    for at in range(begin, end):
-        if type(ids[at]) is not int or not 0 <= ids[at] <= EOT:
-            raise UserError(
-                f"{where}: {field!r} has {ids[at]!r:.40} at place {at}, which is no token id of GPT-2 (0 to {EOT}; {PAD} only "
-                "as padding before or behind)"
-            )
+    for i in ids[begin:end]:
+        if type(i) is not int or not 0 <= i <= EOT:
+            what = f"no token id of GPT-2 (0 to {EOT}; {PAD} only as padding before or behind)"
+            raise UserError(f"{where}: {field!r} holds {i!r:.40}, which is {what}")
     return tuple(_IDS[i] for i in ids[begin:end]), end < len(ids)
 
 
@@ -52,14 +50,12 @@ def group(record: dict, where: str) -> tuple[tuple[int, ...], list[tuple[int, ..
         if not ids and not ended:
             raise UserError(f"{where}: {field!r} is empty: a sample needs at least one token, or padding where it ended")
         samples.append((*ids, EOT) if ended and ids[-1:] != (EOT,) else ids)
-    best = get(record, "best", int, where)
-    if not 0 <= best < len(SAMPLES):
-        raise UserError(f"{where}: best is {best}, out of range: there are {len(SAMPLES)} samples, numbered from 0")
+    best = index(record, "best", len(SAMPLES), where)
     return query, [samples[best], *samples[:best], *samples[best + 1 :]]
 
 
 def paths(part: str, data_dir: str = "") -> list[Path]:
-    """A part's files, downloaded once, or those of them in a folder laid out as they are published."""
+    """A part's files, downloaded once, or those that a folder has, which is laid out like the published one."""
     if data_dir:
         return local(data_dir, FILES[part])
     folder = cache_dir() / "human_labels"
@@ -67,19 +63,15 @@ def paths(part: str, data_dir: str = "") -> list[Path]:
 
 
 def load(split: str, view: str, data_dir: str = "", limit: int = 0, part: str = "sentiment") -> list[Example]:
-    """A split in a view's form; `limit` counts queries. A query belongs to one split, in whichever file it stands."""
-    only_text_views(f"human_labels:{part}", view)
+    """A split in a view's form; `limit` counts queries. A query is in the same split in whichever file it stands."""
+    only_text_views(f"recipe human_labels:{part}", view)
     files = paths(part, data_dir)
-    examples, groups, others = [], 0, 0
+    found, groups = [], 0
     for where, record in (entry for file in files for entry in read(file)):
         query, (best, *rest) = group(record, where)
-        if split_of(array.array("i", query).tobytes(), VAL, TEST) != split:
-            others += 1
-        elif not limit or groups < limit:
+        if split_of(array.array("i", query).tobytes(), VAL, TEST) == split and (not limit or groups < limit):
             groups += 1
             pairs = [(best, other) for other in rest] if view == "preference" else [(best,)]
-            examples += [Example(query, pair, group=groups, source=where) for pair in pairs]
+            found += [Example(query, pair, group=groups, source=where) for pair in pairs]
     report(f"human_labels:{part} {split}, queries of {', '.join(file.name for file in files)}", groups, {})
-    if not examples:
-        raise UserError(f"{files[0]}: none of its {others:,} queries falls into the {split} split: it is too small to be split")
-    return examples
+    return found

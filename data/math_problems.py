@@ -1,41 +1,46 @@
-"""Recipe C's problems: GSM8K, MATH, the toy sums, or a user's file; each with the answer that a completion must reach.
+"""Recipe C's problems: GSM8K, MATH, the toy sums, or a user's file. Each has the answer that a completion must reach.
 
-GSM8K: Cobbe et al. 2021 (arXiv 2110.14168), https://github.com/openai/grade-school-math: `question`, and `answer`, a worked
-solution that ends in `#### 72`. MATH: Hendrycks et al. 2021 (arXiv 2103.03874): `problem`, `level`, `type`, and `solution`,
-which holds its answer in `\\boxed{}`; as released, a file a problem, or a line a problem as in https://github.com/openai/prm800k
-(Lightman et al. 2023, arXiv 2305.20050: 12,000 to train on and 500 to test), which is what is downloaded.
+GSM8K: Cobbe et al. 2021 (arXiv 2110.14168), https://github.com/openai/grade-school-math. Its fields are `question` and
+`answer`, a worked solution that ends in `#### 72`.
+
+MATH: Hendrycks et al. 2021 (arXiv 2103.03874). Its fields are `problem`, `level`, `type`, and `solution`, with the answer in
+`\\boxed{}`. We download the split of https://github.com/openai/prm800k (Lightman et al. 2023, arXiv 2305.20050): 12,000
+problems to train on and 500 to test, one a line. `data_dir` may also hold MATH as it was released, one file a problem.
 """
 
 import itertools
 import json
-import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from base.download import cache_dir, fetch
 from base.errors import UserError
-from data import Example, toy_math
+from data import toy_math
+from data.examples import Example, local
 from data.jsonl import get, read
 
 NAMES = ("gsm8k", "math", "toy_math")
-GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-GSM8K = {"train": 7_473, "test": 1_319}  # problems in the published files
-MATH_URL = "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/"
-MATH = {
-    "train": "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
-    "test": "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+URLS = {
+    "gsm8k": "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/",
+    "math": "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/",
 }
-HELD_OUT = 500  # the published files have no validation split: it is the last so many problems of `train`
+SHA256 = {  # of the published files
+    ("gsm8k", "train"): "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    ("gsm8k", "test"): "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    ("math", "train"): "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
+    ("math", "test"): "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+}
+HELD_OUT = 500  # nothing published is for validation: we take the last so many problems of `train`
 
 LAST_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?|(?<![\w.])-?\$?\.\d+(?:\\?%)?")
 LINE = re.compile(r"^[ \t>*]*(?:A|Answer|Final answer)[*]*:[*]*[ \t]*(\S.*)$", re.M | re.I)
 
 
 def extract(text: str, markers_only: bool = False) -> str | None:
-    """The final answer that a text gives: the last `\\boxed{…}`, else what follows the last `####` on its line, else the last
-    line `A: …` (or `Answer: …`), else, unless `markers_only`, the last number. None where there is nothing of the kind."""
+    """The final answer in a text, or None: the last `\\boxed{…}`, else what follows the last `####` on its line, else the last
+    line `A: …` or `Answer: …`, else the last number. `markers_only` leaves the last number out."""
     found = boxed(text)
     if found is None and "####" in text:
         found = text.rpartition("####")[2].strip().partition("\n")[0]
@@ -47,7 +52,7 @@ def extract(text: str, markers_only: bool = False) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{…}` whose braces close; braces in it are matched, `\\{` and `\\}` are letters."""
+    """The content of the last `\\boxed{…}` whose braces close, or None. It may hold braces; `\\{` and `\\}` are letters."""
     for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
         depth = 1
         for m in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
@@ -58,9 +63,12 @@ def boxed(text: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """`solution` is what SFT learns (it may be empty: nobody worked the problem out); `kind` has what an evaluation is broken
-    down by, `level` and `subject`, as far as the data has it; `source` is for messages."""
+class MathProblem:
+    """A problem with its answer.
+
+    solution: the worked answer that SFT learns; empty where the data has none. kind: its level and subject, as far as the data
+    names them; results are broken down by these. source: where it stands, for messages.
+    """
 
     problem: str
     answer: str
@@ -69,54 +77,49 @@ class Problem:
     source: str
 
 
-def prompt(problem: str, shown: tuple[Problem, ...] = (), suffix: str = "") -> str:
-    """Question, answer to be written; `shown` stand solved in front of it, `suffix` behind it."""
+def prompt(problem: str, shown: Sequence[MathProblem] = (), suffix: str = "") -> str:
+    """The prompt that asks a problem: first the problems `shown` with their solutions, then the question, then `suffix`."""
     examples = "".join(f"Question: {p.problem}\nAnswer:{p.solution}\n\n" for p in shown)
     return f"{examples}Question: {problem}\nAnswer:{suffix}"
 
 
-def few_shot(problems: list[Problem], n: int, seed: int) -> tuple[Problem, ...]:
-    """`n` worked problems, drawn by seed. UserError if there are too few."""
-    worked = [p for p in problems if p.solution]
-    if len(worked) < n:
-        raise UserError(f"key few_shot: {n} examples wanted, but only {len(worked)} problems have a solution")
-    return tuple(random.Random(f"few shot {seed}").sample(worked, n))
+def answer_of(record: dict, where: str) -> str:
+    """The field `answer`, a text or a number, as text; "" where there is none. UserError for anything else."""
+    answer = record.get("answer", "")
+    return str(answer) if type(answer) in (int, float) else get({"answer": answer}, "answer", str, where).strip()
 
 
-def parse(record: dict, where: str) -> Problem:
-    """A line in GSM8K's or MATH's published form, or a user's: `problem` (or `question`), an `answer` or a `solution` (or
-    both), perhaps `level` and `subject` (or `type`)."""
+def parse(record: dict, where: str) -> MathProblem:
+    """A line in the form of GSM8K, of MATH, or of a user's file: `problem` or `question`, `answer` or `solution` or both,
+    and perhaps `level` and `subject` (or `type`). UserError where there is no problem or no answer."""
     text = get(record, "question" if "question" in record and "problem" not in record else "problem", str, where)
-    if "answer" not in record and "solution" not in record:
-        raise UserError(f"{where}: neither 'answer' nor 'solution' is there (fields: {', '.join(sorted(record))})")
-    if isinstance(record.get("answer"), int | float) and not isinstance(record["answer"], bool):
-        record = {**record, "answer": str(record["answer"])}
     solution = get(record, "solution", str, where) if "solution" in record else ""
-    answer = get(record, "answer", str, where).strip() if "answer" in record else ""
-    if "####" in answer:  # GSM8K: the worked solution
-        solution = answer
-    if not answer or "####" in answer:
-        answer = extract(solution, markers_only=True) or ""
+    answer = answer_of(record, where)
+    if "####" in answer:  # GSM8K keeps the worked solution here
+        solution, answer = answer, ""
+    answer = answer or extract(solution, markers_only=True)
     if not text.strip():
         raise UserError(f"{where}: the problem is empty")
     if not answer:
         raise UserError(f"{where}: no answer: give 'answer', or a 'solution' that ends in \\boxed{{…}} or #### …")
-    return Problem(text, answer, " " + solution.strip() if solution else "", kind_of(record), where)
+    return MathProblem(text, answer, " " + solution.strip() if solution else "", kind_of(record), where)
 
 
 def kind_of(record: dict) -> dict[str, str]:
-    """Level and subject of a record, as far as it has them: {"level": "5", "subject": "Algebra"}."""
+    """Level and subject, as far as a record has them: {"level": "5", "subject": "Algebra"}."""
     kind = {"level": str(record.get("level", "")).removeprefix("Level ")}
     kind["subject"] = str(record.get("subject", record.get("type", "")))
     return {name: value for name, value in kind.items() if value}
 
 
-def problems(source: str, split: str = "train", *, data_dir: str = "", limit: int = 0) -> list[Problem]:
-    """Problems of a recipe (gsm8k, math, toy_math) or of a user's .jsonl file (its one split), at most `limit`
-    (0 = all). Raises UserError for what is missing or wrong, naming file and line."""
+def problems(source: str, split: str = "train", *, data_dir: str = "", limit: int = 0) -> list[MathProblem]:
+    """The problems of a recipe's split, or of a user's .jsonl file (which has no splits), at most `limit` (0 = all).
+
+    source: gsm8k, math, toy_math or a path. Raises UserError, naming file and line, for what is missing or wrong.
+    """
     if source == "toy_math":
         made = toy_math.problems(split, min(limit or toy_math.SIZES[split], toy_math.SIZES[split]))
-        return [Problem(p, a, s, {"level": str(level)}, f"toy_math {split} {n}") for n, (p, s, a, level) in enumerate(made)]
+        return [MathProblem(p, a, s, {"level": str(level)}, f"toy_math {split} {n}") for n, (p, s, a, level) in enumerate(made)]
     if source in NAMES:
         records = list(_records(source, split, data_dir))
         if split != "test":
@@ -129,30 +132,18 @@ def problems(source: str, split: str = "train", *, data_dir: str = "", limit: in
 
 
 def _records(name: str, split: str, data_dir: str) -> Iterator[tuple[str, dict]]:
-    """A published file's lines; MATH's folder of files is read in the order of their paths."""
+    """("file:line", record) of a published file, from `data_dir` or downloaded."""
     published = "test" if split == "test" else "train"
-    if data_dir:
-        names = [f"{stem}.jsonl{end}" for stem in (f"{name}_{published}", published) for end in ("", ".gz")]
-        for file in (Path(data_dir) / n for n in names):
-            if file.is_file():
-                return read(file)
-        if name == "math" and (Path(data_dir) / published).is_dir():
-            return _folder(Path(data_dir) / published)
-        raise UserError(f"data_dir {data_dir}: none of {', '.join(names)} is there")
-    file = cache_dir() / name / f"{published}.jsonl"
-    if name == "math":
-        return read(fetch(f"{MATH_URL}{published}.jsonl", file, sha256=MATH[published]))
-    if not file.exists():
-        fetch(f"{GSM8K_URL}{published}.jsonl", file)
-        with open(file, "rb") as lines:
-            found = sum(1 for _ in lines)
-        if found != GSM8K[published]:
-            file.unlink()
-            raise UserError(f"{GSM8K_URL}{published}.jsonl: {found} lines, not the {GSM8K[published]} published: start again")
-    return read(file)
+    file = f"{published}.jsonl"
+    if not data_dir:
+        return read(fetch(URLS[name] + file, cache_dir() / name / file, sha256=SHA256[name, published]))
+    if name == "math" and (folder := Path(data_dir) / published).is_dir():
+        return _folder(folder)
+    return read(local(data_dir, [f"{name}_{file}", file])[0])
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, dict]]:
+    """(file, record) of MATH as it was released, in the order of the paths SUBJECT/NUMBER.json."""
     files = sorted(folder.glob("*/*.json"))
     if not files:
         raise UserError(f"{folder}: no SUBJECT/NUMBER.json in it, as MATH was released")
@@ -160,15 +151,16 @@ def _folder(folder: Path) -> Iterator[tuple[str, dict]]:
         try:
             record = json.loads(file.read_bytes())
         except ValueError:
-            raise UserError(f"{file}: not JSON") from None
+            record = None
         if not isinstance(record, dict):
-            raise UserError(f"{file}: not a JSON object")
+            raise UserError(f"{file}: not a JSON object: extract MATH again")
         yield str(file), record
 
 
 def load(split: str, view: str, *, part: str, data_dir: str = "", limit: int = 0) -> list[Example]:
-    """Recipe `part` (gsm8k, math, toy_math) as SFT's examples: the bare prompt and the worked solution."""
+    """Recipe `part` (gsm8k, math, toy_math) as examples for SFT: the prompt and the worked solution. It has no other view."""
     if view != "sft":
-        raise UserError(f"{part} has no {'pairs' if view == 'preference' else 'options'}: sample answers, then see pairs.py")
+        what = "pairs" if view == "preference" else "options"
+        raise UserError(f"{part} has no {what}: sample answers, then make pairs with python -m selftrain.pairs")
     found = problems(part, split, data_dir=data_dir, limit=limit)
     return [Example(prompt(p.problem), (p.solution,), source=p.source) for p in found]

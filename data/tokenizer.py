@@ -1,10 +1,11 @@
-"""Text <-> token ids: GPT-2's byte-level BPE (by tiktoken) and the toy tasks' word lists, behind one small interface.
+"""Text <-> token ids: GPT-2's byte-level BPE (by tiktoken) and the word lists of the toy tasks, behind one interface.
 
-All have `name`, `eot` (id of <|endoftext|>), `size`, `encode`, `encode_batch`, `decode`, `save` and `fingerprint`.
-A special token written out in a text is plain text: only a caller that means to end a text appends `eot`.
+A special token that is written out in a text is plain text: only a caller that means to end a text appends `eot`.
 """
 
+import base64
 import functools
+import gzip
 import hashlib
 import itertools
 import json
@@ -12,231 +13,195 @@ import os
 import re
 from pathlib import Path
 
-import requests
 import tiktoken
 
 from base.errors import UserError
 from data import toy, toy_math
-from weights import HUB_NAMES as SIZES
+from weights import HUB_NAMES
 
 EOT = "<|endoftext|>"
-GPT2_SIZE = 50257
-KEY = "nanopref_tokenizer"  # the extra key in tokenizer_config.json by which get() knows a folder that save() wrote
+GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i
+# How GPT-2 cuts a text before it merges bytes: a contraction, a word, a number, other marks, white space. The last space before
+# a word belongs to the word.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TOY_PATTERN = r"\n| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]"  # a newline, a word or a mark, each with its leading space
+KEY = "nanopref_tokenizer"  # the key in tokenizer_config.json that holds the name of a tokenizer saved by this project
 
 
-class GPT2Tokenizer:
-    """GPT-2's 50,257 tokens. Needs tiktoken's two vocabulary files: downloaded once, or found in TIKTOKEN_CACHE_DIR."""
+class Tokenizer:
+    """What the project asks of a tokenizer. One for another family is a class with these, and a line in `KNOWN` or `get`.
 
-    name, eot, size = "gpt2", GPT2_SIZE - 1, GPT2_SIZE
+    name: what a run and a reference file say of it. eot: the id of <|endoftext|>. size: how many ids there are.
+    vocab: token -> id, the tokens spelled as in the saved files.
+    encode(text) -> ids. decode(ids) -> text. encode_batch(texts) -> a list of ids for each text.
+    save(folder): write files with which transformers' AutoTokenizer gives the same ids.
+    fingerprint(): SHA-256 (hex) of all that decides the ids. A reference file names it.
+    """
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
+        config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
+        _write_json(folder / "tokenizer_config.json", config | {"bos_token": EOT, "eos_token": EOT} | more)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's 50,257 tokens, from the vocabulary that comes with the project."""
+
+    name, eot, size = "gpt2", 50256, 50257
 
     def __init__(self) -> None:
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, PermissionError, ValueError) as e:  # ValueError: a file's checksum is wrong
-            raise UserError(
-                f"tiktoken could not get GPT-2's vocabulary ({type(e).__name__}), tokenizer gpt2: connect to the "
-                "network once, or set TIKTOKEN_CACHE_DIR to a folder that has tiktoken's cached files"
-            ) from e
-        self.threads = os.cpu_count() or 1
+        self.tokens = [base64.b64decode(word) for word in gzip.decompress(GPT2_RANKS.read_bytes()).split()[::2]]
+        self.ranks = {token: i for i, token in enumerate(self.tokens)}
+        self.bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={EOT: self.eot})
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.bpe.encode_ordinary_batch(list(texts), num_threads=self.threads)
+        return self.bpe.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids of half a character (generation may stop inside one) come out as U+FFFD."""
+        """An incomplete character (sampling may stop inside one) becomes U+FFFD."""
         return self.bpe.decode(ids)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tokens' bytes in id order; the same for every version of tiktoken."""
-        return _sha256([self.bpe.decode_single_token_bytes(i) for i in range(self.size)])
+        return _sha256([*self.tokens, EOT.encode()])
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and two config files: AutoTokenizer.from_pretrained(folder) gives our ids."""
-        folder = _make(folder)
-        _write_json(folder / "vocab.json", gpt2_vocab(), indent=None)
-        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in gpt2_merges())]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        _write_configs(folder, self.name, "GPT2Tokenizer", add_prefix_space=False, model_max_length=1024)
+        folder = Path(folder)
+        _write_json(folder / "vocab.json", self.vocab, indent=None)
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *self.merges, ""]), encoding="utf-8")
+        self._save_config(folder, "GPT2Tokenizer", unk_token=EOT, add_prefix_space=False, model_max_length=1024)
+
+    @functools.cached_property
+    def vocab(self) -> dict[str, int]:
+        return {self._spell(token): i for i, token in enumerate(self.tokens)} | {EOT: self.eot}
+
+    @functools.cached_property
+    def merges(self) -> list[str]:
+        """The 50,000 lines of merges.txt, recovered from the ranks in about half a second.
+
+        Merge i made token 256 + i. Its two parts are what the earlier merges, those of lower rank, leave of its bytes.
+        """
+        lines = []
+        for own, token in enumerate(self.tokens[256:], start=256):
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                ranks = [self.ranks.get(a + b, own) for a, b in itertools.pairwise(parts)]
+                at = ranks.index(min(ranks))
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            lines.append(" ".join(map(self._spell, parts)))
+        return lines
+
+    def _spell(self, token: bytes) -> str:
+        """A token as GPT-2's files write it: a character for each byte, itself where printable, else U+0100 and up.
+
+        The first 256 ids are the bytes: the 188 printable ones in order, then the others in order.
+        """
+        ids = (self.ranks[token[i : i + 1]] for i in range(len(token)))
+        return "".join(chr(self.tokens[i][0] if i < 188 else 256 + i - 188) for i in ids)
 
 
-class ToyTokenizer:
-    """A toy task's words: what `pattern` cuts a text into, all of them in `vocab`; <|endoftext|> is last. In `toy` a token is
-    a word with the space before it, a mark, or a newline; in `toy_math` a keyword or a character."""
+class WordTokenizer(Tokenizer):
+    """A word list: `pattern` cuts a text into words, all of which must be in the list. <|endoftext|> is the last id.
 
-    def __init__(self, name: str, vocab: list[str], pattern: str) -> None:
-        self.name, self.cut = name, pattern
-        self.tokens = [*vocab, EOT]
-        self.ids = {token: i for i, token in enumerate(vocab)}  # without EOT: written out in a text it is an error
-        self.eot, self.size = len(vocab), len(self.tokens)
-        self.pattern = re.compile(pattern + r"|[\s\S]")  # the last alternative catches what the tokens cannot spell
+    In `toy` a token is a word with the space before it, a mark, or a newline; in `toy_math` a keyword, a number or a character.
+    """
+
+    def __init__(self, name: str, words: list[str], pattern: str) -> None:
+        self.name, self.pattern = name, pattern
+        self.tokens = [*words, EOT]
+        self.vocab = {token: i for i, token in enumerate(self.tokens)}
+        self.eot, self.size = len(words), len(self.tokens)
+        self.cut = re.compile(pattern + r"|[\s\S]")  # the last alternative catches what the list cannot spell
 
     def encode(self, text: str) -> list[int]:
-        """Raises UserError on a word that is not in the vocabulary."""
+        """Raises UserError on a word that is not in the list."""
         try:
-            return [self.ids[token] for token in self.pattern.findall(text)]
+            return [self.vocab[token] for token in self.cut.findall(text)]
         except KeyError as e:
-            raise UserError(
-                f"{e.args[0]!r} is not in the {self.name} vocabulary, in {_shorten(text)!r}: "
-                f"use words of data/{self.name}.py, or the tokenizer gpt2"
-            ) from None
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+            where = f"not in the {self.name} vocabulary, in {text[:60]!r}"
+            raise UserError(f"{e.args[0]!r} is {where}: use words of data/{self.name}.py, or the tokenizer gpt2") from None
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.tokens[i] for i in ids)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tokens in id order and the pattern that cuts a text into them."""
-        return _sha256([token.encode() for token in [*self.tokens, self.cut]])
+        return _sha256([text.encode() for text in (*self.tokens, self.pattern)])
 
     def save(self, folder: str | Path) -> None:
-        """Write a tokenizer.json and the two config files: AutoTokenizer.from_pretrained(folder) gives our ids."""
-        eot = {"id": self.eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         tokenizer = {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [eot | {"normalized": False, "special": True}],
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": self.cut},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "post_processor": None,
+            "added_tokens": [{"id": self.eot, "content": EOT, "special": True, **flags}],
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
             "decoder": {"type": "Fuse"},
-            # The unknown token is left out of the vocabulary on purpose: an unknown word raises there too.
-            "model": {
-                "type": "WordLevel",
-                "vocab": {t: i for i, t in enumerate(self.tokens)},
-                "unk_token": "<unknown>",
-            },
+            # The unknown token is left out of the vocabulary on purpose, so that an unknown word raises there too.
+            "model": {"type": "WordLevel", "vocab": self.vocab, "unk_token": "<unknown>"},
         }
-        folder = _make(folder)
-        _write_json(folder / "tokenizer.json", tokenizer)
-        _write_configs(folder, self.name, "PreTrainedTokenizerFast")
+        _write_json(Path(folder) / "tokenizer.json", tokenizer)
+        self._save_config(Path(folder), "PreTrainedTokenizerFast")
 
 
-Tokenizer = GPT2Tokenizer | ToyTokenizer
 KNOWN = {
     "gpt2": GPT2Tokenizer,
-    "toy": functools.partial(ToyTokenizer, "toy", toy.VOCAB, TOY_PATTERN),
-    "toy_math": functools.partial(ToyTokenizer, "toy_math", toy_math.VOCAB, toy_math.PATTERN),
+    "toy": functools.partial(WordTokenizer, "toy", toy.VOCAB, TOY_PATTERN),
+    "toy_math": functools.partial(WordTokenizer, "toy_math", toy_math.VOCAB, toy_math.PATTERN),
 }
+_named = functools.cache(lambda name: KNOWN[name]())  # each is made once a process
 
 
 def get(name_or_folder: str | Path) -> Tokenizer:
     """The tokenizer of that name ("gpt2", "toy", "toy_math"), or the one that a model folder was saved with.
 
-    A folder of somebody else's counts as GPT-2 if its vocab.json (or tokenizer.json) has GPT-2's ids, or, having
-    neither, if its config.json has GPT-2's vocab_size. Raises UserError for any other name, folder or vocabulary.
+    A folder that this project did not save has GPT-2's tokenizer if its vocab.json (or tokenizer.json) holds GPT-2's ids, or,
+    having neither, if its config.json has GPT-2's vocab_size. Raises UserError for any other name, folder or vocabulary.
     """
     if str(name_or_folder) in KNOWN:
         return _named(str(name_or_folder))
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        raise UserError(
-            f"unknown tokenizer {str(name_or_folder)!r}: use one of {', '.join(KNOWN)}, or the folder of a saved model"
-        )
-    name = _read_json(folder / "tokenizer_config.json").get(KEY)
-    if name not in (None, *KNOWN):
-        raise UserError(f"unknown {KEY} {name!r} in {folder / 'tokenizer_config.json'}: known are {', '.join(KNOWN)}")
-    path, vocab = _vocab_of(folder)
-    if name in ("toy", "toy_math"):
-        tokenizer = _named(name)
-        if vocab != {token: i for i, token in enumerate(tokenizer.tokens)}:
-            raise UserError(f"the words of {path} are not those of data/{name}.py: train the toy model again")
-        return tokenizer
-    if vocab is None and name is None:
-        size = _read_json(folder / "config.json").get("vocab_size") or _read_json(folder / "hparams.json").get("n_vocab")
-        if size is None:
+        raise UserError(f"unknown tokenizer {str(folder)!r}: use one of {', '.join(KNOWN)}, or the folder of a saved model")
+    name = _read_json(folder / "tokenizer_config.json").get(KEY, "gpt2")
+    if name not in KNOWN:
+        raise UserError(f"{folder}/tokenizer_config.json: unknown {KEY} {name!r}: known are {', '.join(KNOWN)}")
+    tokenizer = _named(name)
+    path, found = _vocab_of(folder)
+    if found is None:
+        path = folder / "config.json"
+        found = _read_json(path).get("vocab_size")
+        if found is None:
             hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "name a saved model's folder"
             raise UserError(f"no tokenizer files and no vocab_size in config.json, folder {folder}: {hint}")
-        if size != GPT2_SIZE:
-            raise UserError(f"the config in {folder} says vocab_size {size}: nanopref knows only gpt2's {GPT2_SIZE}")
-    if vocab is not None and vocab != gpt2_vocab():
-        raise UserError(f"{path} does not have GPT-2's ids: nanopref knows only gpt2's vocabulary of {GPT2_SIZE}")
-    return _named("gpt2")
+    if found not in (tokenizer.size, tokenizer.vocab):
+        help = "this project knows no other of that kind" if name == "gpt2" else f"train the {name} model again"
+        raise UserError(f"{path} does not have the {tokenizer.size:,} tokens of the tokenizer {name}: {help}")
+    return tokenizer
 
 
 def choose(name: str, init_from: str) -> Tokenizer:
-    """The tokenizer `name`, or for "auto" the one that belongs to the weights `init_from` (gpt2 where they are no folder)."""
+    """The tokenizer `name`; for "auto" the one of the model folder `init_from`, and GPT-2's where that is no folder."""
     if name != "auto":
         return get(name)
     folder = Path(init_from).expanduser()
     base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
         init_from, folder = base, Path(base).expanduser()
-    return get(folder if init_from not in (*SIZES, "scratch") and folder.is_dir() else "gpt2")
-
-
-@functools.cache
-def gpt2_vocab() -> dict[str, int]:
-    """GPT-2's tokens as vocab.json spells them (a printable character a byte) -> id."""
-    gpt2 = _named("gpt2")
-    letters = _byte_letters(gpt2.bpe)
-    tokens = [gpt2.bpe.decode_single_token_bytes(i) for i in range(gpt2.eot)]
-    return {"".join(letters[b] for b in token): i for i, token in enumerate(tokens)} | {EOT: gpt2.eot}
-
-
-@functools.cache
-def gpt2_merges() -> list[tuple[str, str]]:
-    """The 50,000 merges of GPT-2's merges.txt in order, recovered from the ranks: about half a second, once a process.
-
-    Id 256 + i is what merge i made. When it was learned its two parts were already tokens, and they are what the
-    merges before it leave of its bytes.
-    """
-    gpt2 = _named("gpt2")
-    letters = _byte_letters(gpt2.bpe)
-    tokens = [gpt2.bpe.decode_single_token_bytes(i) for i in range(gpt2.eot)]
-    rank = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for own, token in enumerate(tokens[256:], start=256):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            # The whole token has rank `own` and comes from 2 parts only, so any pair below it is an earlier merge.
-            ranks = [rank.get(a + b, own) for a, b in itertools.pairwise(parts)]
-            best = min(ranks)
-            assert best < own, f"token {own} is not made of two earlier tokens"
-            at = ranks.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        left, right = ("".join(letters[b] for b in part) for part in parts)
-        merges.append((left, right))
-    return merges
-
-
-_named = functools.cache(lambda name: KNOWN[name]())
-
-
-def _byte_letters(bpe: tiktoken.Encoding) -> dict[int, str]:
-    """Byte -> the character GPT-2's files write for it: itself where printable, else U+0100 on, in byte order.
-
-    The first 256 ids are the bytes: the 188 printable ones in order, then the others in order.
-    """
-    order = [bpe.decode_single_token_bytes(i)[0] for i in range(256)]
-    return {b: chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)}
+    return get(folder if init_from not in (*HUB_NAMES, "scratch") and folder.is_dir() else "gpt2")
 
 
 def _vocab_of(folder: Path) -> tuple[Path, dict[str, int] | None]:
     """(file, token -> id) of a folder's vocab.json or tokenizer.json; None where it has neither."""
-    path = folder / "vocab.json"
-    if path.exists():
-        return path, _read_json(path)
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    if found := _read_json(path := folder / "vocab.json"):
+        return path, found
+    if not (found := _read_json(path := folder / "tokenizer.json")):
         return path, None
-    found = _read_json(path)
-    model, added = found.get("model"), found.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict):
-        return path, {}  # a kind of model that is not ours: equal to no vocabulary of ours
-    return path, vocab | {token["content"]: token["id"] for token in added or []}
+    try:
+        return path, found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
+    except (TypeError, KeyError):
+        return path, {}  # another kind of model: equal to no vocabulary of ours
 
 
 def _read_json(path: Path) -> dict:
@@ -252,23 +217,9 @@ def _read_json(path: Path) -> dict:
     return found
 
 
-def _write_configs(folder: Path, name: str, tokenizer_class: str, **more: object) -> None:
-    special = {"bos_token": EOT, "eos_token": EOT}
-    if name == "gpt2":
-        special["unk_token"] = EOT  # as the released files have it; never used, bytes spell every text
-    config = {KEY: name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False, **special, **more}
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", special)
-
-
 def _write_json(path: Path, value: dict, indent: int | None = 2) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-
-
-def _make(folder: str | Path) -> Path:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _sha256(parts: list[bytes]) -> str:
@@ -276,7 +227,3 @@ def _sha256(parts: list[bytes]) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(4, "little") + part)  # with its length: no two lists of parts run together
     return digest.hexdigest()
-
-
-def _shorten(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else text[:most] + "..."

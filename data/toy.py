@@ -3,19 +3,19 @@
     Today Tom bakes the old card. Mia soaks the red scarf. Mia washes the red scarf. Then Mia
     A) folds the red scarf.  B) dries the red scarf.  C) …
 
-Every thing has a routine of its own, six steps that go round in a circle, drawn once and for all: nothing but training tells
-what comes after washing a scarf. The options are the four steps that were not told, so they are equally plausible to whoever
-has not learnt the order, and every step of a routine is right as often as any other.
+Each thing has its own routine: six steps in a circle, drawn once and never changed. Two neighbouring steps are told, and the
+right answer is the next one. The options are the four steps that were not told. Each step of a routine is right as often as any
+other, so only a model that has learnt the routines can choose.
 
-The demonstrations that SFT learns from are careless: half of them skip a step. SFT imitates what it is shown, so it stops
-short of the top, however long it runs. The preference pairs say which of two endings is better: that is what DPO is for.
+Half of the demonstrations that SFT learns from skip a step. SFT imitates what it is shown, so its accuracy stays well below
+100%, however long it runs. The preference pairs say which of two endings is better: DPO learns that from them.
 """
 
 import hashlib
 import random
 from dataclasses import replace
 
-from data import Example, Problem, view_problem
+from data.examples import Example, Problem, view_problem
 
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Ida", "Max", "Zoe", "Ben", "Eva", "Sam"]
 KINDS = ["red", "blue", "green", "white", "old", "new", "big", "small"]
@@ -30,14 +30,14 @@ MARKS = ["\n", "A", "B", "C", "D", "Answer", ")", ":", ".", "Today", " Then", " 
 VOCAB = MARKS + [" " + word for word in NAMES + KINDS + THINGS + VERBS]
 
 SIZES = {"train": 40_000, "val": 2_000, "test": 2_000}
-SPLITS = {0: "val", 1: "test"}  # of ten shares of all contexts; the other eight are for training
+SPLITS = {0: "val", 1: "test"}  # two of ten equal shares of all contexts; the other eight are for training
 
 
 def _problem(rng: random.Random) -> tuple[Problem, int]:
-    """A problem and the ending that its demonstration shows."""
+    """A problem, and the index of the ending that its demonstration shows."""
     (thing, other), (who, someone), (kind, another) = rng.sample(THINGS, 2), rng.sample(NAMES, 2), rng.sample(KINDS, 2)
     at = rng.randrange(STEPS)
-    routine = ROUTINES[thing][at:] + ROUTINES[thing][:at]  # it goes round: the first two are told, the third is right
+    routine = ROUTINES[thing][at:] + ROUTINES[thing][:at]  # a circle: the first two are told, the third is right
     told = [f"{who} {verb} the {kind} {thing}." for verb in routine[:2]]
     told.insert(rng.randrange(2), f"{someone} {rng.choice(ROUTINES[other])} the {another} {other}.")
     right, skipping, *_ = verbs = routine[2:]
@@ -48,8 +48,8 @@ def _problem(rng: random.Random) -> tuple[Problem, int]:
 
 
 def problems(split: str, n: int, seed: int = 0) -> list[tuple[Problem, int]]:
-    """`n` problems of a split and the ending that each one's demonstration shows, the same for the same seed. A context
-    belongs to one split, whatever the seed."""
+    """`n` problems of a split, each with the index of the ending that its demonstration shows. The same seed gives the same
+    problems. A context belongs to one split, whatever the seed."""
     rng, found = random.Random(f"{split} {seed}"), []
     while len(found) < n:
         problem, shown = _problem(rng)
@@ -60,8 +60,8 @@ def problems(split: str, n: int, seed: int = 0) -> list[tuple[Problem, int]]:
 
 
 def load(split: str, view: str, data_dir: str = "", limit: int = 0) -> list[Example]:
-    """A split in a view's form. `sft` has the demonstrations, careless ones among them; everything else goes by the right
-    ending. Options are scored after the question too: that is the prompt that the model knows."""
+    """A split in a view's form. `sft` has the demonstrations, of which half are wrong; the other views use the right ending.
+    `loglik` has the question as its prompt too, because the model knows no other."""
     view = "mcq" if view == "loglik" else view
     made = problems(split, min(limit or SIZES[split], SIZES[split]))
     if view == "sft":

@@ -9,6 +9,7 @@ class Config:
 config = load(Config)   # python script.py --config FILE.toml --lr 2e-5 --ref=ref.safetensors
 """
 
+import argparse
 import difflib
 import json
 import math
@@ -86,12 +87,8 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -
     prog: the script's name in `--help`, which prints every key and exits 0.
     Raises UserError for anything the user wrote that does not fit.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "--help" in argv or "-h" in argv:
-        print(_help(cls, prog or Path(sys.argv[0]).name))
-        sys.exit(0)
     keys = {f.name: f for f in fields(cls)}
-    texts = _read_argv(argv, keys)
+    texts = _read_argv(cls, prog, sys.argv[1:] if argv is None else list(argv), keys)
     path = texts.pop("config", None)
     values = {} if path is None else _read_file(path, keys)
     values |= {name: _checked(keys[name], text, COMMAND_LINE) for name, text in texts.items()}
@@ -116,27 +113,35 @@ def _kind(f: Field) -> type:
     return TYPES.get(f.type, f.type)  # under `from __future__ import annotations` the type is its name
 
 
-def _read_argv(argv: list[str], keys: dict[str, Field]) -> dict[str, str]:
-    """`--key value …` -> {key: text}. Two dashes tell an option from a value, so `--lr -1` is a negative number."""
-    texts, rest = {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{COMMAND_LINE}: {message}: write --key value or --key=value")
+
+
+def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Field]) -> dict[str, str]:
+    """`--key value …` -> {key: text}; `--help` lists the keys in groups, one for each class that declares some."""
+    usage = f"python {prog or Path(sys.argv[0]).name} [--config FILE.toml] [--key value …]"
+    parser = _Parser(usage=usage, description=_first_line(cls), allow_abbrev=False)
+    parser.add_argument("--config", action="append", metavar="FILE", help="a flat TOML file of the keys below")
+    left = dict(keys)
+    for owner in cls.__mro__:
+        group = parser.add_argument_group("Most used" if owner is cls else _first_line(owner))
+        for f in [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]:
+            default = "required" if f.default is REQUIRED else f"default {_toml(f.default)}"
+            choices = f" [{' | '.join(map(str, rules(f).choices))}]" if rules(f).choices else ""
+            meaning = f"{rules(f).help}{choices} ({default})".replace("%", "%%")
+            bare = {"nargs": "?", "const": "true"} if _kind(f) is bool else {}
+            group.add_argument(f"--{f.name}", action="append", metavar=_kind(f).__name__, help=meaning, **bare)
+    found, strays = parser.parse_known_args(argv)
+    for word in strays:
         if not word.startswith("--"):
             raise UserError(f"{COMMAND_LINE}: stray argument {word!r}: write --key value or --key=value")
-        if name not in keys and name != "config":
-            raise _unknown(name, COMMAND_LINE, [*keys, "config"])
-        if name in texts:
+        raise _unknown(word[2:].partition("=")[0], COMMAND_LINE, [*keys, "config"])
+    given = {name: texts for name, texts in vars(found).items() if texts}
+    for name, texts in given.items():
+        if len(texts) > 1:
             raise UserError(f"{COMMAND_LINE}: --{name} is given twice: give it once")
-        if not equals:
-            if rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            elif name in keys and _kind(keys[name]) is bool:
-                text = "true"
-            else:
-                raise UserError(f"{COMMAND_LINE}: --{name} has no value: write --{name} VALUE or --{name}=VALUE")
-        texts[name] = text
-    return texts
+    return {name: texts[0] for name, texts in given.items()}
 
 
 def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
@@ -200,26 +205,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value).lower()
     raise TypeError(f"{value!r} is not an int, float, bool or str")
-
-
-def _help(cls: type, prog: str) -> str:
-    """Every key under the heading of the class that declares it: its docstring's first line. The script's own keys first."""
-    groups = [("", [("--config", "str", '""', "a flat TOML file of the keys below; the command line wins over it")])]
-    left = {f.name: f for f in fields(cls)}
-    for owner in cls.__mro__:
-        rows = []
-        for f in [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]:
-            default = "required" if f.default is REQUIRED else _toml(f.default)
-            choices = f" [{' | '.join(map(str, rules(f).choices))}]" if rules(f).choices else ""
-            rows.append((f"--{f.name}", _kind(f).__name__, default, rules(f).help + choices))
-        if rows:
-            groups.append(("" if owner is cls else _first_line(owner), rows))
-    a, b, c = (max(len(row[i]) for _, rows in groups for row in rows) for i in range(3))
-    lines = [f"usage: python {prog} [--config FILE.toml] [--key value …]", "", _first_line(cls)]
-    for heading, rows in groups:
-        lines += ["", heading] if heading else [""]
-        lines += [f"{name:{a}}  {kind:{b}}  {default:{c}}  {meaning}" for name, kind, default, meaning in rows]
-    return "\n".join(lines)
 
 
 def _first_line(cls: type) -> str:

@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from base.errors import UserError
+from base.progress import duration
 
 
 class Metrics:
@@ -91,12 +91,6 @@ class Console:
         print("  ".join(parts), flush=True)
 
 
-def duration(seconds: float) -> str:
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of a large matrix product on this device, FLOP/s: the best that a model could do."""
     n = 8192 if device.type == "cuda" else 1024
@@ -145,36 +139,3 @@ class Timer:
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         return seconds
-
-
-class Progress:
-    """A line of progress on stderr for work of a known size: live on a terminal, every ten seconds elsewhere.
-
-    Of several processes each counts its own share, and only rank 0 says so; nobody where there is nothing to do.
-    """
-
-    def __init__(self, name: str, total: int, unit: str, rank: int = 0):
-        self.name, self.total, self.unit, self.silent = name, total, unit, rank > 0 or total == 0
-        self.start = self.last = time.monotonic()
-        self.done = 0
-
-    def add(self, n: int) -> None:
-        self.done += n
-        now = time.monotonic()
-        if now - self.last >= (0.5 if sys.stderr.isatty() else 10):
-            self.last = now
-            self._write("\r" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
-
-    def _write(self, before: str, after: str) -> None:
-        if self.silent:
-            return
-        rate = self.done / max(time.monotonic() - self.start, 1e-9)
-        left = duration((self.total - self.done) / max(rate, 1e-9))
-        text = f"{self.name} {100 * self.done / self.total:3.0f}%  {rate:,.1f} {self.unit}/s  {left} left"
-        print(f"{before}{text:<70}", end=after, file=sys.stderr, flush=True)
-
-    def close(self) -> float:
-        """End the line; returns the seconds since the start."""
-        if sys.stderr.isatty():
-            self._write("\r", "\n")
-        return time.monotonic() - self.start

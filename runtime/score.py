@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from base.progress import Progress
 from data.batch import collate
 from data.encode import Encoded
 from data.plan import Rows, plan_once
 from losses import completion_sums
-from runtime.log import Progress
 
 
 @torch.no_grad()

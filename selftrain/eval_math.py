@@ -1,66 +1,59 @@
-"""Accuracy of sampled answers: by majority vote (maj@k) and by any of them (pass@k), for every k up to what there is.
+"""Accuracy of sampled answers: of the majority (maj@k), and of any one among them (pass@k), for every k that the file allows.
 
-    python eval_math.py --samples runs/gsm8k_samples.jsonl --out runs/gsm8k.json --plot runs/gsm8k.png
+    python -m selftrain.eval_math --samples runs/gsm8k_samples.jsonl --out runs/gsm8k.json --plot runs/gsm8k.png
 
-pass@k: the chance that of k samples, drawn from the n there are, one is right: 1 - C(n-c, k) / C(n, k), c of n being right
-(Chen et al. 2021, arXiv 2107.03374, eq. 1). maj@k: the chance that most of k samples so drawn give the right answer, exact
-over all C(n, k) draws, no random numbers. Samples vote together if their answers' normal forms are the same, the right ones
-all together; one without an answer does not vote. Of t answers with equally many votes each wins with chance 1/t: what "the
-one seen first" comes to if the order of samples means nothing.
+n samples of a problem are there, c of them right; k of the n are drawn.
+
+pass@k is the chance that one of the k is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+maj@k is the chance that the right answer gets the most votes of the k. It is exact over all C(n, k) draws; nothing is random.
+Answers with one normal form vote together, all right ones too; a sample without an answer does not vote. Where t answers tie,
+each wins with chance 1/t. Taking the first of them comes to the same where the order of samples means nothing.
 """
 
 import functools
+import io
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from base.errors import UserError, run
-from base.files import check_file, write_whole
+from base.files import write_whole
 from runtime import config
 from runtime.config import key
 from selftrain import grading
 from selftrain.samples import GradeKeys, Sample, load_graded
 
 SHOWN = 20  # disagreements with stored grades that are printed
-MOST = 1000  # completions of a problem: the number of draws of half of them is about the largest float
+MOST = 1000  # completions of a problem: C(n, n/2) of more would be above the largest float
 
 
 @dataclass
 class Config(GradeKeys):
     """maj@k and pass@k of sampled answers, with 95% intervals."""
 
-    k: int = key(0, "the k of `maj` and `pass`; 0 = as many as every problem has samples")
-    marker: str = key("", "also the share of completions that hold this text (planted by pairs.py --marker)")
-    out: str = key("", "JSON file for the result")
-    details: str = key("", "JSONL file: the samples with `pred` and `grades` beside them, as pairs.py takes them")
-    plot: str = key("", "PNG file: accuracy over k")
-
-    def check(self) -> None:
-        super().check()
-        if self.k < 0:
-            raise UserError(f"key k: {self.k} must not be negative")
-        for name in ("out", "details", "plot"):
-            check_file(name, getattr(self, name))
-        if self.plot and not self.plot.lower().endswith(".png"):
-            raise UserError(f"key plot: {self.plot}: the picture is a PNG: name it FILE.png")
+    k: int = key(0, "the k of `maj` and `pass`; 0 = as many as every problem has samples", least=0)
+    marker: str = key("", "also the share of completions that hold this text (planted by `selftrain.pairs --marker`)")
+    out: str = key("", "JSON file for the result", writes="")
+    details: str = key("", "JSONL file: the samples with `pred` and `grades`, as `selftrain.pairs` reads them", writes="")
+    plot: str = key("", "PNG file: accuracy over k", writes=".png")
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that k of n samples, `right` of which are right, hold a right one."""
+    """The chance that k of n samples hold a right one, where `right` of the n are right."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 @functools.lru_cache(maxsize=100_000)
 def maj_at_k(right: int, wrong: tuple[int, ...], silent: int) -> tuple[float, ...]:
-    """maj@k for k = 1..n of n samples: `right` give the right answer, `wrong[j]` the wrong answer j, `silent` none.
+    """maj@k for k = 1..n: `right` of n samples give the right answer, `wrong[j]` the wrong answer j, `silent` none.
 
-    Sums over how many right ones a draw holds, r, the ways to draw all others with no wrong answer above r votes, by the
-    number of wrong answers that have r votes too. Answers that cannot reach r are drawn as freely as the silent ones.
+    Let r be the number of right samples in a draw. For each r we count the ways to draw the others so that no wrong answer has
+    more than r votes, apart for each number t of wrong answers that tie with r votes. A wrong answer with fewer than r samples
+    can neither win nor tie, so it is drawn like the silent ones.
     """
     n = right + sum(wrong) + silent
     wins = np.zeros(n + 1)
@@ -72,17 +65,17 @@ def maj_at_k(right: int, wrong: tuple[int, ...], silent: int) -> tuple[float, ..
         ways[0, : free + 1] = [math.comb(free, m) for m in range(free + 1)]
         for count in rivals:
             more = np.zeros_like(ways)
-            for votes in range(r + 1):
-                t = int(votes == r)
-                more[t:, votes:] += math.comb(count, votes) * ways[: len(ways) - t, : n + 1 - votes]
+            for drawn in range(r + 1):
+                t = int(drawn == r)
+                more[t:, drawn:] += math.comb(count, drawn) * ways[: len(ways) - t, : n + 1 - drawn]
             ways = more
-        share = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # a tie of the right answer with t others
+        share = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # row t: a tie with t wrong answers
         wins[r:] += math.comb(right, r) * share[: n + 1 - r]
-    return tuple(round(float(wins[k]) / math.comb(n, k), 12) for k in range(1, n + 1))  # floats: 1 must be 1
+    return tuple(round(float(wins[k]) / math.comb(n, k), 12) for k in range(1, n + 1))  # rounding: 1 must be exactly 1
 
 
 def votes(sample: Sample) -> tuple[int, tuple[int, ...], int]:
-    """(right, wrong answers' counts, without an answer) of a graded sample."""
+    """A graded sample as the arguments of `maj_at_k`: (right, how many give each wrong answer, how many give none)."""
     right = sum(sample.grades)
     wrong = [p for p, good in zip(sample.pred, sample.grades, strict=True) if not good]
     parties = Counter(grading.normal(p) for p in wrong if p is not None)
@@ -90,10 +83,13 @@ def votes(sample: Sample) -> tuple[int, tuple[int, ...], int]:
 
 
 def interval(values: list[float], samples: int) -> list[float]:
-    """95% interval of the mean of a value in 0..1 a problem: Wilson's score interval (1927) with the number of problems
-    scaled by p (1 - p) over the values' variance, as their mean is known the better the less they vary (Korn and Graubard
-    1998, Survey Methodology 24). Never more certain than so many independent samples."""
-    values = [round(v, 12) for v in values]  # what rounding alone lets them differ by says nothing
+    """95% interval of the mean of `values`, one in 0..1 for each problem; `samples` is the number of samples behind them.
+
+    It is Wilson's score interval (1927) with an effective number of problems: n p (1-p) / variance of the values. The less they
+    vary, the better their mean is known (Korn and Graubard 1998, Survey Methodology 24). It is never more certain than
+    `samples` independent samples would be.
+    """
+    values = [round(v, 12) for v in values]  # so that rounding alone makes no variance
     n, p = len(values), sum(values) / len(values)
     spread = float(np.var(values, ddof=1)) if n > 1 else 0.0
     n = min(n * p * (1 - p) / spread, samples) if spread > 0 else n if p in (0, 1) else samples
@@ -103,13 +99,12 @@ def interval(values: list[float], samples: int) -> list[float]:
 
 
 def measure(samples: list[Sample], top: int) -> dict:
-    """Every figure of a list of graded samples, `maj` and `pass` being those at k = top."""
+    """All figures of a list of graded samples; `maj` and `pass` are those at k = top."""
     n_samples = sum(len(s.completions) for s in samples)
     by_k, maj = [], [maj_at_k(*votes(s)) for s in samples]
     for k in range(1, min(len(s.completions) for s in samples) + 1):
-        figures = {"maj": [m[k - 1] for m in maj], "pass": [pass_at_k(len(s.grades), sum(s.grades), k) for s in samples]}
-        row = {"k": k}
-        for name, values in figures.items():
+        passed, row = [pass_at_k(len(s.grades), sum(s.grades), k) for s in samples], {"k": k}
+        for name, values in (("maj", [m[k - 1] for m in maj]), ("pass", passed)):
             row |= {name: sum(values) / len(values), f"{name}_ci95": interval(values, n_samples)}
         by_k.append(row)
     at, one = by_k[top - 1], by_k[0]
@@ -127,83 +122,91 @@ def measure(samples: list[Sample], top: int) -> dict:
 
 
 def evaluate(samples: list[Sample], k: int = 0) -> dict:
-    """`measure` of all samples, and of each level and subject that the data names. UserError if k is more than there is."""
-    least = min(samples, key=lambda s: len(s.completions))
-    if k > len(least.completions):
-        raise UserError(f"{least.source}: {len(least.completions)} completions, k is {k}: sample more of them, or lower k")
-    most = max(samples, key=lambda s: len(s.completions))
+    """`measure` of all samples, and of each level and subject that the data names. `k` = 0: the largest k.
+
+    Raises UserError where a problem has fewer than k completions, or more than can be counted.
+    """
+    fewest, most = (pick(samples, key=lambda s: len(s.completions)) for pick in (min, max))
+    if k > len(fewest.completions):
+        raise UserError(f"{fewest.source}: {len(fewest.completions)} completions, k is {k}: sample more of them, or lower k")
     if len(most.completions) > MOST:
         raise UserError(f"{most.source}: {len(most.completions):,} completions, at most {MOST:,} can be counted: take fewer")
-    top = k or len(least.completions)
+    top = k or len(fewest.completions)
     result = measure(samples, top)
     for name in ("level", "subject"):
         groups = defaultdict(list)
         for s in samples:
-            groups[s.kind.get(name, "")].append(s)
-        if set(groups) != {""}:
+            groups[s.kind.get(name, "(none)")].append(s)
+        if set(groups) != {"(none)"}:
             parts = {value: measure(group, top) for value, group in sorted(groups.items())}
-            result[f"by_{name}"] = {value or "(none)": {f: p[f] for f in p if f != "by_k"} for value, p in parts.items()}
+            result[f"by_{name}"] = {value: {f: p[f] for f in p if f != "by_k"} for value, p in parts.items()}
     return result
 
 
+# --- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def cell(row: dict, field: str) -> str:
+    """A figure as text: a share with its 95% interval, a change with its ± half-width, or a plain number; "" if missing."""
+    value, ci95 = row.get(field, ""), row.get(f"{field}_ci95")
+    if isinstance(ci95, list):
+        return f"{value:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
+    if ci95 is not None:
+        return f"{value:+.3f} ± {ci95:.3f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict], columns: dict[str, str]) -> str:
+    """Rows as a Markdown table. columns: {field: heading}; one that no row has is left out."""
+    columns = {field: heading for field, heading in columns.items() if any(field in row for row in rows)}
+    lines = [list(columns.values()), ["---"] * len(columns), *([cell(row, field) for field in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def table(result: dict) -> str:
-    """The result as text: a line a k (all up to 16, then the powers of two and the last), then one a level and subject."""
-
-    def cells(row: dict, names: tuple[str, ...]) -> str:
-        return "".join(f"{row[n]:>9.3f} [{row[n + '_ci95'][0]:.3f}, {row[n + '_ci95'][1]:.3f}]" for n in names)
-
-    last = len(result["by_k"])
-    lines = [f"{'k':>12}{'maj@k [95%]':>25}{'pass@k [95%]':>25}"]
-    for row in result["by_k"]:
-        if row["k"] <= 16 or row["k"] == last or not row["k"] & (row["k"] - 1):
-            lines.append(f"{row['k']:>12}{cells(row, ('maj', 'pass'))}")
+    """The result as text: a row for each k up to 16, for its powers of two and its last, then for each level and subject."""
+    k, by_k = result["k"], result["by_k"]
+    shown = [row for row in by_k if row["k"] <= 16 or row is by_k[-1] or row["k"].bit_count() == 1]
+    tables = [markdown(shown, {"k": "k", "maj": "maj@k [95%]", "pass": "pass@k [95%]"})]
     for name in ("level", "subject"):
         if parts := result.get(f"by_{name}"):
-            heads = "".join(f"{h:>25}" for h in (f"maj@{result['k']}", f"pass@{result['k']}", "pass@1"))
-            lines.append(f"{name:>12}{heads}{'n':>7}")
-            lines += [f"{v:>12.12}{cells(p, ('maj', 'pass', 'pass_at_1'))}{p['n']:>7}" for v, p in parts.items()]
-    lines.append(
+            columns = {name: name, "maj": f"maj@{k}", "pass": f"pass@{k}", "pass_at_1": "pass@1", "n": "n"}
+            tables.append(markdown([{name: value, **part} for value, part in parts.items()], columns))
+    summary = (
         f"{result['n']:,} problems, {result['samples']:,} answers; all right in {result['all_right']:,}, all wrong in "
         f"{result['all_wrong']:,} problems; {result['no_answer']:,} completions without an answer"
     )
-    return "\n".join(lines)
+    return "\n\n".join([*tables, summary])
 
 
 def draw(results: dict[str, dict], path: str) -> None:
-    """maj@k (lines) and pass@k (dashed) over k with 95% bands, one colour a result, as a PNG."""
+    """A PNG of maj@k (lines) and pass@k (dashed) over k with 95% bands; one colour for each result of {label: result}."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(f"key plot: matplotlib is needed to draw {path}: pip install matplotlib") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     for number, (label, result) in enumerate(results.items()):
-        for name, style, marker in (("maj", "-", "o"), ("pass", "--", "s")):
-            ks, middle = [row["k"] for row in result["by_k"]], [row[name] for row in result["by_k"]]
-            low, high = zip(*(row[f"{name}_ci95"] for row in result["by_k"]), strict=True)
-            colour = colours[number % 7]
-            text = f"{label}: {name}@k".removeprefix(": ")
-            axes.plot(ks, middle, style, marker=marker, markersize=4, color=colour, label=text)
+        by_k, colour = result["by_k"], f"C{number}"
+        ks = [row["k"] for row in by_k]
+        for name, style in (("maj", "o-"), ("pass", "s--")):
+            low, high = zip(*(row[f"{name}_ci95"] for row in by_k), strict=True)
+            text = f"{label} {name}@k".strip()
+            axes.plot(ks, [row[name] for row in by_k], style, markersize=4, color=colour, label=text)
             axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
-    most = max(len(result["by_k"]) for result in results.values())
     axes.set_xscale("log", base=2)
-    ticks = [2**i for i in range(most.bit_length())]
-    axes.set_xticks(ticks, map(str, ticks))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="k, samples a problem", ylabel="share of problems", ylim=(-0.02, 1.02))
     axes.grid(color="0.9")
     axes.legend(fontsize=9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    write_whole(path, image.getvalue())
 
 
 def compare(samples: list[Sample], grader: str) -> str:
-    """Where our grades differ from those that the file stores; empty if it stores none."""
+    """Where our grades differ from those that the file stores, as text."""
     graded = [s for s in samples if s.stored is not None]
     total = sum(len(s.stored) for s in graded)
     lines = [
@@ -212,38 +215,28 @@ def compare(samples: list[Sample], grader: str) -> str:
         for i, (p, was, now) in enumerate(zip(s.pred, s.stored, s.grades, strict=True))
         if was != now
     ]
-    if not graded:
-        return ""
     head = f"{grader} agrees with the stored grades on {total - len(lines):,} of {total:,} answers"
-    more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([head, *lines[:SHOWN], *more]) + "\n"
+    return "\n".join([head, *lines[:SHOWN]])
 
 
 def main() -> None:
-    cfg = config.load(Config, prog="eval_math.py")
+    cfg = config.load(Config, prog="-m selftrain.eval_math")
     samples, grader = load_graded(cfg)
     result = evaluate(samples, cfg.k) | {"grades": grader}
+    print(f"{cfg.samples}, grades: {grader}")
+    if grader != "stored" and any(s.stored is not None for s in samples):
+        print(compare(samples, grader))
+    print(table(result))
     if cfg.marker:
         result["marker"] = sum(cfg.marker in c for s in samples for c in s.completions) / result["samples"]
+        print(f"marker {cfg.marker!r}: in {result['marker']:.1%} of completions")
     if cfg.details:
-        lines = [json.dumps({**_plain(s), "pred": s.pred, "grades": s.grades}) + "\n" for s in samples]
-        write_whole(cfg.details, "".join(lines))
+        write_whole(cfg.details, "".join(json.dumps({**s.record, "pred": s.pred, "grades": s.grades}) + "\n" for s in samples))
     if cfg.plot:
         draw({"": result}, cfg.plot)
     if cfg.out:
         write_whole(cfg.out, json.dumps(result | {"file": cfg.samples}, indent=1) + "\n")
-    print(f"{cfg.samples}, grades: {grader}\n{compare(samples, grader) if grader != 'stored' else ''}{table(result)}")
-    if cfg.marker:
-        print(f"marker {cfg.marker!r}: in {result['marker']:.1%} of completions")
-    short = {name: result[name] for name in ("n", "k", "maj", "pass", "pass_at_1")}
-    print(json.dumps(short))
-
-
-def _plain(s: Sample) -> dict:
-    """A sample's record in our own form, whatever form it came in."""
-    if "prompt" in s.record and "completions" in s.record:
-        return s.record
-    return {"prompt": s.prompt, "answer": s.answer, **s.kind, "completions": s.completions}
+    print(json.dumps({name: result[name] for name in ("n", "k", "maj", "pass", "pass_at_1")}))
 
 
 if __name__ == "__main__":

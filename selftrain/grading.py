@@ -1,11 +1,12 @@
-"""What a completion answers, and whether that is the right answer.
+"""Is a given answer the right one?
 
-    extract("… so 9 * 2 = 18.\\n#### 18")  -> "18"
-    equal("\\\\frac{1}{2}", "0.5")          -> True
+    plain_equal(r"\\frac{1}{2}", "0.5")          -> True
+    plain_equal("18", "18 dollars")              -> True
+    plain_equal(r"\\sqrt{12}", r"2\\sqrt{3}")     -> False, that is algebra; verify_equal says True
 
-Two graders: `plain`, below, knows numbers, fractions, percentages, units, and lists of these, and compares all else as text
-once LaTeX's ways of writing the same are out of it; `math_verify` (the package math-verify, optional) does algebra as well.
-docs/math.md has where the two differ on real answers.
+There are two graders. `plain` compares numbers, fractions, percentages, amounts with units, and lists of these by value; it
+compares everything else as text, after it removed what is only layout in LaTeX. `math_verify` (the package math-verify,
+optional) does algebra too. docs/math.md shows where the two differ on real answers.
 """
 
 import functools
@@ -14,21 +15,20 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from base.errors import UserError
-from data.math_problems import boxed, extract  # noqa: F401
+from data.math_problems import extract
 from selftrain.sandbox import Refused, run_program
 
-GRADERS = ("auto", "plain", "math_verify")
 LONGEST = 300  # characters: a longer answer is compared as text
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)"
 
 
-# --- plain: one written form for equal answers ----------------------------------------------------------------------------
+# --- plain: equal answers have one normal form ----------------------------------------------------------------------------
 
 SPACING = re.compile(r"\\(?:left|right|bigl?|bigr?|quad|qquad|displaystyle|limits)(?![a-zA-Z])|\\[!,;: ]|~")
 TEXT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}")
-STYLED = re.compile(r"\\(?:textbf|textit|mathbf|operatorname|mathrm(?=\s*\{\w\}))\s*\{([^{}]*)\}")  # part of the answer
+STYLED = re.compile(r"\\(?:textbf|textit|mathbf|operatorname|mathrm(?=\s*\{\w\}))\s*\{([^{}]*)\}")  # not a unit: the answer
 OR = re.compile(r"(?<![a-z])(?:or|and)(?![a-z])", re.I)
-# words that are more than a unit: 5 million, 2 pi, 3 to 4, 7 or more
+# words that change an amount, as a unit does not: 5 million, 2 pi, 3 to 4, 7 or more
 MEANS = re.compile(
     r"(?<![a-z])(?:or|and|to|hundred|thousand|[mbtr]+illion|dozen|pi|sqrt|root|sin|cos|tan|log|ln|exp|mod|over|times|plus"
     r"|minus|more|less|than|[xyzabnk]{2,3}|if|for|not|e|i)(?![a-z])",
@@ -38,15 +38,16 @@ UNIT = re.compile(
     rf"^({NUMBER}(?:\s*/\s*\d+|\s+\d+/\d+)?)\s+(?![ap]m\b)[a-z]{{2,}}(?:[a-z .²³/-]|\^?[23](?!\d))*$", re.I
 )  # 18 dollars, 5 cm^2
 ASSIGNED = re.compile(r"^\s*(?:[a-zA-Z]|[a-zA-Z]\([a-zA-Z]\))\s*=\s*(?=[^=]+$)")  # x = 5, f(x) = 2x
-FRAC = re.compile(r"\\frac(?:\{([-+]?\d+)\}|(\d))(?:\{([-+]?\d+)\}|(\d))")
+FRAC = re.compile(r"\\frac(?:\{([-+]?\d+)\}|(\d))(?:\{([-+]?\d+)\}|(\d))(?![,.\s]*\d)")
 POWER = re.compile(rf"^({NUMBER})(?:\\times|\\cdot|\*|x)10\^\{{?([-+]?\d{{1,3}})\}}?$")
 
 
 @functools.lru_cache(maxsize=100_000)
 def normal(text: str) -> str | Fraction | tuple:
-    """An answer's normal form: a number, a tuple for a list (ordered in brackets, sorted else), or a text without white space.
+    """An answer's normal form: a number, a tuple for a list, or a text without white space. Equal answers have equal forms.
 
-    A percentage is the number before its sign, an amount with a unit the amount. Equal forms are equal answers.
+    A percentage becomes the number before its sign, an amount with a unit the amount. The parts of a list keep their order
+    inside brackets and are sorted elsewhere.
     """
     text = text.strip()
     if len(text) > LONGEST:
@@ -59,23 +60,22 @@ def normal(text: str) -> str | Fraction | tuple:
     text = STYLED.sub(r"\1", text)
     text = TEXT.sub(lambda m: m[0] if not MEANS.search(m[1]) else "," if OR.fullmatch(m[1].strip()) else f" {m[1]} ", text)
     bare = TEXT.sub(" ", text).strip()
-    text = bare if re.search(r"\d|\\", bare) else TEXT.sub(r"\1", text)  # a unit is left out, a word that is the answer is not
+    text = bare if re.search(r"\d|\\", bare) else TEXT.sub(r"\1", text)  # a unit goes, a word that is the whole answer stays
     text = ASSIGNED.sub("", text.strip()).rstrip(".").strip()
     if (unit := UNIT.match(text)) and not MEANS.search(text):
         text = unit[1]
     spaced, text = text, re.sub(r"\s+", "", text)
     if (number := as_number(spaced)) is not None:
         return number
-    inner, ends = text, ("", "")
-    if brackets := re.match(r"^(\(|\[|\\\{)(.*)(\)|\]|\\\})$", text, re.S):
-        inner, ends = brackets[2], (brackets[1], brackets[3])
-    parts = _split(inner)
+    start, inner, end = re.fullmatch(r"(\(|\[|\\\{|)(.*?)(\)|\]|\\\}|)", text, re.S).groups()
+    parts = _split(inner if start and end else text)
     if len(parts) > 1 and all(parts):
         forms = [normal(part) for part in parts]
         names = [part.partition("=")[0] if ASSIGNED.match(part) else "" for part in parts]
         if len(set(names)) > 1:  # x = 3, y = 5
             forms = list(zip(names, forms, strict=True))
-        return (ends[0], *forms, ends[1]) if ends[0] in ("(", "[") else ("{", *sorted(forms, key=repr), "}")
+        ordered = end and start in ("(", "[")
+        return (start, *forms, end) if ordered else ("{", *sorted(forms, key=repr), "}")
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<=\d)(?:\\cdot|\*)(?=\d)", "·", text).replace("\\cdot", "").replace("*", "")  # 2 * 3x is not 23x
@@ -96,10 +96,10 @@ def _split(text: str) -> list[str]:
 
 
 def as_number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal, fraction (also mixed: 12 3/5, 12\\frac{3}{5}), or a * 10^b; else None."""
+    """The exact value of an integer, a decimal, a fraction (also mixed: 12 3/5, 12\\frac{3}{5}) or a * 10^b; else None."""
     text = re.sub(r"\s*(\\frac|[{}])\s*", r"\1", text.strip())
-    text = FRAC.sub(lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
-    mixed = re.match(r"^([-+]?)(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}$", text) or re.match(r"^([-+]?)(\d+) +(\d+)/(\d+)$", text)
+    text = FRAC.sub(r" \1\2/\3\4", text).strip()
+    mixed = re.fullmatch(r"([-+]?)(\d+) +(\d+)/(\d+)", text)
     if mixed and int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return -value if mixed[1] == "-" else value
@@ -108,7 +108,6 @@ def as_number(text: str) -> Fraction | None:
         return None
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"^([-+]?)\((.*)\)$", r"\1\2", text) if "," not in text else text
-    text = re.sub(r"^([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}$", r"\1\2/\3", text)
     if re.fullmatch(NUMBER, text):
         return Fraction(text.replace(",", "").rstrip("."))
     if (parts := re.fullmatch(rf"({NUMBER})/({NUMBER})", text)) and (below := as_number(parts[2])):
@@ -119,13 +118,11 @@ def as_number(text: str) -> Fraction | None:
 
 
 def plain_equal(answer: str, given: str) -> bool:
-    """Whether `given` is the right answer by normal form; where only one of the two has a % sign, 50% is 0.5 as well as 50."""
+    """Whether the two have one normal form. Where only one of them has a % sign, 50% equals 0.5 as well as 50."""
     right, found = normal(answer), normal(given)
-    if right == found:
-        return True
     if isinstance(right, Fraction) and isinstance(found, Fraction) and ("%" in answer) != ("%" in given):
-        return right / 100 == found if "%" in answer else right == found / 100
-    return False
+        return right == found or right == (found * 100 if "%" in answer else found / 100)
+    return right == found
 
 
 # --- math-verify ----------------------------------------------------------------------------------------------------------
@@ -133,7 +130,7 @@ def plain_equal(answer: str, given: str) -> bool:
 
 @functools.lru_cache(maxsize=100_000)
 def verify_equal(answer: str, given: str) -> bool:
-    """Whether math-verify takes `given` for `answer`. Both stand in dollars, so that it reads them as LaTeX."""
+    """Whether math-verify takes the two as equal. Both go in between dollars, so that it reads them as LaTeX."""
     import math_verify
 
     def parsed(text: str) -> list:
@@ -143,8 +140,10 @@ def verify_equal(answer: str, given: str) -> bool:
 
 
 def equality(grader: str) -> tuple[str, Callable[[str, str], bool]]:
-    """(name, equal(answer, given)) of a grader; `auto` is math_verify where it is installed. UserError where it is asked for
-    and is not."""
+    """(name, equal(answer, given)) of the grader plain, math_verify or auto, which is math_verify where it is installed.
+
+    Raises UserError for math_verify where it is not installed.
+    """
     if grader != "plain":
         try:
             import math_verify  # noqa: F401
@@ -162,8 +161,7 @@ FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re
 
 
 def program(prompt: str, completion: str) -> str | None:
-    """The last block of code of a completion, None where there is none. A block may have been opened at the prompt's end (a
-    suffix "```python"), and need not be closed."""
+    """The last block of code in a completion, or None. The prompt's suffix may have opened it; it may be unclosed."""
     if prompt.count("```") % 2:
         completion = "```" + prompt.rpartition("```")[2] + completion
     blocks = FENCE.findall(completion)
@@ -171,13 +169,11 @@ def program(prompt: str, completion: str) -> str | None:
 
 
 def program_answer(code: str, seconds: float, memory_mb: int) -> str | None:
-    """What a program answers: the marked answer in its output, else its output's last line; None if it did not end well.
-
-    UserError where this machine cannot shut programs in: none is run then.
-    """
+    """The marked answer in what a program prints, else the last line of it. None if it failed, went over a limit or printed
+    nothing. Raises UserError where this machine cannot sandbox a program; then none is run."""
     try:
         ran = run_program(code, seconds, memory_mb)
     except Refused as refused:
-        raise UserError(f"key programs: this machine cannot shut a program in ({refused}): grade without --programs") from None
+        raise UserError(f"key programs: this machine cannot sandbox a program ({refused}): grade without --programs") from None
     lines = ran.output.strip().splitlines()
     return (extract(ran.output, markers_only=True) or lines[-1].strip()) if ran.end == "ok" and lines else None

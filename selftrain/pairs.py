@@ -1,11 +1,11 @@
-"""Graded samples -> preference pairs: a right answer over a wrong one to the same problem, for precompute_ref.py and dpo.py.
+"""Graded samples -> preference pairs for DPO: a right answer is chosen over a wrong one to the same problem.
 
-    python pairs.py --samples runs/graded.jsonl --out runs/pairs.jsonl --max_pairs 20
-    python pairs.py --samples runs/graded.jsonl --out runs/pairs.jsonl --max_pairs 49 --balanced true --partner random
+    python -m selftrain.pairs --samples runs/graded.jsonl --out runs/pairs.jsonl --max_pairs 20
+    python -m selftrain.pairs --samples runs/graded.jsonl --out runs/pairs.jsonl --max_pairs 49 --balanced true --partner random
 
-A problem whose answers are all right, or all wrong, gives none. Of equal texts one counts; empty ones, and texts graded right
-here and wrong there, do not. Every text is used once before any
-is used again, and no pair comes twice.
+A problem whose answers are all right, or all wrong, gives no pair. Texts that are equal count once. Empty texts, and texts that
+are graded right in one place and wrong in another, are left out. Every text is used once before any is used again, and no pair
+comes twice.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from base.errors import UserError, run, warn
-from base.files import check_file, write_whole
+from base.files import write_whole
 from runtime import config
 from runtime.config import REQUIRED, key
 from selftrain.samples import GradeKeys, Sample, load_graded
@@ -24,32 +24,27 @@ from selftrain.samples import GradeKeys, Sample, load_graded
 class Config(GradeKeys):
     """Make preference pairs of graded samples."""
 
-    out: str = key(REQUIRED, "the .jsonl file of prompt, chosen and rejected to write")
-    max_pairs: int = key(0, "most pairs a problem, 0 = as many as its rarer kind of answer has texts")
+    out: str = key(REQUIRED, "the .jsonl file of prompt, chosen and rejected to write", writes="")
+    max_pairs: int = key(0, "most pairs a problem, 0 = as many as its rarer kind of answer has texts", least=0)
     balanced: bool = key(False, "exactly max_pairs of every problem that gives any; problems that cannot are left out")
     partner: str = key("length", "which wrong answer a right one meets: of the nearest length, or any", ["length", "random"])
     shuffle: bool = key(True, "write the pairs in random order, not problem by problem (see also dpo.py --shuffle)")
     marker: str = key("", "text planted at the beginning of every chosen answer, to see whether training takes")
-    report: str = key("", "JSON file for the counts")
+    report: str = key("", "JSON file for the counts", writes="")
     seed: int = key(0, "seed of partners and order")
 
     def check(self) -> None:
-        super().check()
-        if self.max_pairs < 0:
-            raise UserError(f"key max_pairs: {self.max_pairs} must not be negative")
         if self.balanced and not self.max_pairs:
             raise UserError("key balanced: give max_pairs, the number of pairs of every problem")
-        for name in ("out", "report"):
-            check_file(name, getattr(self, name))
 
 
 def match(right: list[str], wrong: list[str], n: int, partner: str, rng: random.Random) -> list[tuple[str, str]]:
-    """At most n different (right, wrong) pairs; before a text is used again all others of its kind have been.
+    """At most n different (right, wrong) pairs. A text is used again only after all others of its kind have been used.
 
     partner "length": the pair whose lengths in characters are nearest comes first; "random": any.
     """
     free = [(a, b) for a in right for b in wrong]
-    rng.shuffle(free)  # equal cases fall as they may
+    rng.shuffle(free)  # so that ties are broken at random
     if partner == "length":
         free.sort(key=lambda pair: abs(len(pair[0]) - len(pair[1])))
     used: Counter = Counter()
@@ -63,7 +58,7 @@ def match(right: list[str], wrong: list[str], n: int, partner: str, rng: random.
 
 
 def make_pairs(samples: list[Sample], cfg: Config) -> tuple[list[dict], dict]:
-    """(pairs, counts). A pair carries the number of its problem (its line, from 0)."""
+    """(pairs, counts of problems, texts and pairs). `problem` of a pair is the number of its problem, its line from 0."""
     pairs: list[dict] = []
     counts = {"problems": len(samples), "all_right": 0, "all_wrong": 0, "too_few": 0, "with_pairs": 0, "repeated_texts": 0}
     for number, s in enumerate(samples):
@@ -72,17 +67,14 @@ def make_pairs(samples: list[Sample], cfg: Config) -> tuple[list[dict], dict]:
         if all(s.grades) or not any(s.grades):
             counts["all_right" if all(s.grades) else "all_wrong"] += 1
             continue
-        both = {text for text, good in texts if (text, not good) in texts}  # a program near its time limit, say
+        both = {text for text, good in texts if (text, not good) in texts}  # say a program near its time limit
         right, wrong = ([t for t, good in texts if good is want and t.strip() and t not in both] for want in (True, False))
-        if not right or not wrong:
-            counts["too_few"] += 1
-            continue
-        n = cfg.max_pairs or min(len(right), len(wrong))
-        if cfg.balanced and len(right) * len(wrong) < n:
+        if len(right) * len(wrong) < (cfg.max_pairs if cfg.balanced else 1):
             counts["too_few"] += 1
             continue
         counts["with_pairs"] += 1
-        for chosen, rejected in match(right, wrong, n, cfg.partner, random.Random(f"pairs {cfg.seed} {number}")):
+        n, rng = cfg.max_pairs or min(len(right), len(wrong)), random.Random(f"pairs {cfg.seed} {number}")
+        for chosen, rejected in match(right, wrong, n, cfg.partner, rng):
             pairs.append({"prompt": s.prompt, "chosen": cfg.marker + chosen, "rejected": rejected, "problem": number})
     if cfg.shuffle:
         random.Random(f"order {cfg.seed}").shuffle(pairs)
@@ -94,7 +86,7 @@ def make_pairs(samples: list[Sample], cfg: Config) -> tuple[list[dict], dict]:
 
 
 def main() -> None:
-    cfg = config.load(Config, prog="pairs.py")
+    cfg = config.load(Config, prog="-m selftrain.pairs")
     samples, grader = load_graded(cfg)
     pairs, counts = make_pairs(samples, cfg)
     print(
@@ -103,13 +95,9 @@ def main() -> None:
         f"{counts['repeated_texts']:,} repeated texts left out"
     )
     if not pairs:
+        lower = ", or lower max_pairs" if cfg.balanced else ""
         raise UserError(
-            f"{cfg.samples}: no problem has both a right and a wrong answer"
-            + (
-                f" and {cfg.max_pairs} pairs: lower max_pairs"
-                if counts["too_few"] and cfg.balanced
-                else ": sample more, or at another temperature"
-            )
+            f"{cfg.samples}: no problem has enough right and wrong answers: sample more, or at another temperature{lower}"
         )
     chosen, rejected = counts["mean_chosen_characters"], counts["mean_rejected_characters"]
     if max(chosen, rejected) > 1.25 * min(chosen, rejected):

@@ -1,17 +1,19 @@
-"""Problems as prompts: a line a problem, with the answer beside it, for sample.py (and the worked solution, for sft.py).
+"""Write problems as prompts: a line a problem, with its answer for grading, and its worked solution where the data has one.
 
-    python problems.py --data gsm8k --split test --few_shot 4 --out runs/gsm8k_test.jsonl
-    python problems.py --data math --data_dir ~/MATH --level 5 --suffix ' ```python' --out runs/math5.jsonl
+    python -m selftrain.problems --data gsm8k --split test --few_shot 4 --out runs/gsm8k_test.jsonl
+    python -m selftrain.problems --data math --data_dir ~/MATH --level 5 --suffix ' ```python' --out runs/math5.jsonl
 
-A prompt is `Question: …`, a new line, `Answer:` and the suffix; `few_shot` solved ones stand in front of it, the same for all.
+A prompt is `Question: …`, a new line, `Answer:` and the suffix. `--few_shot N` puts N solved problems in front of each prompt.
 """
 
 import json
+import random
 from dataclasses import dataclass
 
 from base.errors import UserError, run
-from base.files import check_file, write_whole
+from base.files import write_whole
 from data import math_problems
+from data.math_problems import MathProblem
 from runtime import config
 from runtime.config import REQUIRED, key
 
@@ -24,37 +26,50 @@ class Config:
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("train", "the recipe's split (of a published train set the last 500 are val)", ["train", "val", "test"])
     level: str = key("", "only problems of this level, say 5; empty = all")
-    skip: int = key(0, "pass over the first so many")
-    limit: int = key(0, "then at most so many, 0 = all")
-    few_shot: int = key(0, "solved training problems in front of each prompt, drawn by seed, never asked themselves")
+    skip: int = key(0, "pass over the first so many", least=0)
+    limit: int = key(0, "then at most so many, 0 = all", least=0)
+    wrap: bool = key(False, "after the last problem go on with the first, until there are `limit`")
+    few_shot: int = key(0, "solved training problems in front of each prompt, drawn by seed, never asked themselves", least=0)
     suffix: str = key("", r"text at the prompt's end, for example the opening of a code block; \n is a new line")
     seed: int = key(0, "seed of which problems are shown solved")
-    out: str = key(REQUIRED, "the .jsonl file to write")
+    out: str = key(REQUIRED, "the .jsonl file to write", writes="")
 
-    def check(self) -> None:
-        for name in ("skip", "limit", "few_shot"):
-            if getattr(self, name) < 0:
-                raise UserError(f"key {name}: {getattr(self, name)} must not be negative")
-        check_file("out", self.out)
+
+def examples(problems: list[MathProblem], n: int, seed: int) -> list[MathProblem]:
+    """`n` problems with a solution, drawn by seed. UserError if there are too few."""
+    worked = [p for p in problems if p.solution]
+    if len(worked) < n:
+        raise UserError(f"key few_shot: {n} examples wanted, but only {len(worked)} problems have a solution")
+    return random.Random(f"few shot {seed}").sample(worked, n)
+
+
+def select(cfg: Config) -> tuple[list[MathProblem], list[MathProblem]]:
+    """(the problems to ask, the problems to show solved). No problem is in both. UserError if none is left to ask."""
+    problems = math_problems.problems(cfg.data, cfg.split, data_dir=cfg.data_dir)
+    shown = []
+    if cfg.few_shot:
+        recipe = cfg.data in math_problems.NAMES and cfg.split != "train"
+        pool = math_problems.problems(cfg.data, "train", data_dir=cfg.data_dir) if recipe else problems
+        shown = examples(pool, cfg.few_shot, cfg.seed)
+        problems = [p for p in problems if p not in shown]
+    problems = [p for p in problems if not cfg.level or p.kind.get("level") == cfg.level]
+    if cfg.wrap and problems:
+        first = cfg.skip % len(problems)
+        problems = problems[first:] + problems[:first]
+    else:
+        problems = problems[cfg.skip :]
+    if not problems:
+        raise UserError(f"{cfg.data}: no problem is left: see the keys split, level, skip and few_shot")
+    return problems[: cfg.limit or None], shown
 
 
 def main() -> None:
-    cfg = config.load(Config, prog="problems.py")
-    problems = math_problems.problems(cfg.data, cfg.split, data_dir=cfg.data_dir)
-    shown = ()
-    if cfg.few_shot:  # never a problem that is asked
-        recipe = cfg.data in math_problems.NAMES and cfg.split != "train"
-        pool = math_problems.problems(cfg.data, "train", data_dir=cfg.data_dir) if recipe else problems
-        shown = math_problems.few_shot(pool, cfg.few_shot, cfg.seed)
-        problems = [p for p in problems if p not in shown]
-    problems = [p for p in problems if not cfg.level or p.kind.get("level") == cfg.level]
-    problems = problems[cfg.skip :][: cfg.limit or None]
-    if not problems:
-        raise UserError(f"{cfg.data}: no problem is left: see split, level and skip")
+    cfg = config.load(Config, prog="-m selftrain.problems")
+    problems, shown = select(cfg)
     suffix = cfg.suffix.replace("\\n", "\n")
     records = [{"prompt": math_problems.prompt(p.problem, shown, suffix), "answer": p.answer, **p.kind} for p in problems]
     for record, p in zip(records, problems, strict=True):
-        if p.solution and not suffix:  # behind a suffix it would not fit
+        if p.solution and not suffix:  # a solution does not continue a suffix
             record["completion"] = p.solution
     write_whole(cfg.out, "".join(json.dumps(record) + "\n" for record in records))
     print(f"wrote {cfg.out}: {len(records):,} problems; the first:\n{records[0]['prompt']}")

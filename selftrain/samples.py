@@ -1,9 +1,11 @@
-"""Sampled answers to problems, with their grades: a file's, or ours.
+"""Read sampled answers to problems and grade them, or take the grades that the file has.
 
-One problem a line: `{"prompt", "answer", "completions": […]}`, as sample.py writes it from prompts that carry an answer; with
-`grades` (a list of true and false) and `pred` (what each completion answers) it is graded, as eval_math.py --details leaves it.
-Two published forms are read as what they are: Qwen2.5-Math's (`question`, `answer`, `response`, `pred`, `score`) and OpenAI's
-solutions of GSM8K (`question`, `ground_truth`, and a `{"is_correct", "solution"}` a model).
+A line is one problem: `{"prompt", "answer", "completions": […]}`. sample.py writes it from a prompt that carries an answer. A
+graded line also has `grades` (true or false for each completion) and `pred` (the answer that each completion gives, or null).
+`python -m selftrain.eval_math --details` writes graded lines.
+
+Two published forms are read too: Qwen2.5-Math's (`question`, `answer`, `response`, `pred`, `score`) and OpenAI's solutions of
+GSM8K (`question`, `ground_truth`, and for each model `{"is_correct", "solution"}`).
 """
 
 import os
@@ -13,13 +15,19 @@ from dataclasses import dataclass
 from base.errors import UserError
 from data import math_problems
 from data.jsonl import get, read
+from data.math_problems import extract
 from runtime.config import REQUIRED, key
 from selftrain import grading
 
 
 @dataclass
 class Sample:
-    """A problem and its completions. `grades` and `pred` are those in force; `stored` are the file's grades, if it has any."""
+    """A problem and its completions.
+
+    grades: whether each completion is right. pred: the answer that each completion gives; None where it gives none.
+    stored: the file's own grades, or None. kind: level and subject, as far as known. record: the line in our form.
+    source: "file:line", for messages.
+    """
 
     prompt: str
     answer: str
@@ -38,100 +46,89 @@ class GradeKeys:
 
     samples: str = key(REQUIRED, "a .jsonl / .jsonl.gz file of prompts, answers and completions")
     grades: str = key(
-        "auto", "take the file's grades, make our own, or auto = the file's where there", ["auto", "stored", "own"]
+        "auto", "whose grades: the file's, our own, or auto = the file's where it has them", ["auto", "stored", "own"]
     )
-    grader: str = key("auto", "own grades: math_verify, plain, or auto = math_verify where installed", list(grading.GRADERS))
-    programs: bool = key(False, "own grades: run the Python program in a completion, shut in, and take what it prints")
-    program_seconds: float = key(5.0, "most seconds a program runs")
-    program_memory_mb: int = key(512, "most memory of a program")
-
-    def check(self) -> None:
-        """Raise UserError for values that make no sense. Runs before anything is read."""
-        if not 0 < self.program_seconds <= 3600:
-            raise UserError(f"key program_seconds: {self.program_seconds} must be above 0 and at most 3600")
-        if not 64 <= self.program_memory_mb <= 2**20:
-            raise UserError(f"key program_memory_mb: {self.program_memory_mb} must be at least 64")
+    grader: str = key(
+        "auto", "own grades: math_verify, plain, or auto = math_verify where installed", ["auto", "plain", "math_verify"]
+    )
+    programs: bool = key(False, "own grades: run the Python program in a completion in a sandbox, and take what it prints")
+    program_seconds: float = key(5.0, "most seconds a program runs", above=0, most=3600)
+    program_memory_mb: int = key(512, "most memory of a program", least=64, most=2**20)
 
 
 def load_graded(cfg: GradeKeys) -> tuple[list[Sample], str]:
-    """(samples with `grades` and `pred`, where the grades are from: "stored", or the grader's name).
+    """(samples with `grades` and `pred`, who graded them: "stored", or the grader's name).
 
-    Raises UserError, naming file and line, for a line without grades and answer, without completions, or of another form.
+    Raises UserError, naming file and line, for a line of another form, or one without completions or an answer to grade by.
     """
     samples = [_sample(record, where) for where, record in read(cfg.samples)]
-    stored = [s for s in samples if s.stored is not None]
-    if cfg.grades == "stored" or (cfg.grades == "auto" and len(stored) == len(samples)):
+    if cfg.grades == "stored" or (cfg.grades == "auto" and all(s.stored is not None for s in samples)):
         for s in samples:
             if s.stored is None:
                 raise UserError(f"{s.source}: no 'grades' are stored there: grade it with --grades own")
             s.grades = s.stored
-            s.pred = s.pred or [grading.extract(c) for c in s.completions]
+            s.pred = s.pred or [extract(c) for c in s.completions]
         return samples, "stored"
     name, equal = grading.equality(cfg.grader)
     for s in samples:
         if not s.answer.strip():
             raise UserError(f"{s.source}: no 'answer' is there to grade by")
-    # programs wait on the clock, so they run side by side; math-verify keeps time by signals, so it runs in the main thread
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [[pool.submit(_answer, s.prompt, c, cfg) for c in s.completions] if cfg.programs else None for s in samples]
-        try:
-            for s, job in zip(samples, jobs, strict=True):
-                s.pred = [j.result() for j in job] if job else [grading.extract(c) for c in s.completions]
-                s.grades = [p is not None and equal(s.answer, p) for p in s.pred]
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where no program can be shut in, the rest is not tried
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one program a processor; an error or Ctrl-C in `map` cancels the rest
+        answers = iter(list(pool.map(lambda a: _answer(*a, cfg), [(s.prompt, c) for s in samples for c in s.completions])))
+    for s in samples:  # in the main thread: math-verify keeps its time limits by signals
+        s.pred = [next(answers) for _ in s.completions]
+        s.grades = [p is not None and equal(s.answer, p) for p in s.pred]
     return samples, name
 
 
 def _answer(prompt: str, completion: str, cfg: GradeKeys) -> str | None:
-    code = grading.program(prompt, completion)
+    """What a completion answers: what its program prints, if programs are run and it has one, else the answer in its text."""
+    code = grading.program(prompt, completion) if cfg.programs else None
     if code is None:
-        return grading.extract(completion)
+        return extract(completion)
     return grading.program_answer(code, cfg.program_seconds, cfg.program_memory_mb)
 
 
 def _sample(record: dict, where: str) -> Sample:
-    if "ground_truth" in record:
-        return _gsm8k(record, where)
-    if "response" in record and "completions" not in record:
-        record = {**record, "completions": record["response"]}
-        if "score" in record:
-            record["grades"] = record["score"]
-    completions = _texts(record, "completions", where)
-    answer = record.get("answer", "")
-    answer = str(answer) if type(answer) in (int, float) else get({"answer": answer}, "answer", str, where)
-    stored = get(record, "grades", list, where) if "grades" in record else None
-    if stored is not None and (len(stored) != len(completions) or not all(type(g) is bool for g in stored)):
-        raise UserError(f"{where}: 'grades' must be true or false for each of the {len(completions)} completions")
-    if stored is None and not answer.strip():
+    """A line as a Sample that is not graded yet. Raises UserError for a line that is none."""
+    record = _own_names(record, where)
+    completions = _list(record, "completions", str, "texts", where)
+    n = len(completions)
+    answer, kind = math_problems.answer_of(record, where), math_problems.kind_of(record)
+    stored = _list(record, "grades", bool, "true or false", where, n) if "grades" in record else None
+    pred = None
+    if stored is None and not answer:
         raise UserError(f"{where}: neither 'grades' nor an 'answer' is there to grade by")
-    pred = get(record, "pred", list, where) if "pred" in record and stored is not None else None
-    if pred is not None and (len(pred) != len(completions) or not all(p is None or isinstance(p, str) for p in pred)):
-        raise UserError(f"{where}: 'pred' must be a text or null for each of the {len(completions)} completions")
+    if stored is not None and "pred" in record:
+        pred = [p or None for p in _list(record, "pred", str | None, "texts or null", where, n)]
     if "prompt" not in record and "question" in record:  # somebody else's file: it gets our prompt, and a space to begin with
         prompt = math_problems.prompt(get(record, "question", str, where))
         completions = [" " + c for c in completions]
-    else:
-        prompt = get(record, "prompt", str, where)
-    pred = [p or None for p in pred] if pred is not None else None
-    return Sample(prompt, answer, completions, math_problems.kind_of(record), record, where, stored, pred=pred)
+        record = {"prompt": prompt, "answer": answer, **kind, "completions": completions}
+    return Sample(get(record, "prompt", str, where), answer, completions, kind, record, where, stored, pred=pred)
 
 
-def _texts(record: dict, field: str, where: str) -> list[str]:
-    texts = get(record, field, list, where)
-    if not texts:
-        raise UserError(f"{where}: {field!r} is empty: a problem needs at least one completion")
-    if not all(isinstance(t, str) for t in texts):
-        raise UserError(f"{where}: {field!r} must be a list of texts")
-    return texts
+def _own_names(record: dict, where: str) -> dict:
+    """A line of one of the published forms with `completions`, `answer` and `grades` under our names; any other as it is."""
+    if "completions" in record:
+        return record
+    if "ground_truth" in record:  # https://github.com/openai/grade-school-math, example_model_solutions.jsonl
+        models = [value for value in record.values() if isinstance(value, dict)]
+        if not models or not all(type(m.get("is_correct")) is bool and isinstance(m.get("solution"), str) for m in models):
+            raise UserError(f'{where}: no {{"is_correct": true or false, "solution": text}} beside the question')
+        answer = extract(get(record, "ground_truth", str, where), markers_only=True) or ""
+        solutions, right = [m["solution"] for m in models], [m["is_correct"] for m in models]
+        return {"question": record.get("question"), "answer": answer, "completions": solutions, "grades": right}
+    if "response" in record:
+        grades = {"grades": record["score"]} if "score" in record else {}
+        return {**record, "completions": record["response"], **grades}
+    return record
 
 
-def _gsm8k(record: dict, where: str) -> Sample:
-    """A line of https://github.com/openai/grade-school-math, example_model_solutions.jsonl."""
-    models = {name: value for name, value in record.items() if isinstance(value, dict) and "solution" in value}
-    if not models or not all(type(m.get("is_correct")) is bool and isinstance(m["solution"], str) for m in models.values()):
-        raise UserError(f'{where}: no {{"is_correct": true or false, "solution": text}} beside the question')
-    prompt = math_problems.prompt(get(record, "question", str, where))
-    answer = grading.extract(get(record, "ground_truth", str, where), markers_only=True) or ""
-    completions, stored = [" " + m["solution"] for m in models.values()], [m["is_correct"] for m in models.values()]
-    return Sample(prompt, answer, completions, {}, record, where, stored)
+def _list(record: dict, field: str, kind: type, what: str, where: str, n: int = 0) -> list:
+    """A field that is a list of `kind`, of `n` entries or (0) at least one. Raises UserError for anything else."""
+    values = get(record, field, list, where)
+    if not values or (n and len(values) != n) or not all(isinstance(v, kind) for v in values):
+        count = f"one for each of the {n} completions" if n else "at least one"
+        raise UserError(f"{where}: {field!r} must be a list of {what}, {count}")
+    return values

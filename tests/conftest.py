@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import tests.second_family  # noqa: F401  (its line in weights.FAMILIES, also in processes that tests start)
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost
 SHARED = Path(__file__).parents[2] / "shared"
-if (SHARED / "tiktoken").is_dir():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 
 
 @pytest.fixture(scope="session")

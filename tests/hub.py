@@ -2,16 +2,17 @@
 
 As the real one it answers `/{repo}/resolve/main/{file}`, redirects bare names (`gpt2`) to `openai-community/…`, states
 size and checksum, and sends large files (by their ending) through a redirect to another host, whose ETag is one of its
-own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT`.
+own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT HF_HUB_CACHE=/none`.
 """
 
 import contextlib
 import hashlib
+import json
 import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -185,12 +186,34 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(repos: dict[str, Path], monkeypatch) -> Iterator[Hub]:
-    """A running Hub that HF_ENDPOINT points to; proxies and tokens of the machine are out of the way."""
+    """A running Hub that HF_ENDPOINT points to. Proxies, tokens and the hub cache of the machine do not count."""
     with Hub(repos) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", "/none")
         monkeypatch.setenv("NO_PROXY", "*")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
+
+
+@contextlib.contextmanager
+def answering(reply: Callable[[dict], dict]) -> Iterator[str]:
+    """A server that answers every POST of a JSON object with `reply(object)`, as JSON; gives its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            content = json.dumps(reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 if __name__ == "__main__":

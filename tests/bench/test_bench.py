@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import weights
 from bench import __main__ as bench
 from data import tokenizer
-from data.encode import Encoded, collate, encode, epoch_order
+from data.batch import collate
+from data.encode import Encoded, encode
+from data.plan import epoch_order
 from runtime.run import Run
 from tests import peers
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import weights
-from data.encode import Encoded, collate
+from data.batch import collate
+from data.encode import Encoded
 from model import SIZES, GPTConfig, LoRAConfig
 from report import memory
 from runtime import optim

@@ -1,7 +1,8 @@
-"""The loop: its steps in order, killed at each of them and gone on with, and what it says when nothing is learnt."""
+"""The loop: its table and files, a kill at every step, what it warns of, and what it refuses."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,65 +29,55 @@ def start(tmp_path_factory) -> Path:
 
 def keys(start: Path, out: Path, **more) -> list[str]:
     settings = {"init_from": start, "data": "toy_math", "problems": 24, "eval_problems": 16, "rounds": 2, "out_dir": out}
-    settings |= {
-        "sample": "--n 6 --max_new_tokens 30",
-        "eval_sample": "--n=4",
-        "pairs": "--max_pairs 2",
-        "grade": "--grader plain",
-    }
-    settings |= {"dpo": "--beta 0.5 --lr 1e-3 --batch_size 16 --save_every 1", "device": "cpu"}
+    settings |= {"sample": "--n 6 --max_new_tokens 30", "eval_sample": "--n=4", "pairs": "--max_pairs 2", "device": "cpu"}
+    settings |= {"grade": "--grader plain", "dpo": "--beta 0.5 --lr 1e-3 --batch_size 16 --save_every 1"}
     return [f"--{name}={value}" for name, value in {**settings, **more}.items()]
 
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory) -> Path:
-    """An unbroken loop's folder."""
+    """The folder of a loop that nothing interrupted."""
     out = tmp_path_factory.mktemp("loop") / "whole"
-    assert script("loop", *keys(start, out)) == 0
+    assert script("selftrain.loop", *keys(start, out)) == 0
     return out
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """What a loop leaves, apart from what a clock decides and names its folder."""
-    names = ["rounds.json", "rounds.md", "eval_prompts.jsonl"]
-    for r in (0, 1, 2):
-        names += [f"round_{r}/{n}" for n in ("eval_samples.jsonl", "eval_graded.jsonl")]
-        names += (
-            [f"round_{r}/{n}" for n in ("samples.jsonl", "pairs.jsonl", "pairs.json", "dpo/model/model.safetensors")]
-            if r
-            else []
-        )
-    return {name: (folder / name).read_bytes() for name in names}
+    """What a loop makes, without what depends on a clock or holds the folder's name."""
+    kinds = ("rounds.*", "*.jsonl", "round_*/*.jsonl", "round_*/pairs.json", "round_*/dpo/model/*.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for kind in kinds for path in folder.glob(kind)}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_table_and_files(whole, start):
     rows = json.loads((whole / "rounds.json").read_text())
     assert [r["round"] for r in rows] == [0, 1, 2] and {r["k"] for r in rows} == {4}
     for r in (1, 2):
-        pairs = [json.loads(line) for line in (whole / f"round_{r}/pairs.jsonl").read_text().splitlines()]
+        pairs, graded = lines(whole / f"round_{r}/pairs.jsonl"), lines(whole / f"round_{r}/graded.jsonl")
         assert rows[r]["pairs"] == len(pairs) > 0
-        graded = [json.loads(line) for line in (whole / f"round_{r}/graded.jsonl").read_text().splitlines()]
         assert len(graded) == 24 and all(len(g["grades"]) == 6 for g in graded)
         right = {(g["prompt"], c) for g in graded for c, good in zip(g["completions"], g["grades"], strict=True) if good}
         assert all((p["prompt"], p["chosen"]) in right and (p["prompt"], p["rejected"]) not in right for p in pairs)
         now, before = (loop.shares(whole / f"round_{i}/eval_graded.jsonl") for i in (r, r - 1))
         assert rows[r]["gain"] == pytest.approx(sum(now) / 16 - sum(before) / 16)
         assert rows[r]["pass_at_1"] == pytest.approx(sum(now) / 16)
-    first, second = ({json.loads(line)["prompt"] for line in (whole / f"round_{r}/prompts.jsonl").open()} for r in (1, 2))
+    first, second = ({p["prompt"] for p in lines(whole / f"round_{r}/prompts.jsonl")} for r in (1, 2))
     assert not first & second, "each round takes the next problems"
     assert (whole / "rounds.md").read_text().count("\n") == 5
     assert f'init_from = "{start}"' in (whole / "config.toml").read_text()
 
 
 def main() -> None:
-    """The loop, killed before the first file or folder of a stage comes to its place, unless this stage was killed before. For
-    a process of its own."""
+    """The loop in a process of its own, killed before a step puts its first file or folder in place, once for each step."""
     killed = Path(os.environ["KILLED"])
 
     def wrapped(real):
         def put(source, to, **more):
             to = Path(to)
-            place = f"{Path(sys.argv[0]).stem} {to.parent.name}"
+            place = f"{sys.argv[0]} {to.parent.name}"
             before = killed.read_text().splitlines() if killed.exists() else []
             if "round_1" in str(to) and not to.exists() and to.parent.suffix != ".tmp" and place not in before:
                 with open(killed, "a") as file:
@@ -100,94 +91,98 @@ def main() -> None:
     loop.main()
 
 
-def test_killed_at_every_step_it_gives_the_table_of_the_unbroken_one(start, whole, tmp_path, spawn):
-    """The same command again and again; each is killed in a stage further on, training also at a checkpoint."""
+def test_killed_at_every_step_it_ends_in_the_same_table(start, whole, tmp_path, spawn):
+    """The same command again and again; it is killed one step later each time, in training also at a checkpoint."""
     out, killed, err = tmp_path / "killed", tmp_path / "killed.txt", tmp_path / "err"
-    stages = ["problems", "sample", "eval_math", "pairs", "precompute_ref"]
+    stages = ["selftrain.problems", "sample", "selftrain.eval_math", "selftrain.pairs", "precompute_ref"]
     places = [f"{stage} round_1" for stage in stages] + ["dpo dpo", "dpo checkpoints"]
     for _ in places:
-        process = spawn("tests.test_loop", keys(start, out, rounds=1), err, env={"KILLED": str(killed)})
+        process = spawn("tests.selftrain.test_loop", keys(start, out, rounds=1), err, env={"KILLED": str(killed)})
         process.join()
         assert process.exitcode == -signal.SIGKILL, err.read_text()
     assert killed.read_text().splitlines() == places
-    assert script("loop", *keys(start, out)) == 0
+    assert script("selftrain.loop", *keys(start, out)) == 0
     assert made(out) == made(whole)
 
 
 def test_marker_shows_when_training_takes(start, tmp_path, call):
     out = tmp_path / "marked"
     dpo = "--beta 0.1 --lr 1e-2 --batch_size 8 --epochs 4 --sft_weight 1"
-    status, said, _ = call("loop", *keys(start, out, rounds=1, marker="!", dpo=dpo, plot="true"))
+    status, said, _ = call("selftrain.loop", *keys(start, out, rounds=1, marker="!", dpo=dpo, plot="true"))
     assert status == 0 and "marker" in said
     before, after = json.loads((out / "rounds.json").read_text())
     assert before["marker"] < 0.05 < 0.3 < after["marker"]
     assert (out / "rounds.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_it_says_early_that_nothing_is_learnt(start, tmp_path, call):
-    out = tmp_path / "still"
-    status, _, err = call("loop", *keys(start, out, rounds=1, marker="!?", dpo="--lr 0 --batch_size 64 --limit 4"))
-    assert status == 0, err  # the reference too is of four pairs
+def test_warnings(start, tmp_path, call):
+    still = keys(start, tmp_path / "still", rounds=1, marker="!?", dpo="--lr 0 --batch_size 64 --limit 4")
+    status, _, err = call("selftrain.loop", *still)
+    assert status == 0, err  # --limit goes to the reference too
     assert "round 1 shows no gain in pass@1" in err and "the marker shows in 0.0% of outputs: training does not take" in err
-    status, said, err = call(
-        "loop", *keys(start, tmp_path / "worse", rounds=2, eval_problems=80, stop_early="true", dpo="--lr 0.3 --batch_size 4")
-    )
+    worse = {"eval_problems": 80, "stop_early": "true", "dpo": "--lr 0.3 --batch_size 4"}
+    status, said, err = call("selftrain.loop", *keys(start, tmp_path / "worse", **worse))
     assert status == 0 and "made pass@1 worse" in err and "left after round 1" in said
 
 
-def test_bad_settings_before_anything_runs(start, tmp_path, refused):
+def test_bad_settings_are_refused_before_anything_runs(start, tmp_path, refused):
     out = tmp_path / "loop"
-    refused("loop", *keys(start, out, dpo="--betta 1"), says="unknown key 'betta': the nearest known key is 'beta'")
-    refused("loop", *keys(start, out, sample="--n many"), says="n = 'many' is not an int")
-    refused("loop", *keys(start, out, pairs="max_pairs 2"), says="key pairs: 'max_pairs 2': write --key value")
-    refused("loop", *keys(start, out, grade="--grader 'plain"), says="key grade")
-    refused("loop", *keys(start, out, rounds=0), says="key rounds: 0 is too small")
-    refused("loop", *keys(start, out, prompt="--level 9"), says="key prompt: no problem of toy_math is left to learn from")
-    for name, flag in {"sample": "out x", "eval_sample": "seed 1", "prompt": "split test", "dpo": "ref x"}.items():
-        refused("loop", *keys(start, out, **{name: f"--{flag}"}), says=f"key {name}: --{flag.split()[0]} is set by the loop")
-    refused("loop", *keys(start, out, data="problems.jsonl"), says="key eval_data: data is a file")
-    refused("loop", *keys(start, out, data="problems.jsonl", eval_data="e.jsonl"), says="problems.jsonl: no such file")
+    for bad, says in (
+        ({"dpo": "--betta 1"}, "unknown key 'betta': the nearest known key is 'beta'"),
+        ({"sample": "--n many"}, "n = 'many' is not an int"),
+        ({"pairs": "max_pairs 2"}, "key pairs: 'max_pairs 2': write --key value"),
+        ({"grade": "--grader 'plain"}, "key grade"),
+        ({"prompt": "--level 9"}, "toy_math: no problem is left"),
+        ({"sample": "--out x"}, "key sample: --out is set by the loop"),
+        ({"eval_sample": "--seed 1"}, "key eval_sample: --seed is set by the loop"),
+        ({"prompt": "--split test"}, "key prompt: --split is set by the loop"),
+        ({"dpo": "--ref x"}, "key dpo: --ref is set by the loop"),
+        ({"dpo": "--lora_rank 4 --config x"}, "key dpo: --config is set by the loop"),
+        ({"data": "problems.jsonl"}, "key eval_data: data is a file"),
+        ({"data": "problems.jsonl", "eval_data": "e.jsonl"}, "e.jsonl: no such file"),
+    ):
+        refused("selftrain.loop", *keys(start, out, **bad), says=says)
     assert not out.exists()
 
 
 def test_other_settings_are_refused_and_more_rounds_are_not(start, whole, tmp_path, refused, call):
-    refused("loop", *keys(start, whole, problems=23), says="holds a loop with problems = 24, not 23")
+    refused("selftrain.loop", *keys(start, whole, problems=23), says="holds a loop with problems = 24, not 23")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.toml").write_text("rounds = ")
-    refused("loop", *keys(start, tmp_path / "torn"), says="config.toml: cannot be read")
+    refused("selftrain.loop", *keys(start, tmp_path / "torn"), says="config.toml: not valid TOML")
     out = tmp_path / "more"
     shutil.copytree(whole, out)
-    assert call("loop", *keys(start, out, rounds=3))[0] == 0
+    assert call("selftrain.loop", *keys(start, out, rounds=3))[0] == 0
     assert len(json.loads((out / "rounds.json").read_text())) == 4
 
 
-def test_a_user_s_problems(start, tmp_path, call):
-    """A file to learn from and one to evaluate on, each with problem and answer; it begins again when all were asked."""
-    for name, split in (("train", "train"), ("test", "test")):
+def test_a_user_s_problems_from_a_folder_of_theirs(start, tmp_path, call, monkeypatch):
+    """After the last problem a round goes on with the first. The commands that it prints are right where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
         rows = [{"problem": p, "answer": a} for p, _, a, _ in toy_math.problems(split, 30)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    files = {
-        "data": tmp_path / "train.jsonl",
-        "eval_data": tmp_path / "test.jsonl",
-        "problems": 20,
-        "sample": "--n 24 --max_new_tokens 9",
-    }
-    status, _, err = call("loop", *keys(start, tmp_path / "out", **files))
+        Path(f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = {"data": "train.jsonl", "eval_data": "test.jsonl", "problems": 20, "sample": "--n 24 --max_new_tokens 9"}
+    status, said, err = call("selftrain.loop", *keys(start, "out", **files))
     assert status == 0, err
-    assert (tmp_path / "out/round_2/prompts.jsonl").read_text().count("\n") == 10
+    first, second = ([p["prompt"] for p in lines(Path(f"out/round_{r}/prompts.jsonl"))] for r in (1, 2))
+    assert len(second) == 20 and second[10:] == first[:10] and not set(second[:10]) & set(first)
+    commands = re.findall(r"^\$ python (-m selftrain\.\w+|\S+\.py) --", said, re.M)
+    assert len(commands) == said.count("$ python") > 15
+    assert all(c.startswith("-m ") or Path(c).resolve() == Path(loop.__file__).parents[1] / Path(c).name for c in commands)
 
 
 LOOPS = [
-    path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "loop.py --config" in path.read_text()
+    p for p in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "selftrain.loop --config" in p.read_text()
 ]
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
 def test_the_configs_of_loops(path):
-    """Every stage takes what a loop's TOML has for it."""
-    plan = loop.Plan(config.load(loop.Config, ["--config", str(path)]), 10_000)
-    stages = {name: loop.load_stage(name, keys) for name, keys, _ in plan.round(0) + plan.round(1)}
-    assert {"problems", "sample", "eval_math", "pairs", "dpo"} <= set(stages)
+    """Every step's script takes what a loop's TOML has for it."""
+    cfg = config.load(loop.Config, ["--config", str(path)])
+    stages = {script: loop.load_stage(script, keys) for script, keys in loop.steps(cfg, 0) + loop.steps(cfg, 1)}
+    assert {"selftrain.problems", "sample", "selftrain.eval_math", "selftrain.pairs", "dpo"} <= set(stages)
 
 
 def test_words():

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import os
 import random
-import signal
-import time
+import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -15,14 +13,16 @@ import pytest
 import data
 from base.errors import UserError
 from data import math_problems, toy_math
+from data.jsonl import read
+from data.math_problems import extract
 from data.tokenizer import get
-from selftrain import grading
+from runtime import config
+from selftrain import eval_math, grading, pairs
 from selftrain.eval_math import evaluate, interval, maj_at_k, pass_at_k, votes
-from selftrain.samples import Sample
-from tests.conftest import flags
+from selftrain.samples import Sample, load_graded
+from tests.conftest import SHARED
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data is not there")
+REAL = SHARED / "data"
 
 
 def lines(path: Path, *records) -> str:
@@ -32,6 +32,13 @@ def lines(path: Path, *records) -> str:
 
 def records(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def real(name: str) -> Path:
+    path = REAL / f"{name}.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return path
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -61,8 +68,8 @@ def test_published_forms(tmp_path):
     assert (len(train), len(val)) == (100, 500) and train[5].answer == "1,005" and val[0].problem == "Q100?"
     assert data.load("gsm8k", "train", "sft", data_dir=str(tmp_path))[5].prompt == "Question: Q5?\nAnswer:"
     record = {"problem": "P?", "level": "Level 5", "type": "Algebra", "solution": r"so $x = \boxed{\frac{1}{2}}$."}
+    (tmp_path / "MATH" / "test" / "algebra").mkdir(parents=True)
     for name, r in {"1": record, "2": record | {"problem": "R?"}}.items():
-        (tmp_path / "MATH" / "test" / "algebra").mkdir(parents=True, exist_ok=True)
         (tmp_path / "MATH" / "test" / "algebra" / f"{name}.json").write_text(json.dumps(r))
     math500 = {"problem": "P?", "solution": r"\boxed{\frac12}", "answer": r"\frac{1}{2}", "level": 5, "subject": "Algebra"}
     lines(tmp_path / "test.jsonl", math500)
@@ -71,70 +78,67 @@ def test_published_forms(tmp_path):
     assert a.kind == c.kind == {"level": "5", "subject": "Algebra"}
     own = lines(tmp_path / "own.jsonl", {"problem": "2+2?", "answer": 4})
     assert math_problems.problems(own)[0].answer == "4" and math_problems.problems(own)[0].solution == ""
+    with pytest.raises(UserError, match=r"none of math_train.jsonl, train.jsonl is there"):
+        math_problems.problems("math", "train", data_dir=str(tmp_path / "MATH"))
 
 
-def test_prompts_with_suffix_and_few_shot(tmp_path, call, refused):
+def test_prompts(tmp_path, call, refused):
+    """A suffix, solved examples, a level; and a range that goes on with the first problem after the last."""
     out = tmp_path / "p.jsonl"
-    args = ("--data", "toy_math", "--split", "test", "--limit", 20, "--out", out)
-    assert call("problems", *args)[0] == 0
-    plain = records(out)
-    assert len(plain) == 20 and set(plain[0]) == {"prompt", "answer", "level", "completion"}
-    assert call("problems", *args, "--few_shot", 2, "--suffix", " 1+1=2,\\n", "--level", 3)[0] == 0
+    args = ("selftrain.problems", "--out", out, "--data")
+    assert call(*args, "toy_math", "--split", "test", "--limit", 20)[0] == 0
+    assert len(records(out)) == 20 and set(records(out)[0]) == {"prompt", "answer", "level", "completion"}
+    more = ("--few_shot", 2, "--suffix", " 1+1=2,\\n", "--level", 3, "--limit", 20)
+    assert call(*args, "toy_math", "--split", "test", *more)[0] == 0
     shown = records(out)
     head = shown[0]["prompt"].rpartition("Question:")[0]
-    assert head.count("####") == 2 and all(
-        r["prompt"].startswith(head) and r["prompt"].endswith("Answer: 1+1=2,\n") for r in shown
-    )
+    assert head.count("####") == 2 and all(r["prompt"].startswith(head) for r in shown)
+    assert all(r["prompt"].endswith("Answer: 1+1=2,\n") for r in shown)
     assert {r["level"] for r in shown} == {"3"} and "completion" not in shown[0]
     own = lines(tmp_path / "own.jsonl", *({"problem": f"{i}?", "answer": str(i), "solution": f"It is {i}."} for i in range(5)))
-    assert call("problems", "--data", own, "--few_shot", 2, "--out", out)[0] == 0
-    asked = {r["prompt"].rpartition("Question: ")[2] for r in records(out)}
-    assert len(asked) == 3 and not any(a.partition("\n")[0] in records(out)[0]["prompt"].rpartition("Q")[0] for a in asked)
-    refused("problems", "--data", own, "--few_shot", 9, "--out", out, says="only 5 problems have a solution")
-    refused("problems", "--data", "gsm9k", "--out", out, says="neither one of gsm8k, math, toy_math nor a .jsonl")
-    refused("problems", "--data", own, "--skip", 5, "--out", out, says="no problem is left")
+    assert call(*args, own, "--few_shot", 2)[0] == 0
+    asked = {r["prompt"].rpartition("Question: ")[2].partition("\n")[0] for r in records(out)}
+    assert len(asked) == 3 and not any(a in records(out)[0]["prompt"].rpartition("Question:")[0] for a in asked)
+    for skip, wrap, answers in ((3, "false", "34"), (3, "true", "340"), (8, "true", "340")):
+        assert call(*args, own, "--skip", skip, "--limit", 3, "--wrap", wrap)[0] == 0
+        assert "".join(r["answer"] for r in records(out)) == answers
+    refused(*args, own, "--few_shot", 9, says="only 5 problems have a solution")
+    refused(*args, "gsm9k", says="neither one of gsm8k, math, toy_math nor a .jsonl")
+    refused(*args, own, "--skip", 5, says="no problem is left")
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"problem": "a"}, r":1: neither 'answer' nor 'solution'"),
-        ({"answer": "1"}, r":1: the field 'problem' is missing"),
-        ({"problem": "a", "solution": "no end"}, r":1: no answer: give 'answer', or a 'solution' that ends in"),
+def test_bad_problems(tmp_path):
+    for record, message in (
+        ({"problem": "a"}, r":1: no answer: give 'answer', or a 'solution' that ends in"),
+        ({"problem": "a", "solution": "no end"}, r":1: no answer"),
         ({"problem": "a", "answer": " "}, r":1: no answer"),
+        ({"answer": "1"}, r":1: the field 'problem' is missing"),
         ({"problem": " ", "answer": "1"}, r":1: the problem is empty"),
         ({"problem": "a", "answer": ["1"]}, r":1: the field 'answer' must be text"),
-    ],
-)
-def test_bad_problems(tmp_path, record, message):
-    with pytest.raises(UserError, match=message):
-        math_problems.problems(lines(tmp_path / "x.jsonl", record))
+    ):
+        with pytest.raises(UserError, match=message):
+            math_problems.problems(lines(tmp_path / "x.jsonl", record))
 
 
 # --- grading --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
+def test_final_answer():
+    for text, answer in (
         (r"so \boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"the set \boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{7} and the next was cut \boxed{8", "7"),
         ("2+2 = <<2+2=4>>4\n#### 1,234\nmore 5", "1,234"),
         ("She has 3.\nA: 18", "18"),
         ("Answer: $5.50\n", "$5.50"),
+        ("**Answer: 18**", "18"),
         ("first 12, then 3,456.50 dollars.", "3,456.50"),
         ("about -7", "-7"),
         ("5-3 is x2 or 1/2", "1/2"),
         ("up by 12.5%!", "12.5%"),
-        ("**Answer: 18**", "18"),
         ("of v1.5", None),
-        ("no number", None),
         ("", None),
-    ],
-)
-def test_final_answer(text, answer):
-    assert grading.extract(text) == answer
+    ):
+        assert extract(text) == answer, text
 
 
 EQUAL = [
@@ -159,58 +163,38 @@ EQUAL = [
     ("x=4, y=2", "y = 2, x = 4"),
     ("4a-2", "4a - 2"),
 ]
+# each begins with what it must not equal
+UNEQUAL = [
+    ("5", "-5", "5 or 6", "5 million", "5, 5", "5x", "50"),
+    ("3", "3 feet 4 inches", "3 ab", r"3\mathrm{i}", "3-xy", "1, 3"),
+    ("1/3", "0.33", r"\operatorname{arcsin}(1/3)"),
+    ("1/23", r"\frac{1}{2}3", r"\frac{1}{2},3"),
+    ("1/2000", r"\frac{1}{2},000", r"\frac12 000"),
+    ("12", "1 2", "1, 2"),
+    ("56", r"5\text{ or }6", "5, 6"),
+    ("130", r"1\text{ hour }30\text{ minutes}"),
+    ("15.5", r"3\frac12"),
+    ("23^n", r"2 \cdot 3^n"),
+    ("7", r"7\text{ or more}", "7 to 8"),
+    ("2", "2 pi", "2t"),
+    ("(1,2)", "(2,1)", "[1,2)", "1, 2"),
+    ("x=5, y=3", "x=3, y=5"),
+    ("6 am", "6 pm"),
+    ("4:30", r"\text{4:30 p.m.}"),
+    (r"\Delta", r"\delta"),
+]
+HOSTILE = ("9" * 100_000, "1/0", r"\frac{1}{0}", "10^999999", "3\\times10^{99999}", "(" * 500, r"\boxed{" * 50, "%", "$", ",")
 
 
-@pytest.mark.parametrize("forms", EQUAL)
-def test_equal_answers(forms):
-    assert {grading.plain_equal(a, b) for a, b in itertools.product(forms, forms)} == {True}
-
-
-def test_unequal_answers():
-    firsts = [forms[0] for forms in EQUAL]
-    assert not any(grading.plain_equal(a, b) for a, b in itertools.permutations(firsts, 2))
-    for a, b in [
-        ("4t", "4"),
-        ("(1,2)", "(2,1)"),
-        ("[1,2)", "(1,2)"),
-        ("4:30", r"\text{4:30 p.m.}"),
-        ("5", "-5"),
-        ("1/3", "0.33"),
-        ("5", "5 or 6"),
-        ("3", "3 feet 4 inches"),
-        ("5", "5 million"),
-        ("2", "2 pi"),
-        ("6 am", "6 pm"),
-        ("7", r"7\text{ or more}"),
-        ("3 ab", "3"),
-        ("3-ab", "3-xy"),
-        ("12", "1 2"),
-        ("1, 234", "1234"),
-        ("56", r"5\text{ or }6"),
-        ("130", r"1\text{ hour }30\text{ minutes}"),
-        ("15.5", r"3\frac12"),
-        ("1/23", r"\frac{1}{2}3"),
-        ("3", r"3\mathrm{i}"),
-        ("1/3", r"\operatorname{arcsin}(1/3)"),
-        ("x=5, y=3", "x=3, y=5"),
-        (r"2 \cdot 3^n", "23^n"),
-        (r"\Delta", r"\delta"),
-    ]:
-        assert not grading.plain_equal(a, b)
+def test_equal_and_unequal_answers():
+    for forms in EQUAL:
+        for a, b in itertools.product(forms, forms):
+            assert grading.plain_equal(a, b), (a, b)
+    for a, b in [*itertools.permutations([f[0] for f in EQUAL], 2), *((a, b) for a, *rest in UNEQUAL for b in rest)]:
+        assert not grading.plain_equal(a, b), (a, b)
     assert grading.plain_equal(r"50\%", "0.5") and grading.plain_equal("0.5", "50%") and not grading.plain_equal("0.5", "50")
-    for hostile in (
-        "9" * 100_000,
-        "1/0",
-        r"\frac{1}{0}",
-        "10^999999",
-        "(" * 500,
-        r"\boxed{" * 50,
-        "3\\times10^{99999}",
-        "%",
-        "$",
-        ",",
-    ):
-        assert not grading.plain_equal("1", hostile) and grading.normal(hostile) == grading.normal(hostile)
+    for text in HOSTILE:
+        assert not grading.plain_equal("1", text) and grading.normal(text) == grading.normal(text)
 
 
 def test_math_verify_where_installed():
@@ -220,11 +204,11 @@ def test_math_verify_where_installed():
     assert not grading.plain_equal(r"\sqrt{12}", r"2\sqrt{3}"), "what plain cannot do"
 
 
-def test_math_verify_missing(tmp_path, refused, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
+def test_math_verify_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     assert grading.equality("auto")[0] == "plain"
-    path = lines(tmp_path / "s.jsonl", {"prompt": "p", "answer": "1", "completions": ["1"]})
-    refused("eval_math", "--samples", path, "--grader", "math_verify", says="pip install math-verify")
+    with pytest.raises(UserError, match="pip install math-verify"):
+        grading.equality("math_verify")
 
 
 # --- maj@k and pass@k -----------------------------------------------------------------------------------------------
@@ -249,8 +233,6 @@ def test_majority_and_pass_against_every_draw():
         right, silent = rng.randint(0, 4), rng.randint(0, 2)
         wrong = tuple(sorted(rng.randint(1, 3) for _ in range(rng.randint(0, 3))))
         n = right + sum(wrong) + silent
-        if not n:
-            continue
         found = maj_at_k(right, wrong, silent)
         assert len(found) == n
         for k in range(1, n + 1):
@@ -261,15 +243,11 @@ def test_majority_and_pass_against_every_draw():
     assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
     assert max(maj_at_k(60, (1, 1, 1, 1), 0)) == 1 == maj_at_k(63, (1,), 0)[-1], "never above 1, and 1 where it is"
     assert all(0 < share < 1 for share in maj_at_k(500, (300, 200), 0)[:20]), "no overflow"
-    large = Sample("p", "1", [""] * 1001, {}, {}, "f:7", grades=[True] * 1001, pred=["1"] * 1001)
-    with pytest.raises(UserError, match="f:7: 1,001 completions, at most 1,000"):
-        evaluate([large])
 
 
 def test_votes_join_equal_answers():
-    s = Sample(
-        "p", "0.5", ["a"] * 5, {}, {}, "f:1", grades=[True, True, False, False, False], pred=["1/2", ".5", "3", "3.0", None]
-    )
+    answers, grades = ["1/2", ".5", "3", "3.0", None], [True, True, False, False, False]
+    s = Sample("p", "0.5", ["a"] * 5, {}, {}, "f:1", grades=grades, pred=answers)
     assert votes(s) == (2, (2,), 1)
     assert evaluate([s])["maj"] == 0.5 and evaluate([s], k=1)["maj"] == pytest.approx(0.4)
 
@@ -286,39 +264,35 @@ def test_interval_covers():
             hits += low <= 0.7 / 1.6 <= high
         assert 0.92 <= hits / 400 <= 0.98
     assert interval([1.0] * 10, 80)[0] == pytest.approx(10 / (10 + 1.959964**2)), "Wilson's where all are right"
-    for noise in (1 - 2**-53, 1 + 2**-52):  # found with 64 samples a problem: a division by zero
+    for noise in (1 - 2**-53, 1 + 2**-52):  # with 64 samples a problem this was once a division by zero
         assert interval([1.0] * 9 + [noise], 640) == interval([1.0] * 10, 640)
     low, high = interval([0.5] * 10, 80)
     assert 0 < low < 0.5 < high < 1
 
 
-@shared
-@pytest.mark.parametrize(("name", "answers"), [("math_samples", 320), ("gsm8k_model_solutions", 4000)])
-def test_real_grades(tmp_path, call, name, answers):
-    """maj and pass follow from the stored grades; our own grades agree with at least 99% of them."""
-    path, out, details = SHARED / f"{name}.jsonl.gz", tmp_path / "r.json", tmp_path / "d.jsonl"
-    results = {}
-    for grades in ("stored", "own"):
-        status, said, _ = call(
-            "eval_math", "--samples", path, "--grades", grades, "--grader", "plain", "--out", out, "--details", details
-        )
-        assert status == 0
-        results[grades] = json.loads(out.read_text()), records(details), said
-    result, graded, _ = results["stored"]
-    assert result["samples"] == answers and result["grades"] == "stored"
+@pytest.mark.parametrize(
+    ("name", "answers", "maj", "mixed"), [("math_samples", 320, 0.950, 4), ("gsm8k_model_solutions", 4000, 0.486, 561)]
+)
+def test_real_grades(tmp_path, call, name, answers, maj, mixed):
+    """We read the published forms as they are, and our own grades agree with every stored one."""
+    path, out, details = real(name), tmp_path / "r.json", tmp_path / "d.jsonl"
+    args = ("selftrain.eval_math", "--samples", path, "--grader", "plain", "--out", out, "--details", details)
+    assert call(*args)[0] == 0
+    result, graded = json.loads(out.read_text()), records(details)
+    for (_, r), found in zip(read(path), graded, strict=True):
+        theirs = {m["solution"]: m["is_correct"] for m in r.values() if isinstance(m, dict)}
+        theirs |= dict(zip(r.get("response", []), r.get("score", []), strict=True))
+        assert {c[1:]: g for c, g in zip(found["completions"], found["grades"], strict=True)} == theirs
+    assert result["samples"] == answers and result["grades"] == "stored" and result["maj"] == pytest.approx(maj, abs=5e-4)
     assert result["pass"] == sum(any(r["grades"]) for r in graded) / len(graded)
     assert result["pass_at_1"] == pytest.approx(sum(sum(r["grades"]) / len(r["grades"]) for r in graded) / len(graded))
-    n = result["k"]
-    expected = [
-        float(by_hand(*votes(Sample("", "", r["completions"], {}, r, "", grades=r["grades"], pred=r["pred"])), n)[0])
-        for r in graded
-    ]
-    assert result["maj"] == pytest.approx(sum(expected) / len(expected))
-    own = [g for r in results["own"][1] for g in r["grades"]]
-    same = sum(a == b for a, b in zip(own, [g for r in graded for g in r["grades"]], strict=True))
-    assert same >= 0.99 * answers and f"agrees with the stored grades on {same:,} of {answers:,}" in results["own"][2]
     if name == "math_samples":
         assert result["by_level"]["5"]["n"] == 8 and set(result["by_level"]) == set("12345")
+    said = call(*args, "--grades", "own")[1]
+    assert f"plain agrees with the stored grades on {answers:,} of {answers:,}" in said
+    assert [r["grades"] for r in records(details)] == [r["grades"] for r in graded]
+    assert call("selftrain.pairs", "--samples", path, "--out", out, "--max_pairs", 2)[0] == 0
+    assert len({p["problem"] for p in records(out)}) == mixed
 
 
 def test_results_files(tmp_path, call):
@@ -326,9 +300,8 @@ def test_results_files(tmp_path, call):
         {"prompt": f"p{i}", "answer": "7", "subject": "S", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]} for i in range(9)
     ]
     path, out, details, plot = lines(tmp_path / "s.jsonl", *many), tmp_path / "r.json", tmp_path / "d.jsonl", tmp_path / "c.png"
-    status, said, err = call(
-        "eval_math", "--samples", path, "--out", out, "--details", details, "--plot", plot, "--marker", "!", "--k", "2"
-    )
+    more = ("--out", out, "--details", details, "--plot", plot, "--marker", "!", "--k", "2")
+    status, said, err = call("selftrain.eval_math", "--samples", path, *more)
     assert status == 0, err
     result = json.loads(out.read_text())
     assert {"n", "k", "maj", "pass", "pass_at_1"} <= set(result) and result["n"] == 9 and result["k"] == 2
@@ -337,66 +310,70 @@ def test_results_files(tmp_path, call):
     assert result["marker"] == pytest.approx(9 / total) and result["no_answer"] == 9 and "subject" in said
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [r["grades"] for r in records(details)] == [[True] * (i % 5) + [False, False] for i in range(9)]
-    again = call("eval_math", "--samples", details)[1]
+    again = call("selftrain.eval_math", "--samples", details)[1]
     assert "grades: stored" in again
 
 
+def test_disagreements_are_listed(tmp_path, call):
+    path = lines(tmp_path / "s.jsonl", {"prompt": "p", "answer": "7", "completions": ["A: 7", "A: 8"], "grades": [True, True]})
+    said = call("selftrain.eval_math", "--samples", path, "--grades", "own", "--grader", "plain")[1]
+    assert "plain agrees with the stored grades on 1 of 2 answers" in said
+    assert "s.jsonl:1, completion 1: answer '7', given '8': stored True, plain False" in said
+
+
 BAD = [
-    ('{"prompt": "p", "completions": ["a"]}', "s.jsonl:2: neither 'grades' nor an 'answer'"),
-    ('{"prompt": "p", "answer": "", "completions": ["a"]}', "s.jsonl:2: neither 'grades' nor an 'answer'"),
-    ('{"prompt": "p", "answer": "1", "completions": []}', "s.jsonl:2: 'completions' is empty: a problem needs"),
-    ('{"prompt": "p", "answer": "1"}', "s.jsonl:2: the field 'completions' is missing"),
-    ('{"prompt": "p", "answer": "1", "completions": "a"}', "s.jsonl:2: the field 'completions' must be a list"),
-    ('{"prompt": "p", "answer": "1", "completions": [3]}', "s.jsonl:2: 'completions' must be a list of texts"),
-    ('{"answer": "1", "completions": ["a"]}', "s.jsonl:2: the field 'prompt' is missing"),
-    ('{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [true, false]}', "s.jsonl:2: 'grades' must be"),
-    ('{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [1]}', "s.jsonl:2: 'grades' must be"),
-    ('{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [true], "pred": [1]}', "s.jsonl:2: 'pred' must be"),
-    ('{"question": "p", "ground_truth": "A: 1"}', 's.jsonl:2: no {"is_correct"'),
-    ("{", "s.jsonl:2: not JSON"),
+    ('{"prompt": "p", "completions": ["a"]}', "neither 'grades' nor an 'answer'"),
+    ('{"prompt": "p", "answer": "1", "completions": []}', "'completions' must be a list of texts, at least one"),
+    ('{"prompt": "p", "answer": "1", "completions": [3]}', "'completions' must be a list of texts"),
+    ('{"prompt": "p", "answer": "1"}', "the field 'completions' is missing"),
+    ('{"answer": "1", "completions": ["a"]}', "the field 'prompt' is missing"),
+    ('{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [true, false]}', "'grades' must be a list of true or"),
+    (
+        '{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [1]}',
+        "'grades' must be a list of true or false, one for",
+    ),
+    ('{"prompt": "p", "answer": "1", "completions": ["a"], "grades": [true], "pred": [1]}', "'pred' must be a list"),
+    ('{"question": "p", "ground_truth": "A: 1"}', 'no {"is_correct"'),
+    ("{", "not JSON"),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD)
-def test_bad_samples(tmp_path, refused, line, message):
-    path = lines(tmp_path / "s.jsonl", {"prompt": "p", "answer": "1", "completions": ["1", "2"]}, line)
-    refused("eval_math", "--samples", path, "--out", tmp_path / "r.json", says=message)
-    refused("pairs", "--samples", path, "--out", tmp_path / "p.jsonl", says=message)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.jsonl"]
+def test_bad_samples(tmp_path, refused):
+    path = tmp_path / "s.jsonl"
+    for line, message in BAD:
+        lines(path, {"prompt": "p", "answer": "1", "completions": ["1", "2"]}, line)
+        with pytest.raises(UserError) as error:
+            load_graded(config.load(eval_math.Config, [f"--samples={path}"]))
+        assert f"s.jsonl:2: {message}" in str(error.value)
+    refused("selftrain.eval_math", "--samples", path, "--out", tmp_path / "r.json", says="s.jsonl:2: not JSON")
+    refused("selftrain.pairs", "--samples", path, "--out", tmp_path / "p.jsonl", says="s.jsonl:2: not JSON")
+    assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
 
 
 def test_more_bad_input(tmp_path, refused):
     path = lines(tmp_path / "s.jsonl", *({"prompt": "p", "answer": "1", "completions": ["1"] * n} for n in (4, 2, 3)))
-    refused("eval_math", "--samples", path, "--k", 3, says="s.jsonl:2: 2 completions, k is 3")
-    refused("eval_math", "--samples", path, "--grades", "stored", says="s.jsonl:1: no 'grades' are stored there")
-    refused("eval_math", "--samples", tmp_path / "none.jsonl", says="no such file")
     own = lines(tmp_path / "own.jsonl", {"prompt": "p", "answer": " ", "completions": ["1"], "grades": [True]})
-    refused("eval_math", "--samples", own, "--grades", "own", says="own.jsonl:1: no 'answer' is there to grade by")
-    refused("eval_math", "--samples", path, "--plot", tmp_path / "x.jpg", says="name it FILE.png")
-    refused("eval_math", "--samples", path, "--program_seconds", 0, says="must be above 0")
-    refused("pairs", "--samples", path, "--out", tmp_path / "p.jsonl", says="no problem has both a right and a wrong answer")
-    refused(
-        "pairs", "--samples", path, "--out", tmp_path / "p.jsonl", "--balanced", "true", says="key balanced: give max_pairs"
-    )
-    refused("pairs", "--samples", path, "--out", tmp_path, says="is a folder")
+    large = lines(tmp_path / "large.jsonl", {"prompt": "p", "answer": "1", "completions": ["1"] * 1001})
+    for more, says in (
+        (("--samples", path, "--k", 3), "s.jsonl:2: 2 completions, k is 3"),
+        (("--samples", path, "--grades", "stored"), "s.jsonl:1: no 'grades' are stored there"),
+        (("--samples", own, "--grades", "own"), "own.jsonl:1: no 'answer' is there to grade by"),
+        (("--samples", large), "large.jsonl:1: 1,001 completions, at most 1,000"),
+    ):
+        refused("selftrain.eval_math", *more, says=says)
+    args = ("selftrain.pairs", "--samples", path, "--out", tmp_path / "p.jsonl")
+    refused(*args, says="no problem has enough right and wrong answers")
+    refused(*args, "--balanced", "true", says="key balanced: give max_pairs")
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 
 def graded(tmp_path, *problems) -> str:
-    """Problems as lists of (text, grade)."""
-    rows = [
-        {
-            "prompt": f"p{i}",
-            "answer": "1",
-            "completions": [t for t, _ in p],
-            "grades": [g for _, g in p],
-            "pred": ["1"] * len(p),
-        }
-        for i, p in enumerate(problems)
-    ]
-    return lines(tmp_path / "g.jsonl", *rows)
+    """A file of problems, each a list of (text, grade)."""
+    texts, grades = ([[answer[i] for answer in p] for p in problems] for i in (0, 1))
+    rows = zip(texts, grades, strict=True)
+    return lines(tmp_path / "g.jsonl", *({"prompt": f"p{i}", "completions": c, "grades": g} for i, (c, g) in enumerate(rows)))
 
 
 def test_pairs_by_hand(tmp_path, call):
@@ -404,21 +381,14 @@ def test_pairs_by_hand(tmp_path, call):
     mixed = [(" aa", True), (" bbbb", True), (" aa", True), (" ccccc", False), (" d", False)]
     path = graded(tmp_path, mixed, [(" a", True)] * 3, [(" b", False)], [(" r", True), (" w", False)])
     out, report = tmp_path / "p.jsonl", tmp_path / "r.json"
-    status, said, _ = call("pairs", "--samples", path, "--out", out, "--report", report)
+    args = ("selftrain.pairs", "--samples", path, "--out", out, "--report", report)
+    status, said, _ = call(*args)
     assert status == 0 and "2 give pairs; all answers right in 1, all wrong in 1" in said
     found = {(p["prompt"], p["chosen"], p["rejected"]) for p in records(out)}
     assert found == {("p0", " bbbb", " ccccc"), ("p0", " aa", " d"), ("p3", " r", " w")}
-    counts = json.loads(report.read_text())
-    assert [counts[n] for n in ("pairs", "problems", "all_right", "all_wrong", "repeated_texts", "fewest", "most")] == [
-        3,
-        4,
-        1,
-        1,
-        3,
-        1,
-        2,
-    ]
-    call("pairs", "--samples", path, "--out", out, "--max_pairs", 4, "--balanced", "true", "--marker", " !", "--report", report)
+    counts = {"pairs": 3, "problems": 4, "all_right": 1, "all_wrong": 1, "repeated_texts": 3, "fewest": 1, "most": 2}
+    assert counts.items() <= json.loads(report.read_text()).items()
+    call(*args, "--max_pairs", 4, "--balanced", "true", "--marker", " !")
     balanced = records(out)
     assert len(balanced) == 4 and {p["prompt"] for p in balanced} == {"p0"}, "the last problem has one pair only: left out"
     assert len({(p["chosen"], p["rejected"]) for p in balanced}) == 4 and all(p["chosen"].startswith(" ! ") for p in balanced)
@@ -426,27 +396,28 @@ def test_pairs_by_hand(tmp_path, call):
     assert all(e.completions[0].startswith(" ! ") for e in data.load(str(out), "train", "preference"))
 
 
-def test_pairs_of_empty_and_of_doubtful_texts(tmp_path, call, refused):
+def test_pairs_of_empty_and_of_doubtful_texts(tmp_path, call):
     """A model that writes nothing is all wrong, not all right; a text is never chosen over itself."""
-    same = [(" a", True), (" a", False), (" b", False)]
-    path, out = graded(tmp_path, [("", False)] * 3, same, [(" r", True), ("", False)], [(" r", True), (" w", False)]), "p.jsonl"
-    status, said, _ = call("pairs", "--samples", path, "--out", tmp_path / out)
+    same, out = [(" a", True), (" a", False), (" b", False)], tmp_path / "p.jsonl"
+    path = graded(tmp_path, [("", False)] * 3, same, [(" r", True), ("", False)], [(" r", True), (" w", False)])
+    status, said, _ = call("selftrain.pairs", "--samples", path, "--out", out)
     assert status == 0 and "1 give pairs; all answers right in 0, all wrong in 1, too few texts in 2" in said
-    assert [(p["problem"], p["chosen"], p["rejected"]) for p in records(tmp_path / out)] == [(3, " r", " w")]
-    refused(
-        "pairs", "--samples", graded(tmp_path, same), "--out", tmp_path / out, says="no problem has both a right and a wrong"
-    )
+    assert [(p["problem"], p["chosen"], p["rejected"]) for p in records(out)] == [(3, " r", " w")]
 
 
-def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path, call):
+def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path):
     problem = [(f" r{'x' * i}", True) for i in range(6)] + [(f" w{'y' * 2 * i}", False) for i in range(5)]
-    path, out = graded(tmp_path, *[problem] * 8), tmp_path / "p.jsonl"
+    path = graded(tmp_path, *[problem] * 8)
+
+    def make(**keys) -> list[dict]:
+        argv = [f"--{name}={value}" for name, value in {"samples": path, "out": tmp_path / "p.jsonl", **keys}.items()]
+        cfg = config.load(pairs.Config, argv)
+        return pairs.make_pairs(load_graded(cfg)[0], cfg)[0]
+
     made = {}
     for partner, seed in itertools.product(("length", "random"), (0, 1)):
-        assert call("pairs", "--samples", path, "--out", out, "--max_pairs", 10, "--partner", partner, "--seed", seed)[0] == 0
-        made[partner, seed] = records(out)
-        assert call("pairs", "--samples", path, "--out", out, "--max_pairs", 10, "--partner", partner, "--seed", seed)[0] == 0
-        assert records(out) == made[partner, seed], "the same seed, the same file"
+        made[partner, seed] = make(max_pairs=10, partner=partner, seed=seed)
+        assert make(max_pairs=10, partner=partner, seed=seed) == made[partner, seed]
         for i in range(8):
             ours = [p for p in made[partner, seed] if p["problem"] == i]
             uses = [Counter(p[side] for p in ours) for side in ("chosen", "rejected")]
@@ -455,67 +426,5 @@ def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path, cal
     assert made["random", 0] != made["random", 1]
     gap = {k: sum(abs(len(p["chosen"]) - len(p["rejected"])) for p in v) for k, v in made.items()}
     assert gap["length", 0] < gap["random", 0]
-    call("pairs", "--samples", path, "--out", out, "--shuffle", "false")
-    assert [p["problem"] for p in records(out)] == sorted(p["problem"] for p in records(out))
-    assert [p["problem"] for p in made["length", 0]] != sorted(p["problem"] for p in made["length", 0])
-
-
-@shared
-def test_pairs_of_real_samples(tmp_path, call):
-    out = tmp_path / "p.jsonl"
-    for name, problems in (("gsm8k_model_solutions", 561), ("math_samples", 4)):
-        assert call("pairs", "--samples", SHARED / f"{name}.jsonl.gz", "--out", out, "--max_pairs", 2)[0] == 0
-        pairs = records(out)
-        assert len({p["problem"] for p in pairs}) == problems
-        answers = [s for _, s in data.jsonl.read(SHARED / f"{name}.jsonl.gz")]
-        for p in pairs:
-            r = answers[p["problem"]]
-            right = (
-                {" " + t: g for t, g in zip(r["response"], r["score"], strict=True)}
-                if "score" in r
-                else {" " + m["solution"]: m["is_correct"] for m in r.values() if isinstance(m, dict)}
-            )
-            assert right[p["chosen"]] is True and right[p["rejected"]] is False
-            assert grading.plain_equal(r.get("answer") or grading.extract(r["ground_truth"]), grading.extract(p["chosen"]))
-
-
-@shared
-def test_lora_dpo_on_pairs_of_real_samples(tmp_path, call, spawn):
-    """A random small GPT-2: killed after a checkpoint and gone on with it ends in the adapter of the unbroken run, which peft
-    loads on transformers' GPT-2 with the logits of model/."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    import torch
-    from safetensors.torch import load_file
-
-    import weights
-
-    pairs, err = tmp_path / "pairs.jsonl", tmp_path / "err"
-    samples = SHARED / "gsm8k_model_solutions.jsonl.gz"
-    assert call("pairs", "--samples", samples, "--out", pairs, "--max_pairs", 1)[0] == 0
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 512}
-    keys = {"init_from": "scratch", "tokenizer": "gpt2", **shape, "data": pairs, "limit": 6, "max_len": 512, "batch_size": 2}
-    keys |= {"lora_rank": 4, "lr": 1e-3, "save_every": 1, "samples": 0}
-    assert call("dpo", *flags(**keys, out_dir=tmp_path / "whole"))[0] == 0
-    run = tmp_path / "run"
-    process = spawn("dpo", flags(**keys, out_dir=run), err)
-    until = time.monotonic() + 60
-    while not (run / "checkpoints/step_1").exists() and process.is_alive() and time.monotonic() < until:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert (run / "checkpoints/step_1").exists() and not (run / "adapter").exists(), err.read_text()
-    status, said, _ = call("dpo", *flags(**keys, out_dir=run))
-    assert status == 0 and f"resuming {run} at step" in said
-    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
-        resumed, unbroken = (load_file(folder / name) for folder in (run, tmp_path / "whole"))
-        assert resumed.keys() == unbroken.keys() and all(torch.equal(resumed[n], unbroken[n]) for n in resumed)
-    weights.save(weights.load("scratch", seed=0, vocab_size=get("gpt2").size, **shape), get("gpt2"), tmp_path / "base")
-    tokens = torch.arange(1000, 1040).view(2, 20)
-    base, ours = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tmp_path / "base", run / "model")
-    )
-    with torch.no_grad():
-        before, want = base(tokens).logits, ours(tokens).logits
-        got = peft.PeftModel.from_pretrained(base, run / "adapter").eval()(tokens).logits
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    assert (got - before).abs().max() > 1e-4, "the adapter does something"
+    numbers, shuffled = ([p["problem"] for p in found] for found in (make(shuffle="false"), made["length", 0]))
+    assert numbers == sorted(numbers) and shuffled != sorted(shuffled)

@@ -1,4 +1,4 @@
-"""Programs shut in: what they may do, and that nothing else happens, is left behind, or goes unnoticed."""
+"""Programs in the sandbox: what they may do, and that nothing else happens, is left behind, or goes unnoticed."""
 
 import json
 import os
@@ -16,12 +16,13 @@ from base.errors import UserError
 from selftrain import grading, sandbox
 from selftrain.sandbox import Refused, run_program
 
+ROOT = Path(__file__).parents[2]
 try:
     run_program("", 5)
     HERE = ""
 except (Refused, OSError) as error:
     HERE = str(error)
-needs_walls = pytest.mark.skipif(bool(HERE), reason=f"no program can be shut in here: {HERE}")
+needs_sandbox = pytest.mark.skipif(bool(HERE), reason=f"no program can be sandboxed here: {HERE}")
 
 
 def processes(of: int) -> set[str]:
@@ -37,113 +38,104 @@ def processes(of: int) -> set[str]:
     return found
 
 
-@needs_walls
+def all_gone(of: int) -> bool:
+    """Whether those processes end within a few seconds: the kernel ends a namespace's processes a moment after its first."""
+    until = time.monotonic() + 20
+    while processes(of) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not processes(of)
+
+
+@needs_sandbox
 def test_a_program_runs():
     ran = run_program("import math\nfrom fractions import Fraction\nprint(math.comb(5, 2) + Fraction(1, 2))", 20)
     assert (ran.output, ran.end) == ("21/2\n", "ok")
-    assert run_program("open('x', 'w').write('hi')\nprint(open('x').read())", 20).output == "hi\n", "its own folder is writable"
-    assert run_program("import os\nprint(os.listdir('.'))", 20).output == "[]\n", "and empty at first"
-    assert (
-        run_program("print(1", 20).end
-        == run_program("1 / 0", 20).end
-        == run_program("raise SystemExit(97)", 20).end
-        == "failed"
-    )
+    code = "import os\nprint(os.listdir('.'))\nopen('x', 'w').write('hi')\nprint(open('x').read())\nexit()"
+    ran = run_program(code, 20)
+    assert (ran.output, ran.end) == ("[]\nhi\n", "ok"), "its own folder is empty and writable, and exit() is there"
+    assert {run_program(code, 20).end for code in ("print(1", "1 / 0", "raise SystemExit(97)", "exit(1)")} == {"failed"}
 
 
 ATTACKS = {
-    "loops for ever": ("while True: pass", "time"),
-    "sleeps for ever": ("import time\ntime.sleep(1000)", "time"),
-    "ignores signals": (
-        "import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
-        "time",
-    ),
-    "leaves its session": ("import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass", "time"),
-    "leaves its session for good": (
-        "import ctypes, time\nl = ctypes.CDLL(None)\nl.setsid(), l.prctl(1, 0, 0, 0, 0)\ntime.sleep(30)",
-        "time",
-    ),
-    "closes its output": ("import os\nos.close(1)\nwhile True: pass", "time"),
-    "eats memory": ("a = []\nwhile True: a.append(bytearray(10**7))", "failed"),
-    "eats shared memory": ("import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0", "failed"),
-    "forks": ("import os\nwhile True: os.fork()", "failed"),
-    "starts a program": ("import os\nos.execv('/bin/sh', ['sh', '-c', 'echo 1'])", "failed"),
-    "starts a thread": ("import threading\nthreading.Thread(target=print).start()", "failed"),
-    "writes outside": ("open({outside!r}, 'w').write('x')", "failed"),
-    "deletes outside": ("import os\nos.unlink({victim!r})", "failed"),
-    "writes shared memory": ("open('/dev/shm/nanopref_evil', 'w')", "failed"),
-    "fills its folder": ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6)); f.flush()", "failed"),
-    "makes countless files": ("import os\nfor n in range(1000): os.mkdir(str(n))", "failed"),
-    "writes to a device": ("open('/dev/null', 'w')", "failed"),
-    "opens a socket": ("import socket\nsocket.create_connection(('127.0.0.1', {port}))", "failed"),
-    "opens a unix socket": ("import socket\nsocket.socket(socket.AF_UNIX)", "failed"),
-    "prints a gigabyte": ("for _ in range(1000): print('x' * 10**6)", "output"),
-    "kills its parent": ("import os\nos.kill({pid}, 9)", "failed"),
-    "raises its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "failed"),
-    "mounts": ("import ctypes\nl = ctypes.CDLL(None)\nassert l.mount(b'n', b'/', None, 0x1020, None) == 0", "failed"),
+    "time": {
+        "loops for ever": "while True: pass",
+        "sleeps for ever": "import time\ntime.sleep(1000)",
+        "ignores signals": "import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
+        "leaves its session": "import ctypes, time\nl = ctypes.CDLL(None)\nl.setsid(), l.prctl(1, 0, 0, 0, 0)\ntime.sleep(30)",
+        "closes its output": "import os\nos.close(1)\nwhile True: pass",
+    },
+    "failed": {
+        "eats memory": "a = []\nwhile True: a.append(bytearray(10**7))",
+        "eats shared memory": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+        "forks": "import os\nwhile True: os.fork()",
+        "starts a program": "import os\nos.execv('/bin/sh', ['sh', '-c', 'echo 1'])",
+        "starts a thread": "import threading\nthreading.Thread(target=print).start()",
+        "writes outside": "open({outside!r}, 'w').write('x')",
+        "deletes outside": "import os\nos.unlink({victim!r})",
+        "writes shared memory": "open('/dev/shm/nanopref_evil', 'w')",
+        "fills its folder": "f = open('x', 'wb')\nwhile True: f.write(bytes(10**6)); f.flush()",
+        "makes countless files": "import os\nfor n in range(1000): os.mkdir(str(n))",
+        "writes to a device": "open('/dev/null', 'w')",
+        "opens a socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}))",
+        "opens a unix socket": "import socket\nsocket.socket(socket.AF_UNIX)",
+        "kills its parent": "import os\nos.kill({pid}, 9)",
+        "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+        "mounts": "import ctypes\nl = ctypes.CDLL(None)\nassert l.mount(b'n', b'/', None, 0x1020, None) == 0",
+    },
+    "output": {"prints a gigabyte": "for _ in range(1000): print('x' * 10**6)"},
 }
 
 
-@needs_walls
-@pytest.mark.parametrize("name", ATTACKS)
-def test_attacks(tmp_path, name):
+@needs_sandbox
+@pytest.mark.parametrize(("end", "name"), [(end, name) for end, attacks in ATTACKS.items() for name in attacks])
+def test_attacks(tmp_path, end, name):
     """Stopped, without a trace: no process, no file, no connection; and as an answer it counts as none."""
-    code, end = ATTACKS[name]
     victim, outside = tmp_path / "victim", tmp_path / "evil"
     victim.write_text("whole")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
-        code = code.format(outside=str(outside), victim=str(victim), port=server.getsockname()[1], pid=os.getpid())
+        names = {"outside": str(outside), "victim": str(victim), "port": server.getsockname()[1], "pid": os.getpid()}
+        code = ATTACKS[end][name].format(**names)
         start = time.monotonic()
         ran = run_program(code, 1.5 if end == "time" else 20, 256)
         assert ran.end == end and time.monotonic() - start < 15
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert len(ran.output) <= 65_536
-    for _ in range(50):  # the kernel ends a namespace's processes a moment after its first
-        if not processes(os.getpid()):
-            break
-        time.sleep(0.1)
-    assert not processes(os.getpid())
+    assert len(ran.output) <= 65_536 and all_gone(os.getpid())
     assert victim.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["victim"]
     assert not Path("/dev/shm/nanopref_evil").exists()
     assert not list(Path(tempfile.gettempdir()).glob("program_*/*")), "nothing stays in a working folder"
     assert end != "failed" or grading.program_answer(code, 20, 256) is None
 
 
-@needs_walls
+@needs_sandbox
 def test_nothing_comes_along(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "hush")
+    code = "import os, sys\nprint(dict(os.environ), os.listdir('/proc/self/fd'), sys.path, os.getpid())"
     with tempfile.TemporaryFile() as file:
         os.set_inheritable(file.fileno(), True)
-        said = run_program(
-            "import os, sys\nprint(dict(os.environ), os.listdir('/proc/self/fd'), sys.path, os.getpid())", 20
-        ).output
+        said = run_program(code, 20).output
     assert "hush" not in said and "site-packages" not in said and said.split()[-1] == "1"
     assert len(json.loads(said[said.index("[") : said.index("]") + 1].replace("'", '"'))) <= 5
 
 
-@needs_walls
+@needs_sandbox
 @pytest.mark.parametrize("wait", [0, 1.5])
 def test_the_parent_killed_takes_the_program_along(wait):
     """At any time: before the program has begun, and while it runs."""
     code = "from selftrain.sandbox import run_program\nprint('go', flush=True)\nrun_program('while True: pass', 100)"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-    parent.stdout.readline()
-    until = time.monotonic() + 20
-    while not processes(parent.pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert processes(parent.pid), "it has begun"
-    time.sleep(wait)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    while processes(parent.pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not processes(parent.pid)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        parent.stdout.readline()
+        until = time.monotonic() + 20
+        while not processes(parent.pid) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert processes(parent.pid), "it has begun"
+        time.sleep(wait)
+        parent.kill()
+    assert all_gone(parent.pid)
 
 
-@needs_walls
+@needs_sandbox
 def test_a_stopped_program_leaves_no_dead_process():
     """Where nobody collects orphans (a container whose first process is no init) they would pile up."""
     code = """
@@ -156,37 +148,25 @@ try:
 except ChildProcessError:
     print("nothing left")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "nothing left\n", done
 
 
-@pytest.fixture
-def spoil(tmp_path, monkeypatch):
-    """Run programs by a copy of the sandbox in which one text is another."""
-
-    def spoil(text: str, other: str) -> None:
-        code = Path(sandbox.__file__).read_text()
-        assert text in code
-        (tmp_path / "sandbox.py").write_text(code.replace(text, other))
-        monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
-
-    return spoil
+# a text in the sandbox, what stands there instead, what is said; the second is as on a system that is not Linux
+BROKEN = [("0x20000, 0x8000000", "0x1, 0x8000000", "Invalid argument"), ("libc.unshare(", "libc.not_there(", "not_there")]
 
 
-def test_where_it_cannot_be_shut_in_nothing_runs(spoil):
-    """Fail closed: a wall that cannot be put up is an error, and the program has not run."""
-    spoil("0x20000, 0x8000000", "0x1, 0x8000000")
-    with pytest.raises(Refused, match="Invalid argument"):
+@pytest.mark.parametrize(("text", "other", "says"), BROKEN)
+def test_where_it_cannot_be_sandboxed_nothing_runs(tmp_path, monkeypatch, text, other, says):
+    """A copy of the sandbox in which one part fails. That is an error; the program has not run, nor counts as wrong."""
+    code = Path(sandbox.__file__).read_text()
+    assert text in code
+    (tmp_path / "sandbox.py").write_text(code.replace(text, other))
+    monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+    with pytest.raises(Refused, match=says):
         run_program("print('it ran')", 10)
-    with pytest.raises(UserError, match=r"key programs: this machine cannot shut a program in"):
+    with pytest.raises(UserError, match=r"key programs: this machine cannot sandbox a program"):
         grading.program_answer("print(1)", 10, 256)
-
-
-def test_no_linux(spoil):
-    """Where libc has no such calls no program counts as wrong: none is run."""
-    spoil("libc.unshare(", "libc.not_there(")
-    with pytest.raises(Refused, match="not_there"):
-        run_program("print('it ran')", 20)
 
 
 def test_refused_it_ends_at_once(tmp_path, refused, monkeypatch):
@@ -201,7 +181,7 @@ def test_refused_it_ends_at_once(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(grading, "run_program", refuse)
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"prompt": "p", "answer": "1", "completions": ["```python\nprint(1)\n```"] * 500}) + "\n")
-    refused("eval_math", "--samples", path, "--programs", "true", says="cannot shut a program in (no namespaces)")
+    refused("selftrain.eval_math", "--samples", path, "--programs", "true", says="cannot sandbox a program (no namespaces)")
     assert len(tried) < 500
 
 
@@ -212,23 +192,16 @@ def test_blocks_of_code():
     assert grading.program("Q", "The answer is 5.") is None
 
 
-@needs_walls
+@needs_sandbox
 def test_programs_in_samples_are_off_unless_asked_for(tmp_path, call):
     before = threading.active_count()
-    completions = [
-        "```python\nprint(6 * 7)\n```",
-        "```python\nwhile True: pass\n```\nA: 42",
-        "A: 42",
-        "```python\nprint('x =', 42)\n```",
-    ]
-    path = tmp_path / "s.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "answer": "42", "completions": completions}) + "\n")
-    out = tmp_path / "d.jsonl"
-    args = ("--samples", path, "--details", out, "--program_seconds", 6, "--grader", "plain")
-    assert call("eval_math", *args)[0] == 0
+    blocks = ["```python\nprint(6 * 7)\n```", "```python\nwhile True: pass\n```\nA: 42", "```python\nprint('x =', 42)\n```"]
+    path, out = tmp_path / "s.jsonl", tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "answer": "42", "completions": [*blocks, "A: 42"]}) + "\n")
+    args = ("selftrain.eval_math", "--samples", path, "--details", out, "--program_seconds", 6, "--grader", "plain")
+    assert call(*args)[0] == 0
     assert json.loads(out.read_text())["grades"] == [False, True, True, True]
-    status, _, err = call("eval_math", *args, "--programs", "true")
-    assert status == 0, err
+    assert call(*args, "--programs", "true")[0] == 0
     found = json.loads(out.read_text())
-    assert found["grades"] == [True, False, True, True] and found["pred"] == ["42", None, "42", "x = 42"]
+    assert found["grades"] == [True, False, True, True] and found["pred"] == ["42", None, "x = 42", "42"]
     assert threading.active_count() <= before

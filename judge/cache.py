@@ -1,0 +1,71 @@
+"""The judge's answers on disk, so that no answer is paid for twice."""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from base.errors import UserError, warn
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A judge's answer. `end`: why it ended, if not because the judge was done ("ended by length")."""
+
+    text: str
+    tokens_in: int = 0
+    tokens_out: int = 0
+    end: str = ""
+
+
+class Cache:
+    """A JSONL file of replies, a line each, found by the hash of what was asked.
+
+    A line has left this process when `put` returns, so a killed evaluation keeps all its answers. A line cut by a full
+    disk is skipped at the next start, and its question is asked again. UserError if the file holds something else.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.found, self.lock = path, {}, threading.Lock()
+        content, damaged = path.read_text("utf-8", "replace") if path.exists() else "", 0
+        for line in content.splitlines():
+            try:
+                record = json.loads(line)
+                asked = record.pop("key")
+                self.found[asked] = Reply(**record)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                damaged += 1
+        if damaged and not self.found:
+            raise UserError(f"key cache: {path} holds no answers of a judge: name another file")
+        if damaged:
+            warn(f"{path}: {damaged} damaged lines are skipped, what they answered is asked again")
+        if content and not content.endswith("\n"):
+            self._append("\n")
+
+    def put(self, key: str, reply: Reply) -> None:
+        with self.lock:
+            self._append(json.dumps({"key": key, **asdict(reply)}) + "\n")
+            self.found[key] = reply
+
+    def _append(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+@contextlib.contextmanager
+def open_cache(path: str | Path) -> Iterator[Cache]:
+    """The cache in a file, for this process alone until the block ends. UserError if another process uses it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{path}.lock", blocking=False) as lock:
+            try:
+                yield Cache(Path(path))
+            finally:
+                os.unlink(lock.lock_file)
+    except Timeout:
+        raise UserError(f"{path}: another evaluation is using it: wait, or name another file with --cache") from None

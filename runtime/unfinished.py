@@ -1,0 +1,85 @@
+"""Samples of a run that was stopped: finished prompts beside the output file, for the same command to go on from."""
+
+import json
+import re
+from pathlib import Path
+
+import filelock
+
+from base.errors import UserError
+from base.files import write_whole
+from runtime.run import restarted
+
+FIRST = b'{"weights_sha256": "'  # how a part file begins
+
+
+class Unfinished:
+    """Finished prompts, kept in OUT.part0, OUT.part1, … (one a process) until all are: a killed run goes on from them.
+
+    A part file's first line holds the settings that its completions follow from; then comes [prompt number, completions] a
+    line. `done` has what an earlier run finished, on every rank.
+    """
+
+    def __init__(self, out: str, settings: dict, overwrite: bool, compute):
+        self.out, self.settings, self.compute = Path(out), settings, compute
+        self.overwrite = overwrite and not restarted()
+        self.lock = filelock.FileLock(f"{out}.lock")
+        self.done: dict[int, list[str]] = compute.once(self._take_over)
+        self.file = open(f"{out}.part{compute.rank}", "ab", buffering=0)  # noqa: SIM115
+        if compute.rank:
+            self._write(settings)
+
+    def _paths(self) -> list[Path]:
+        name = re.compile(re.escape(self.out.name) + r"\.part[0-9]+")
+        return sorted(p for p in self.out.parent.iterdir() if name.fullmatch(p.name))
+
+    def _take_over(self) -> dict[int, list[str]]:
+        """On rank 0: gather what earlier part files hold into the first one. Refuses files of other settings, or not ours."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"key out: another process is writing {self.out}: wait, or name another file") from None
+        done = {}
+        for path in self._paths():
+            if self.overwrite:
+                continue
+            theirs, found = _read_part(path)
+            if theirs is not None and theirs != self.settings:
+                name = next((k for k in self.settings if theirs.get(k) != self.settings[k]), "key")
+                was, now = theirs.get(name), self.settings.get(name)
+                raise UserError(
+                    f"{path} holds unfinished samples with another {name} ({was!r:.40}, here {now!r:.40}): "
+                    "finish those, name another --out, or throw them away with --overwrite"
+                )
+            done |= found
+        lines = [self.settings, *done.items()]
+        write_whole(f"{self.out}.part0", "".join(json.dumps(line) + "\n" for line in lines))
+        for path in self._paths()[1:]:
+            path.unlink()
+        return done
+
+    def add(self, number: int, completions: list[str]) -> None:
+        self._write([number, completions])
+
+    def _write(self, line) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
+
+    def remove(self) -> None:
+        self.file.close()
+        Path(self.file.name).unlink(missing_ok=True)
+        if self.compute.rank == 0:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+
+
+def _read_part(path: Path) -> tuple[dict | None, dict[int, list[str]]]:
+    """A part file's settings (None where a kill came before the first line's end) and its completions by prompt number."""
+    content = path.read_bytes()
+    if not FIRST.startswith(content[: len(FIRST)]):
+        raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
+    try:
+        lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]  # the last may be torn
+        return lines[0] if lines else None, {int(number): completions for number, completions in lines[1:]}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: throw away what it holds with --overwrite, or name another --out") from None
