@@ -115,12 +115,6 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def _printer():
-    from transformers import PrinterCallback
-
-    return PrinterCallback
-
-
 def _watch(sync):
     from transformers import TrainerCallback
 
@@ -165,6 +159,23 @@ def _dataset(rows: list[dict] | Path, columns: tuple[str, ...], cache: str | Pat
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
 
+def _trainer(trainer_class, config_class, folder, model, rows, columns, out, sync, settings: dict, **more):
+    from transformers import AutoTokenizer, PrinterCallback
+
+    watch = _watch(sync)
+    with quiet():
+        trainer = trainer_class(
+            model=model or str(folder),
+            args=config_class(**_args(out, settings)),
+            train_dataset=_dataset(rows, columns, Path(out) / "cache"),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            callbacks=[watch],
+            **more,
+        )
+        trainer.remove_callback(PrinterCallback)
+    return trainer, watch
+
+
 def dpo_trainer(
     folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, model=None, ref_model=None, sync=None, **settings
 ):
@@ -174,36 +185,18 @@ def dpo_trainer(
     `settings` are DPOConfig's own names. `watch.logs` has a dict a step once `trainer.train()` has run, `watch.ends` each
     step's end (`now()`, after `sync()`). The reference is `ref_model`, or the model itself, and precomputed.
     """
-    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    watch = _watch(sync)
-    with quiet():
-        args = DPOConfig(**_args(out, {"precompute_ref_log_probs": True} | settings))
-        data = _dataset(pairs, ("prompt", "chosen", "rejected"), Path(out) / "cache")
-        trainer = DPOTrainer(
-            model=model or str(folder),
-            ref_model=ref_model,
-            args=args,
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(folder),
-            callbacks=[watch],
-        )
-        trainer.remove_callback(_printer())
-    return trainer, watch
+    columns, settings = ("prompt", "chosen", "rejected"), {"precompute_ref_log_probs": True} | settings
+    return _trainer(DPOTrainer, DPOConfig, folder, model, pairs, columns, out, sync, settings, ref_model=ref_model)
 
 
 def sft_trainer(folder: str | Path, rows: list[dict] | Path, out: str | Path, *, sync=None, **settings):
     """TRL's SFTTrainer on texts {"prompt","completion"}, loss on the completion only. -> (trainer, watch) as above."""
     from trl import SFTConfig, SFTTrainer
 
-    watch = _watch(sync)
-    with quiet():
-        args = SFTConfig(**_args(out, {"completion_only_loss": True} | settings))
-        data = _dataset(rows, ("prompt", "completion"), Path(out) / "cache")
-        trainer = SFTTrainer(model=str(folder), args=args, train_dataset=data, callbacks=[watch])
-        trainer.remove_callback(_printer())
-    return trainer, watch
+    columns, settings = ("prompt", "completion"), {"completion_only_loss": True} | settings
+    return _trainer(SFTTrainer, SFTConfig, folder, None, rows, columns, out, sync, settings)
 
 
 def generator(folder: str | Path, device: str = "cpu", dtype: str = "float32", attn_implementation: str = "sdpa"):

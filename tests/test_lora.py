@@ -25,7 +25,7 @@ from lora import LoRA, LoRAConfig, add_lora, as_started
 from model import GPT, SIZES, GPTConfig
 from runtime import checkpoint, config, distributed
 from runtime.build import build_model
-from tests import peers, tiny
+from tests import tiny
 from tests.conftest import dpo_args, flags, metrics, ref_args, script, sft_args
 from tests.tiny import example, plain_logps, with_lora
 
@@ -196,18 +196,6 @@ def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, monkeypatch, t
     assert raw["base_model_name_or_path"] == str(sft_run / "model")
     a, b = (adapters.load(str(tmp_path / "own" / name)) for name in ("adapter", "model"))
     assert weights.fingerprint(a) == weights.fingerprint(b)
-
-
-def test_peft_loads_a_run_that_goes_on_from_peft(files, sft_run, call, tmp_path):
-    """out_dir/adapter in PeftModel equals out_dir/model."""
-    pytest.importorskip("peft")
-    begin = peers.peft_adapter(sft_run / "model", tmp_path / "peft", r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"])
-    status, _, err = call("sft", *lora_args(files, sft_run, tmp_path / "run", init_from=begin, max_steps=2))
-    assert status == 0, err
-    tokens = torch.randint(0, get("toy").size, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        got = peers.peft_model(sft_run / "model", tmp_path / "run/adapter")(tokens).logits
-        torch.testing.assert_close(got, weights.load(tmp_path / "run/model").logits(tokens), atol=1e-4, rtol=0)
 
 
 def test_activation_checkpointing_changes_no_loss(files, sft_run, lora_sft, call, tmp_path):

@@ -23,6 +23,7 @@ from data.tokenizer import get
 from generate import greedy, stream
 from runtime import config
 from runtime.distributed import Compute
+from runtime.unfinished import Unfinished
 from tests import tiny
 from tests.conftest import flags, script
 
@@ -164,31 +165,15 @@ def test_killed_runs_go_on(folder, asked, whole, part, call, tmp_path, monkeypat
 
 
 def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, call, tmp_path, monkeypatch):
-    """On a terminal, where nothing is left to show the progress of."""
-    out, tty, written = tmp_path / "out.jsonl", io.StringIO(), sample.write_whole
-
     def full(path, text):
-        if path == str(out):
-            raise OSError(errno.ENOSPC, "full")
-        written(path, text)
+        raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as disk:
         disk.setattr(sample, "write_whole", full)
-        assert call("sample", *args(folder, asked, out))[0] == 2 and not out.exists()
-    monkeypatch.setattr(tty, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", tty)
-    status, printed, _ = call("sample", *args(folder, asked, out))
-    assert status == 0 and "24 finished before" in printed and out.read_bytes() == whole and "sampling" not in tty.getvalue()
-
-
-def test_a_full_disk_loses_nothing_finished(folder, asked, whole, spawn, call, tmp_path):
-    out, err = tmp_path / "out.jsonl", tmp_path / "err"
-    full = spawn("sample", args(folder, asked, out), err, limit=1500)
-    full.join(120)
-    line = err.read_text().strip().splitlines()[-1]
-    assert full.exitcode == 2 and line.startswith("error: no space left on the disk") and not out.exists()
-    status, printed, _ = call("sample", *args(folder, asked, out))
-    assert status == 0 and " 0 finished before" not in printed and out.read_bytes() == whole
+        assert call("sample", *args(folder, asked, tmp_path / "out"))[0] == 2
+    assert [path.name for path in tmp_path.glob("out*") if path.stat().st_size] == ["out.part0"]
+    status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out"))
+    assert status == 0 and "24 finished before" in printed and (tmp_path / "out").read_bytes() == whole
 
 
 @pytest.mark.parametrize("before", [None, 0, 5])
@@ -202,27 +187,22 @@ def test_two_processes_write_the_same(folder, asked, whole, part, world, tmp_pat
     assert out.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_unfinished_samples_of_other_settings_are_refused(folder, asked, part, refused, tmp_path):
+def test_unfinished_samples_of_other_settings_are_refused(folder, asked, whole, part, call, refused, tmp_path):
     """Every setting that completions follow from; --overwrite throws such samples away."""
     settings = json.loads(part.splitlines()[0])
     draws = {"n", "temperature", "top_k", "top_p", "seed", "stop", "max_new_tokens", "dtype"}
     assert settings.keys() == draws | {"weights_sha256", "prompts_sha256", "tokenizer_sha256"}
     for name in settings:
-        cfg = config.load(sample.Config, args(folder, asked, tmp_path / name))
-        file = Path(f"{cfg.out}.part3")
+        file = tmp_path / f"{name}.part3"
         file.write_bytes(part)
         with pytest.raises(UserError, match=f"{name}.part3 holds unfinished samples with another {name} .*--overwrite"):
-            sample.Unfinished(cfg, settings | {name: "other"}, CPU)
+            Unfinished(str(tmp_path / name), settings | {name: "other"}, False, CPU)
         assert file.read_bytes() == part
     (tmp_path / "out.part3").write_bytes(part)
     refused("sample", *args(folder, asked, tmp_path / "out", seed=6), says="unfinished samples with another seed (5, here 6)")
-
-
-def test_overwrite_throws_unfinished_samples_away(folder, asked, whole, part, call, tmp_path):
-    (tmp_path / "out.jsonl.part3").write_bytes(part)
-    status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out.jsonl", overwrite="true", seed=6))
-    assert status == 0 and "0 finished before" in printed and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
-    assert (tmp_path / "out.jsonl").read_bytes() != whole
+    status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out", overwrite="true", seed=6))
+    assert status == 0 and "0 finished before" in printed and not list(tmp_path.glob("out.part*"))
+    assert (tmp_path / "out").read_bytes() != whole
 
 
 def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refused, tmp_path):
