@@ -385,7 +385,17 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
 
 def test_of_several_processes_one_does_what_cannot_be_shared(tmp_path):
     for rank in (1, 0):
-        command = [sys.executable, "-m", "selftrain.problems", "--data", "toy_math", "--limit", "3", "--out", str(tmp_path / "out.jsonl")]
+        command = [
+            sys.executable,
+            "-m",
+            "selftrain.problems",
+            "--data",
+            "toy_math",
+            "--limit",
+            "3",
+            "--out",
+            str(tmp_path / "out.jsonl"),
+        ]
         done = subprocess.run(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert (tmp_path / "out.jsonl").exists() == bool(done.stdout) == (rank == 0)
