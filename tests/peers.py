@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.peers import quiet
+from bench.peers import dpo_trainer, generate, generator, harness, harness_logps, now, quiet, sft_trainer
 
 __all__ = ["dpo_trainer", "generate", "generator", "gpt2_folder", "harness", "harness_logps", "now", "peft_adapter",
            "peft_model", "quiet", "sft_trainer"]  # fmt: skip
