@@ -165,17 +165,20 @@ def test_two_processes_resume_to_the_bit(files, world, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(n, files, world, tmp_path):
-    """Files may not grow past a size that metrics.jsonl fits and a checkpoint does not: one line, nothing half-written, and
-    with room again the run goes on to the unbroken metrics."""
-    args = sft_args(files, tmp_path / "run", replicate=1)
+    """Files may not grow past a size that metrics.jsonl fits and a checkpoint does not: one line, the checkpoint before is
+    whole, nothing is half-written, and with room again the run goes on to the unbroken metrics."""
+    args, checkpoints = sft_args(files, tmp_path / "run", replicate=1), tmp_path / "run/checkpoints"
+    good(world(n, "sft", [*args, "--keep", 9]))
+    whole = metrics(tmp_path / "run")
+    cut_back(tmp_path / "run", 3)
     statuses, err = world(n, "sft", args, limits={n - 1: 40_000})
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert statuses == [2] * n, err
     assert len(lines) == 1 and "no space left on the disk" in lines[0] and "Traceback" not in err
-    assert not list((tmp_path / "run/checkpoints").iterdir()) and not (tmp_path / "run/model").exists()
+    (kept,) = checkpoints.iterdir()
+    assert kept.name == "step_3" and checkpoint.inspect(kept)[1] is None and not (tmp_path / "run/model").exists()
     good(world(n, "sft", args))
-    good(world(n, "sft", sft_args(files, tmp_path / "whole", replicate=1)))
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == whole
 
 
 # --- what the user did wrong ---------------------------------------------------------------------------------------------
