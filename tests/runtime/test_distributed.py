@@ -38,7 +38,7 @@ KILLS = int(os.environ.get("NANOPREF_KILLS", "3"))  # random moments of `kill -9
 
 def train_args(stage, name: str, folder: Path, **keys) -> tuple[str, list[str]]:
     """A run whose curve must not depend on the number of processes: "sft", or a loss of dpo's."""
-    more = {"dropout": 0} if name == "sft" else {"epochs": 2, "eval_every": 4}
+    more = {"dropout": 0} if name == "sft" else {"epochs": 2, "eval_every": 4, "batch_size": 10}
     return stage(name, folder, **{"keep": 9, "save_every": 3, "micro_tokens": 300, **more, **keys})
 
 
