@@ -63,7 +63,7 @@ def _dataset(rows: list[dict] | Path, columns: tuple[str, ...], cache: Path):
 def _trainer(trainer_class, config_class, columns: tuple[str, ...], folder, rows, out, sync, settings: dict, **more):
     """(trainer, watch) with what both trainers share: float32, constant rate, the data's order, nothing saved or reported."""
     import torch
-    from transformers import PrinterCallback
+    from transformers import AutoTokenizer, PrinterCallback
 
     defaults = {
         "output_dir": str(out), "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -74,13 +74,18 @@ def _trainer(trainer_class, config_class, columns: tuple[str, ...], folder, rows
     with quiet():
         data = _dataset(rows, columns, Path(out) / "cache")
         args = config_class(**defaults | settings)
-        trainer = trainer_class(model=str(folder), args=args, train_dataset=data, callbacks=[watch], **more)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        same = {"args": args, "train_dataset": data, "processing_class": tokenizer, "callbacks": [watch]}
+        trainer = trainer_class(**{"model": str(folder)} | same | more)
         trainer.remove_callback(PrinterCallback)
     return trainer, watch
 
 
-def dpo_trainer(folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, ref_model=None, sync=None, **settings):
-    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has model and tokenizer. -> (trainer, watch).
+def dpo_trainer(
+    folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, model=None, ref_model=None, sync=None, **settings
+):
+    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}. -> (trainer, watch). `folder` has the tokenizer and, where
+    `model` is not given, the model.
 
     `settings` are DPOConfig's own names. `watch` fills as `trainer.train()` runs, see `Watch`. The reference is `ref_model`,
     or the model itself, and its log-probs are computed beforehand.
@@ -89,7 +94,9 @@ def dpo_trainer(folder: str | Path, pairs: list[dict] | Path, out: str | Path, *
 
     settings = {"precompute_ref_log_probs": True} | settings
     columns = ("prompt", "chosen", "rejected")
-    return _trainer(DPOTrainer, DPOConfig, columns, folder, pairs, out, sync, settings, ref_model=ref_model)
+    return _trainer(
+        DPOTrainer, DPOConfig, columns, folder, pairs, out, sync, settings, ref_model=ref_model, model=model or str(folder)
+    )
 
 
 def sft_trainer(folder: str | Path, rows: list[dict] | Path, out: str | Path, *, sync=None, **settings):
