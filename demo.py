@@ -7,17 +7,17 @@ demonstrations and on the chosen endings, and DPO with the reference log-probs o
 import importlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError, run
+from base.errors import UserError, run, warn
 from base.files import write_whole
 from data import load
-from report.plot import read_run
+from report.plot import figure, save
+from report.runs import read_run, series
 from runtime import config
 from runtime.config import key
 
@@ -31,9 +31,9 @@ class Config:
 
     out_dir: str = key("runs/demo", "folder for everything; what an earlier demo left there is deleted")
     seed: int = key(0, "seed of weights and data order")
-    sft_steps: int = key(450, "steps of SFT")
-    dpo_steps: int = key(100, "steps of DPO")
-    problems: int = key(2000, "held-out problems to evaluate on, 2,000 at most")
+    sft_steps: int = key(450, "steps of SFT", least=1)
+    dpo_steps: int = key(100, "steps of DPO", least=1)
+    problems: int = key(2000, "held-out problems to evaluate on", least=1, most=2000)
 
 
 def step(name: str, **keys: object) -> None:
@@ -48,20 +48,14 @@ def step(name: str, **keys: object) -> None:
 
 def evaluate(folder: Path, n: int) -> dict:
     """Accuracy by likelihood and by what the model writes, on `n` held-out problems of the test split."""
-    results = {}
+    found = {}
     for mode in ("loglik", "generate"):
         out = folder / f"{mode}.json"
         step("eval_mcq", model=folder / "model", data="toy", split="test", limit=n, mode=mode, out=out)
-        results[mode] = json.loads(out.read_text())
-    written = results["generate"]
-    return {
-        "n": results["loglik"]["n"],
-        "acc": results["loglik"]["acc"],
-        "acc_stderr": results["loglik"]["acc_stderr"],
-        "written_acc": written["acc"],
-        "written_acc_stderr": written["acc_stderr"],
-        "aligned": written["aligned"],
-    }
+        found[mode] = json.loads(out.read_text())
+    likeliest, written = found["loglik"], found["generate"]
+    results = {name: likeliest[name] for name in ("n", "acc", "acc_stderr")}
+    return results | {"written_acc": written["acc"], "written_acc_stderr": written["acc_stderr"], "aligned": written["aligned"]}
 
 
 def trained_tokens(folder: Path) -> int:
@@ -70,8 +64,6 @@ def trained_tokens(folder: Path) -> int:
 
 def main() -> None:
     cfg = config.load(Config, prog="demo.py")
-    if cfg.sft_steps < 1 or cfg.dpo_steps < 1 or not 1 <= cfg.problems <= 2000:
-        raise UserError("sft_steps and dpo_steps must be above 0, problems from 1 to 2000")
     begin, out = time.monotonic(), Path(cfg.out_dir)
     if out.exists() and not (out / MARK).exists():
         raise UserError(f"out_dir {out} is there and was not made by a demo: name another folder")
@@ -104,60 +96,44 @@ def main() -> None:
     results = {"chance": 0.25, "seed": cfg.seed, **{name: evaluate(out / name, cfg.problems) for name in LABELS}}
     results["seconds"] = round(time.monotonic() - begin, 1)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    draw(results, {name: read_run(out / name) for name in ("dpo", "wrong")}, out / "demo.png")
+    try:
+        draw(results, {name: read_run(out / name) for name in ("dpo", "wrong")}, out / "demo.png")
+    except UserError as error:  # without matplotlib there is no picture
+        warn(str(error))
     print("\n" + table(results))
     print(f"\n{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png")
 
 
 def table(results: dict) -> str:
-    head = f"{'':24}{'accuracy':>16}{'written':>16}{'aligned':>10}"
-    lines = [head, f"{'chance':24}{results['chance']:>8.3f}"]
+    lines = [f"{'':24}{'accuracy':>16}{'written':>16}{'aligned':>10}", f"{'chance':24}{results['chance']:>8.3f}"]
     for name, label in LABELS.items():
         r = results[name]
         scores = "".join(f"{r[k]:>8.3f} ± {r[k + '_stderr']:.3f}" for k in ("acc", "written_acc"))
         lines.append(f"{label:24}{scores}{r['aligned']:>10.3f}")
-    n = results["sft"]["n"]
-    return "\n".join(
-        [*lines, f"accuracy: the likeliest option; written: the text it writes; {n:,} held-out problems, ± one standard error"]
-    )
+    about = "accuracy: the likeliest option; written: the text it writes; {n:,} held-out problems, ± one standard error"
+    return "\n".join([*lines, about.format(n=results["sft"]["n"])])
 
 
 def draw(results: dict, runs: dict, path: Path) -> None:
-    """The table as bars, and DPO's margins on validation pairs with the right and with the wrong reference."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed (pip install matplotlib): no picture", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(3, 2))
-    for shift, field, label, colour in (
-        (-0.2, "acc", "likeliest option", "#0072B2"),
-        (0.2, "written_acc", "written", "#E69F00"),
-    ):
-        heights, errors = [results[n][field] for n in LABELS], [results[n][field + "_stderr"] for n in LABELS]
-        places = [i + shift for i in range(len(LABELS))]
-        bars.bar(places, heights, 0.4, yerr=errors, capsize=3, label=label, color=colour)
-        for x, height in zip(places, heights, strict=True):
-            bars.text(x, height + 0.025, f"{height:.2f}", ha="center", fontsize=9)
+    """The table as bars, and DPO's log-probs on validation pairs with the right and with the wrong reference."""
+    fig = figure(path, 15, 5.5)
+    bars, lines = fig.subplots(1, 2, width_ratios=(3, 2))
+    for shift, field, label in ((-0.2, "acc", "likeliest option"), (0.2, "written_acc", "written")):
+        places, heights = [i + shift for i in range(len(LABELS))], [results[n][field] for n in LABELS]
+        errors = [results[n][field + "_stderr"] for n in LABELS]
+        drawn = bars.bar(places, heights, 0.4, yerr=errors, capsize=3, label=label)
+        bars.bar_label(drawn, fmt="%.2f", padding=2)
     bars.axhline(results["chance"], color="grey", linestyle=":", label="chance")
-    names = [label.replace(", ", ",\n").replace(" on ", "\non ") for label in LABELS.values()]
-    bars.set_xticks(range(len(LABELS)), names)
+    bars.set_xticks(range(len(LABELS)), [label.replace(", ", ",\n").replace(" on ", "\non ") for label in LABELS.values()])
     bars.set(ylim=(0, 1.09), ylabel="accuracy", title=f"{results['sft']['n']:,} held-out problems, ± one standard error")
     bars.legend(loc="upper left")
     for name, colour in (("dpo", "#009E73"), ("wrong", "#D55E00")):
-        val = [r for r in runs[name] if r["split"] == "val"]
         for field, style in (("logps/chosen", "-"), ("logps/rejected", "--")):
             label = f"{LABELS[name]}: {field.split('/')[1]}"
-            lines.plot([r["step"] for r in val], [r[field] for r in val], style, marker="o", color=colour, label=label)
+            lines.plot(*series(runs[name], "val", field), style, marker="o", color=colour, label=label)
     lines.set(xlabel="step", ylabel="log-probability of a completion (nats)", title="validation pairs during DPO")
     lines.legend(fontsize=9)
-    temporary = path.with_name("tmp_" + path.name)
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    os.replace(temporary, path)
+    save(fig, path)
 
 
 if __name__ == "__main__":

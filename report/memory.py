@@ -1,64 +1,67 @@
-"""What memory a training run needs, by formula: `python -m runtime.memory` prints the table of docs/scaling.md.
+"""What memory a training run needs: `python -m report.memory` prints the table of docs/scaling.md.
 
-tests/test_distributed.py and tests/test_memory.py compare the formula with what a run holds.
+Parameters are counted on a model without memory (torch's meta device). What a forward keeps for the backward pass is a
+formula, a line a model family in `KEPT`. Tests compare both with what a run holds.
 """
 
-from model import LOGITS_BUDGET, LOGITS_CHUNK, SIZES, GPTConfig
+from logprobs import LOGITS_BUDGET, LOGITS_CHUNK
+from lora import LoRAConfig, add_lora
+from model import SIZES, GPTConfig
+from report.tables import markdown
 from runtime.optim import STATES
+from weights import empty
+
+# Bytes that a block keeps for the backward pass, a token and unit of width, by the bytes of the compute dtype: the inputs of
+# its matrix products, norms and activation function.
+KEPT = {GPTConfig: {2: 36, 4: 64}}
 
 
 def parameters(c: GPTConfig) -> int:
-    """Parameters of a GPT-2: 12 n_embd^2 + 13 n_embd a block, the embeddings, the last layer norm."""
-    return c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + (c.vocab_size + c.block_size + 2) * c.n_embd
+    return sum(p.numel() for p in empty(c).parameters())
 
 
 def adapter_parameters(c: GPTConfig, rank: int) -> int:
-    """Parameters of LoRA on every linear layer, head included, q, k and v apart: rank * (n_in + n_out) each."""
-    return rank * (18 * c.n_layer * c.n_embd + c.n_embd + c.vocab_size)
+    """Parameters of LoRA of this rank on every linear layer, head included, q, k and v apart."""
+    model = empty(c)
+    add_lora(model, LoRAConfig(rank, rank, model.LINEAR))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def needed(
-    c: GPTConfig,
-    tokens: int,
-    predicted: int,
-    *,
-    processes: int = 1,
-    optimizer: str = "adamw",
-    adapters: int = 0,
-    bfloat16: bool = True,
-    checkpointing: bool = False,
+    c: GPTConfig, tokens: int, predicted: int, *, processes=1, optimizer="adamw", rank=0, bfloat16=True, checkpointing=False
 ) -> dict[str, int]:
-    """Bytes on each rank, by what they hold, without dropout.
+    """Bytes on each process, by what they hold, without dropout.
 
-    tokens: positions of the largest micro-batch (micro_tokens at most), predicted: completion tokens among them. adapters:
-    LoRA parameters, 0 = all weights are trained. Weights, gradients and optimizer are float32 and shared by the processes;
-    of LoRA's frozen weights the blocks' matrices are in the compute dtype, the rest in float32. `working`: weights as the
-    products read them: casts to bfloat16 in one process (LoRA's of the tied head only); in several the gathered embeddings and
-    two blocks, and the whole gradient, added up over micro-batches.
+    tokens: positions of the largest micro-batch (micro_tokens at most). predicted: completion tokens among them. rank: of
+    LoRA, 0 = all weights are trained. Weights, gradients and optimizer are float32 and shared by the processes; of LoRA's
+    frozen weights the blocks' matrices are in the compute dtype, the rest in float32. `working` is weights in the form that
+    the products read. In one process: casts to bfloat16 (with LoRA of the head only). In several: the gathered weights of two
+    blocks and of everything outside the blocks, and the whole gradient, added up over micro-batches.
     """
-    total, width = parameters(c), 2 if bfloat16 else 4
-    trained = adapters or total
-    linear = 12 * c.n_layer * c.n_embd**2
-    kept = 36 if bfloat16 else 64  # bytes a layer, token and n_embd: inputs of products, norms and gelu
-    a_block = tokens * (kept * c.n_embd + 4 * c.n_head + 16)
+    model = empty(c)
+    total, matrices = parameters(c), sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    outside = total - sum(p.numel() for p in model.blocks.parameters())
+    head = sum(p.numel() for p in model.head_parameters())
+    adapters = adapter_parameters(c, rank) if rank else 0
+    trained, width = adapters or total, 2 if bfloat16 else 4
+    a_block = tokens * (KEPT[type(c)][width] * c.n_embd + 4 * c.n_head + 16)
+    blocks = 4 * c.n_layer * c.n_embd * tokens + a_block if checkpointing else c.n_layer * a_block
     if processes > 1:
-        working = 4 * (c.vocab_size + c.block_size) * c.n_embd + width * 2 * linear // c.n_layer + 4 * trained
+        working = 4 * outside + width * 2 * matrices // c.n_layer + 4 * trained
     else:
-        working = 2 * ((0 if adapters else linear) + c.vocab_size * c.n_embd) if bfloat16 else 0
+        working = 2 * ((0 if rank else matrices) + head) if bfloat16 else 0
     logits = 4 * c.vocab_size * predicted
     return {
-        "weights": (4 * trained if not adapters else width * linear + 4 * (total - linear + adapters)) // processes,
+        "weights": (width * matrices + 4 * (total - matrices + adapters) if rank else 4 * total) // processes,
         "gradients": 4 * trained // processes,
         "optimizer": 4 * STATES[optimizer] * trained // processes,
         "working": working,
-        "activations": (c.n_layer * tokens * 4 * c.n_embd + a_block if checkpointing else c.n_layer * a_block)
-        + 12 * predicted * c.n_embd,
+        "activations": blocks + 12 * predicted * c.n_embd,
         "logits": logits if logits <= LOGITS_BUDGET else 2 * LOGITS_CHUNK,
     }
 
 
 def main() -> None:
-    tokens, predicted = 4096, 2048
     cases = {
         "full, 1 GPU": {},
         "full, 1 GPU, activation checkpointing": {"checkpointing": True},
@@ -68,16 +71,12 @@ def main() -> None:
         "LoRA of rank 16, 1 GPU, activation checkpointing": {"rank": 16, "checkpointing": True},
         "full, CPU (float32, 1,024 tokens)": {"bfloat16": False, "tokens": 1024, "predicted": 512},
     }
-    print(f"| GB a rank (1e9 bytes); {tokens:,} positions a forward, bfloat16 | {' | '.join(SIZES)} |")
-    print("|---" * (1 + len(SIZES)) + "|")
+    table = [["GB a rank (1e9 bytes); 4,096 positions a forward, bfloat16", *SIZES]]
     for name, case in cases.items():
-        cells = []
-        for layers, heads, width in SIZES.values():
-            c = GPTConfig(layers, heads, width)
-            more = {"tokens": tokens, "predicted": predicted, "adapters": adapter_parameters(c, case.get("rank", 0))} | case
-            more.pop("rank", None)
-            cells.append(f"{sum(needed(c, **more).values()) / 1e9:.1f}")
-        print(f"| {name} | {' | '.join(cells)} |")
+        case = {"tokens": 4096, "predicted": 2048} | case
+        found = [needed(GPTConfig(*size), **case) for size in SIZES.values()]
+        table.append([name, *(f"{sum(held.values()) / 1e9:.1f}" for held in found)])
+    print(markdown(table), end="")
 
 
 if __name__ == "__main__":

@@ -159,13 +159,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's complaint inside what torch raises: it wraps it, and for a full disk may say only that a
-    write came out short."""
+    """The operating system's complaint inside what torch raises: it wraps it, and of another rank's full disk it may say only
+    that a write failed or that the file's end is at an unexpected position."""
     if isinstance(error, OSError):
         return error
     for inner in (error.__cause__, error.__context__, *(e for e, _ in getattr(error, "failures", {}).values())):
         if isinstance(inner, BaseException) and inner is not error and (found := _os_error(inner)):
             return found
-    if isinstance(error, RuntimeError) and "write" in str(error).lower() and not lost_another(error):
+    too_short = any(words in str(error).lower() for words in ("write", "unexpected pos"))
+    if isinstance(error, RuntimeError) and too_short and not lost_another(error):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None

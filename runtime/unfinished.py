@@ -42,9 +42,12 @@ class Unfinished:
             raise UserError(f"key out: another process is writing {self.out}: wait, or name another file") from None
         done = {}
         for path in self._paths():
+            content = path.read_bytes()
+            if not FIRST.startswith(content[: len(FIRST)]):  # not with --overwrite either
+                raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
             if self.overwrite:
                 continue
-            theirs, found = _read_part(path)
+            theirs, found = _parse(path, content)
             if theirs is not None and theirs != self.settings:
                 name = next((k for k in self.settings if theirs.get(k) != self.settings[k]), "key")
                 was, now = theirs.get(name), self.settings.get(name)
@@ -73,11 +76,8 @@ class Unfinished:
             Path(self.lock.lock_file).unlink(missing_ok=True)
 
 
-def _read_part(path: Path) -> tuple[dict | None, dict[int, list[str]]]:
+def _parse(path: Path, content: bytes) -> tuple[dict | None, dict[int, list[str]]]:
     """A part file's settings (None where a kill came before the first line's end) and its completions by prompt number."""
-    content = path.read_bytes()
-    if not FIRST.startswith(content[: len(FIRST)]):
-        raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
     try:
         lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]  # the last may be torn
         return lines[0] if lines else None, {int(number): completions for number, completions in lines[1:]}

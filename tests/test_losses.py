@@ -1,5 +1,6 @@
 """Every preference loss against an independent computation: TRL's code where TRL has it, else the paper's formula."""
 
+import itertools
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -71,20 +72,13 @@ def test_names():
 @pytest.mark.parametrize("name", TRL_LOSSES)
 def test_equals_trl(name, beta):
     """Value and gradient of the mean over pairs, near and far from the reference."""
-    for seed, spread in enumerate((0.0, 1.0, 3.0, 30.0)):
-        p, o = random_pairs(seed=seed, spread=spread), settings(beta=beta)
-        if name in SMOOTHED:
-            o.label_smoothing = 0.1
+    smoothing = [0.1] if name == "exo_pair" else [0.0, 0.1] if name in SMOOTHED else [0.0]  # exo_pair needs some
+    for (seed, spread), e in itertools.product(enumerate((0.0, 1.0, 3.0, 30.0)), smoothing):
+        p, o = random_pairs(seed=seed, spread=spread), settings(beta=beta, label_smoothing=e)
         ours = value_and_grads(LOSSES[name](p, o).mean(), p)
         theirs = value_and_grads(trl_loss(p, o, [name]), p)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", sorted(SMOOTHED - {"exo_pair"}))  # TRL refuses exo_pair without smoothing
-def test_equals_trl_without_smoothing(name):
-    p, o = random_pairs(), settings()
-    torch.testing.assert_close(LOSSES[name](p, o).mean(), trl_loss(p, o, [name]), rtol=1e-9, atol=0)
 
 
 def test_added_sft_term_equals_trl():
@@ -140,25 +134,6 @@ def test_by_hand(name, changed, pair, expected):
     got = LOSSES[name](one_pair(**pair), settings(beta=0.5, **changed))
     assert got.shape == (1,)
     assert got.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_conservative_sigmoid_rests_at_the_smoothed_label():
-    """cDPO's gradient is zero where the implied preference sigmoid(beta h) is 1 - e (Mitchell 2023, section 2)."""
-    at = math.log(0.9 / 0.1) / 0.5  # h with sigmoid(0.5 h) = 0.9
-    p = one_pair(chosen=-12.0 + at, rejected=-8.0)
-    p.chosen.requires_grad_()
-    LOSSES["sigmoid"](p, settings(beta=0.5, label_smoothing=0.1)).sum().backward()
-    assert abs(p.chosen.grad.item()) < 1e-12
-
-
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_gradient_matches_finite_differences(name):
-    p, o = random_pairs(n=5, seed=3), settings(label_smoothing=0.1)
-
-    def loss(chosen, rejected):
-        return LOSSES[name](p._replace(chosen=chosen, rejected=rejected), o)
-
-    assert torch.autograd.gradcheck(loss, (p.chosen, p.rejected))
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
