@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
 from base.errors import UserError, lost_another
-from base.files import write_whole
+from base.files import sync, write_whole
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 
@@ -44,10 +44,10 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"{folder / name} is not there: out_dir must be a folder that all nodes see")
         write_whole(folder / "state.json", json.dumps(state, indent=1))
-        _sync_folder(folder)
+        sync(folder)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(folder, final)
-        _sync_folder(root)
+        sync(root)
 
     compute.once(make_room)
     try:
@@ -148,14 +148,6 @@ def _quiet():
 def _sha256(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _os_error(error: BaseException) -> OSError | None:

@@ -22,14 +22,16 @@ READING = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/lora.md", "docs/scaling.md")
 
 
-def blocks(page: str, kind: str) -> list[str]:
-    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"))
+def blocks(page: str, *kinds: str) -> list[str]:
+    """The code blocks of a page that are marked as one of these languages."""
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"))
+    return [code for kind, code in found if kind in kinds]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_scripts_and_keys_that_exist(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # keys that name a file to write are checked
-    for line in "\n".join(blocks(page, "(?:sh)?")).replace("\\\n", " ").splitlines():
+    for line in "\n".join(blocks(page, "", "sh")).replace("\\\n", " ").splitlines():
         found = re.match(r"(?:python|torchrun .*?) +(?:-m ([\w.]+)|(\w+)\.py) (.*)", line)
         if not found or "…" in line:  # not one of our scripts, or not the whole command
             continue
@@ -63,7 +65,7 @@ def test_the_reading_list_names_every_file_of_the_core():
 
 
 def test_the_examples_of_a_loss_and_a_recipe(tmp_path, monkeypatch):
-    orpo, _, reviews, *_ = blocks("CONTRIBUTING.md", "python")
+    orpo, reviews, *_ = blocks("CONTRIBUTING.md", "python")
     exec(orpo, names := vars(losses).copy())
     pair = losses.Pairs(*(torch.tensor([x], dtype=torch.float64) for x in (-10, -9, -12, -8, 4, 3)))
     assert names["orpo"](pair, SimpleNamespace(beta=0.5)).item() == pytest.approx(0.23058062506119303, rel=1e-12)
