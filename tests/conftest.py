@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost. Torch, which comes next, reads it once
+
 import tests.second_family  # noqa: F401  (its line in weights.FAMILIES, also in processes that tests start)
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost
 SHARED = Path(__file__).parents[2] / "shared"
 
 
