@@ -74,22 +74,28 @@ def _trainer(trainer_class, config_class, columns: tuple[str, ...], folder, rows
     with quiet():
         data = _dataset(rows, columns, Path(out) / "cache")
         args = config_class(**defaults | settings)
-        trainer = trainer_class(model=str(folder), args=args, train_dataset=data, callbacks=[watch], **more)
+        given = {"model": str(folder), "args": args, "train_dataset": data, "callbacks": [watch]} | more
+        trainer = trainer_class(**given)
         trainer.remove_callback(PrinterCallback)
     return trainer, watch
 
 
-def dpo_trainer(folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, ref_model=None, sync=None, **settings):
-    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has model and tokenizer. -> (trainer, watch).
+def dpo_trainer(
+    folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, model=None, ref_model=None, sync=None, **settings
+):
+    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has the tokenizer and, where no `model` is given, the
+    model. -> (trainer, watch).
 
     `settings` are DPOConfig's own names. `watch` fills as `trainer.train()` runs, see `Watch`. The reference is `ref_model`,
     or the model itself, and its log-probs are computed beforehand.
     """
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     settings = {"precompute_ref_log_probs": True} | settings
-    columns = ("prompt", "chosen", "rejected")
-    return _trainer(DPOTrainer, DPOConfig, columns, folder, pairs, out, sync, settings, ref_model=ref_model)
+    more = {"ref_model": ref_model, "processing_class": AutoTokenizer.from_pretrained(folder)}
+    more |= {} if model is None else {"model": model}
+    return _trainer(DPOTrainer, DPOConfig, ("prompt", "chosen", "rejected"), folder, pairs, out, sync, settings, **more)
 
 
 def sft_trainer(folder: str | Path, rows: list[dict] | Path, out: str | Path, *, sync=None, **settings):
