@@ -1,6 +1,7 @@
-# make demo   train a small model from scratch on a toy task, on CPU: SFT, reference, DPO, evaluation (under 4 minutes)
-# make test   the test suite
-# make check  lint
+# make demo       train a small model from scratch on a toy task, on a CPU: SFT, reference, DPO, evaluation (under 4 minutes)
+# make test       the test suite; at the end it lists what was skipped and why
+# make test-fast  the test suite without its slow tests
+# make check      lint, format, lines of code against the budgets, imports against the rooms
 # Each makes .venv and installs what it needs.
 
 PYTHON ?= python3
@@ -10,10 +11,16 @@ demo: .venv/demo.installed
 	$(BIN)/python demo.py
 
 test: .venv/dev.installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -rs
+
+test-fast: .venv/dev.installed
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow"
 
 check: .venv/dev.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.size
+	$(BIN)/python -m pytest -q tests/test_house.py
 
 .venv/demo.installed: requirements.txt | .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt matplotlib
@@ -30,4 +37,4 @@ check: .venv/dev.installed
 	  echo "nanopref needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`: name another with make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.PHONY: demo test check
+.PHONY: demo test test-fast check

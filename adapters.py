@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import weights
 from base.errors import UserError
+from base.files import read_json, read_safetensors, write_json
 from logprobs import LanguageModel
 from lora import Linear, LoRAConfig, lora_delta
 from weights import HUB_NAMES, Source, whole
@@ -138,17 +138,23 @@ def chosen(cfg, found: Source) -> LoRAConfig:
             f"{found.adapter.folder}: its layers differ in rank, scale or targets: it can be used, but not trained further; "
             "train without lora_rank (it is merged then), or from a merged model"
         )
-    for name, here, old in (
-        ("lora_rank", cfg.lora_rank, there.rank),
-        ("lora_alpha", cfg.lora_alpha or there.alpha, there.alpha),
-        ("lora_targets", targets if cfg.lora_targets else there.targets, there.targets),
-        ("lora_rslora", cfg.lora_rslora or there.stabilised, there.stabilised),
-    ):
-        if here != old:
-            said = " ".join(old) if isinstance(old, tuple) else old
+    asked = {
+        "lora_rank": cfg.lora_rank,
+        "lora_alpha": cfg.lora_alpha or there.alpha,
+        "lora_targets": " ".join(targets if cfg.lora_targets else there.targets),
+        "lora_rslora": cfg.lora_rslora or there.stabilised,
+    }
+    held = {
+        "lora_rank": there.rank,
+        "lora_alpha": there.alpha,
+        "lora_targets": " ".join(there.targets),
+        "lora_rslora": there.stabilised,
+    }
+    for name, here in asked.items():
+        if here != held[name]:
             raise UserError(
-                f"key {name}: {' '.join(here) if isinstance(here, tuple) else here}, but init_from {cfg.init_from} is an "
-                f"adapter with {said}: give that, or start a new adapter from a merged model (the run's model/)"
+                f"key {name}: {here}, but init_from {cfg.init_from} is an adapter with {held[name]}: give that, or start a new "
+                "adapter from a merged model (the run's model/)"
             )
     return replace(there, dropout=cfg.lora_dropout)
 
@@ -206,7 +212,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
 
     def write(new: Path) -> None:
         (new / WEIGHTS).write_bytes(weights.safetensors_bytes(tensors, metadata))
-        weights.write_json(new / CONFIG, config)
+        write_json(new / CONFIG, config)
         tokenizer.save(new)
 
     weights.write_folder(folder, CONFIG, "an adapter", write)
@@ -230,12 +236,7 @@ def _read(folder: Path, raw: dict, model: LanguageModel, base: str) -> Adapter:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"no {WEIGHTS} in {folder}: save the adapter as safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no .safetensors file ({error}): copy it again") from None
+    tensors, metadata = read_safetensors(path, "copy it again")
     parts = {}
     for name, layer in model.named_modules():
         theirs = model.hf_name(name) if isinstance(layer, Linear) else ""
@@ -270,7 +271,7 @@ def _split(a: Tensor, b: Tensor, scale: float, parts: int) -> Part:
 
 
 def _read_config(path: Path) -> dict:
-    raw = weights.read_json(path)
+    raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type must be LORA: other adapters are not known here")
     if not isinstance(raw.get("base_model_name_or_path"), str) or not raw["base_model_name_or_path"]:

@@ -62,8 +62,8 @@ class Config(TrainKeys):
 
 
 def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
-    """log pi and log pi_ref of these pairs' completions, (pairs, 2) each -> what a loss takes."""
-    lengths = torch.tensor([[len(c) for c in item.completions] for item in items]).to(sums)
+    """log pi and log pi_ref of these pairs' completions, (pairs, 2) each -> what a loss takes. There may be no pairs."""
+    lengths = torch.tensor([[len(c) for c in item.completions] for item in items]).view(-1, 2).to(sums)
     return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.unbind(1))
 
 

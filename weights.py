@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from base.download import hub_endpoint, hub_find
 from base.errors import UserError
+from base.files import read_json, sync, write_json
 from logprobs import LanguageModel
 
 FAMILIES = {"gpt2": "model"}  # model_type in config.json -> the file with its Config and Model, see logprobs.LanguageModel
@@ -176,17 +177,6 @@ def read_config(path: Path, dropout: float = 0.0):
         raise UserError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError if it does not hold one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object: copy it again")
-    return value
-
-
 def _ours(tensors: Iterator[tuple[Path, str, Tensor]], model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of `model`, out of the (file, transformers' name, tensor) of its weights."""
     prefix, embedding = model.PREFIX, next(n for n, p in model.named_parameters() if p is model.embedding.weight)
@@ -307,7 +297,7 @@ def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path
         new.mkdir(parents=True)
         write(new)
         for path in (*new.iterdir(), new):
-            _fsync(path)
+            sync(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(new)
@@ -317,7 +307,7 @@ def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
-    _fsync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -352,10 +342,6 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> b
     return file.getvalue()
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
@@ -385,11 +371,3 @@ def combine(digests: dict[str, str]) -> str:
 def _bytes(p: Tensor) -> memoryview:
     """The float32 values in memory order; no copy of what is float32, contiguous and on the CPU."""
     return memoryview(p.detach().to("cpu", torch.float32).contiguous().numpy().reshape(-1)).cast("B")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

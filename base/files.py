@@ -1,8 +1,12 @@
-"""Files that are written whole or not at all, and a check of where they go."""
+"""Files: written whole or not at all, checked before the work begins, read with one plain sentence for what is wrong."""
 
+import json
 import os
 import uuid
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from base.errors import UserError
 
@@ -34,3 +38,39 @@ def check_file(key: str, path: str) -> None:
     parent = next((p for p in Path(path).absolute().parents if p.exists()), None)
     if path and not (parent and parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"key {key}: {path} cannot be written: {parent} is no folder that you may write to")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no such file; UserError if it does not hold one."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object: copy it again")
+    return value
+
+
+def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_safetensors(path: Path, help: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a small safetensors file by name, and its metadata. For any other file a UserError that ends in `help`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no .safetensors file ({error}): {help}") from None

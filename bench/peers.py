@@ -63,7 +63,7 @@ def _dataset(rows: list[dict] | Path, columns: tuple[str, ...], cache: Path):
 def _trainer(trainer_class, config_class, columns: tuple[str, ...], folder, rows, out, sync, settings: dict, **more):
     """(trainer, watch) with what both trainers share: float32, constant rate, the data's order, nothing saved or reported."""
     import torch
-    from transformers import PrinterCallback
+    from transformers import AutoTokenizer, PrinterCallback
 
     defaults = {
         "output_dir": str(out), "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -74,8 +74,9 @@ def _trainer(trainer_class, config_class, columns: tuple[str, ...], folder, rows
     with quiet():
         data = _dataset(rows, columns, Path(out) / "cache")
         args = config_class(**defaults | settings)
-        given = {"model": str(folder), "args": args, "train_dataset": data, "callbacks": [watch]} | more
-        trainer = trainer_class(**given)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        same = {"args": args, "train_dataset": data, "processing_class": tokenizer, "callbacks": [watch]}
+        trainer = trainer_class(**{"model": str(folder)} | same | more)
         trainer.remove_callback(PrinterCallback)
     return trainer, watch
 
@@ -83,19 +84,19 @@ def _trainer(trainer_class, config_class, columns: tuple[str, ...], folder, rows
 def dpo_trainer(
     folder: str | Path, pairs: list[dict] | Path, out: str | Path, *, model=None, ref_model=None, sync=None, **settings
 ):
-    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}; `folder` has the tokenizer and, where no `model` is given, the
-    model. -> (trainer, watch).
+    """TRL's DPOTrainer on texts {"prompt","chosen","rejected"}. -> (trainer, watch). `folder` has the tokenizer and, where
+    `model` is not given, the model.
 
     `settings` are DPOConfig's own names. `watch` fills as `trainer.train()` runs, see `Watch`. The reference is `ref_model`,
     or the model itself, and its log-probs are computed beforehand.
     """
-    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     settings = {"precompute_ref_log_probs": True} | settings
-    more = {"ref_model": ref_model, "processing_class": AutoTokenizer.from_pretrained(folder)}
-    more |= {} if model is None else {"model": model}
-    return _trainer(DPOTrainer, DPOConfig, ("prompt", "chosen", "rejected"), folder, pairs, out, sync, settings, **more)
+    columns = ("prompt", "chosen", "rejected")
+    return _trainer(
+        DPOTrainer, DPOConfig, columns, folder, pairs, out, sync, settings, ref_model=ref_model, model=model or str(folder)
+    )
 
 
 def sft_trainer(folder: str | Path, rows: list[dict] | Path, out: str | Path, *, sync=None, **settings):

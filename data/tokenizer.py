@@ -8,7 +8,6 @@ import functools
 import gzip
 import hashlib
 import itertools
-import json
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from base.errors import UserError
+from base.files import read_json, write_json
 from data import toy, toy_math
 from weights import HUB_NAMES
 
@@ -43,7 +43,7 @@ class Tokenizer:
 
     def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
         config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
-        _write_json(folder / "tokenizer_config.json", config | {"bos_token": EOT, "eos_token": EOT} | more)
+        write_json(folder / "tokenizer_config.json", config | {"bos_token": EOT, "eos_token": EOT} | more)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -71,7 +71,7 @@ class GPT2Tokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        _write_json(folder / "vocab.json", self.vocab, indent=None)
+        write_json(folder / "vocab.json", self.vocab, indent=None)
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *self.merges, ""]), encoding="utf-8")
         self._save_config(folder, "GPT2Tokenizer", unk_token=EOT, add_prefix_space=False, model_max_length=1024)
 
@@ -141,7 +141,7 @@ class WordTokenizer(Tokenizer):
             # The unknown token is left out of the vocabulary on purpose, so that an unknown word raises there too.
             "model": {"type": "WordLevel", "vocab": self.vocab, "unk_token": "<unknown>"},
         }
-        _write_json(Path(folder) / "tokenizer.json", tokenizer)
+        write_json(Path(folder) / "tokenizer.json", tokenizer)
         self._save_config(Path(folder), "PreTrainedTokenizerFast")
 
 
@@ -164,14 +164,14 @@ def get(name_or_folder: str | Path) -> Tokenizer:
     folder = Path(name_or_folder)
     if not folder.is_dir():
         raise UserError(f"unknown tokenizer {str(folder)!r}: use one of {', '.join(KNOWN)}, or the folder of a saved model")
-    name = _read_json(folder / "tokenizer_config.json").get(KEY, "gpt2")
+    name = read_json(folder / "tokenizer_config.json").get(KEY, "gpt2")
     if name not in KNOWN:
         raise UserError(f"{folder}/tokenizer_config.json: unknown {KEY} {name!r}: known are {', '.join(KNOWN)}")
     tokenizer = _named(name)
     path, found = _vocab_of(folder)
     if found is None:
         path = folder / "config.json"
-        found = _read_json(path).get("vocab_size")
+        found = read_json(path).get("vocab_size")
         if found is None:
             hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "name a saved model's folder"
             raise UserError(f"no tokenizer files and no vocab_size in config.json, folder {folder}: {hint}")
@@ -186,7 +186,7 @@ def choose(name: str, init_from: str) -> Tokenizer:
     if name != "auto":
         return get(name)
     folder = Path(init_from).expanduser()
-    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
         init_from, folder = base, Path(base).expanduser()
     return get(folder if init_from not in (*HUB_NAMES, "scratch") and folder.is_dir() else "gpt2")
@@ -194,32 +194,14 @@ def choose(name: str, init_from: str) -> Tokenizer:
 
 def _vocab_of(folder: Path) -> tuple[Path, dict[str, int] | None]:
     """(file, token -> id) of a folder's vocab.json or tokenizer.json; None where it has neither."""
-    if found := _read_json(path := folder / "vocab.json"):
+    if found := read_json(path := folder / "vocab.json"):
         return path, found
-    if not (found := _read_json(path := folder / "tokenizer.json")):
+    if not (found := read_json(path := folder / "tokenizer.json")):
         return path, None
     try:
         return path, found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     except (TypeError, KeyError):
         return path, {}  # another kind of model: equal to no vocabulary of ours
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file. Raises UserError if it is not one."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:  # not JSON, or not UTF-8
-        raise UserError(f"cannot read {path} ({e}): copy or save the model's folder again") from e
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object: copy or save the model's folder again")
-    return found
-
-
-def _write_json(path: Path, value: dict, indent: int | None = 2) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
 def _sha256(parts: list[bytes]) -> str:

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
 from base.errors import UserError, lost_another
-from base.files import write_whole
+from base.files import sync, write_whole
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 
@@ -44,10 +44,10 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"{folder / name} is not there: out_dir must be a folder that all nodes see")
         write_whole(folder / "state.json", json.dumps(state, indent=1))
-        _sync_folder(folder)
+        sync(folder)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(folder, final)
-        _sync_folder(root)
+        sync(root)
 
     compute.once(make_room)
     try:
@@ -150,22 +150,15 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's complaint inside what torch raises: it wraps it, and for a full disk may say only that a
-    write came out short."""
+    """The operating system's complaint inside what torch raises: it wraps it, and of another rank's full disk it may say only
+    that a write failed or that the file's end is at an unexpected position."""
     if isinstance(error, OSError):
         return error
     for inner in (error.__cause__, error.__context__, *(e for e, _ in getattr(error, "failures", {}).values())):
         if isinstance(inner, BaseException) and inner is not error and (found := _os_error(inner)):
             return found
-    if isinstance(error, RuntimeError) and "write" in str(error).lower() and not lost_another(error):
+    too_short = any(words in str(error).lower() for words in ("write", "unexpected pos"))
+    if isinstance(error, RuntimeError) and too_short and not lost_another(error):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None

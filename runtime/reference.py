@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from base.errors import UserError, warn
+from base.files import read_safetensors
 from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
@@ -22,12 +22,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"key ref: {path} is damaged or no .safetensors file ({error}): make it anew") from None
+    tensors, metadata = read_safetensors(path, "make it anew with precompute_ref.py")
     if "logps" not in tensors or "weights_sha256" not in metadata:
         raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")
     return tensors, metadata

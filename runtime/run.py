@@ -1,6 +1,7 @@
 """The folder of a training run: config.toml, metrics.jsonl, checkpoints/, and at the end model/ (and adapter/)."""
 
 import dataclasses
+import errno
 import math
 import os
 import shutil
@@ -58,8 +59,10 @@ class Run:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder") from None
-        except NotImplementedError:
-            pass  # a file system without locks has none to give: it is taken on trust
+        except (NotImplementedError, OSError) as error:
+            # without a file system that has locks there is no way to know: the folder is taken on trust
+            if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""

@@ -1,4 +1,4 @@
-"""Fixtures: tiny files of the toy task, and scripts called in this process."""
+"""Fixtures: tiny files of the toy task, and scripts that run in this process or in several others."""
 
 import contextlib
 import importlib
@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost.
 
 import tests.second_family  # noqa: F401  (its line in weights.FAMILIES, also in processes that tests start)
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # real data, where there is some; tests that want it skip without it
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """End with a line for each reason why tests were skipped, and how many. Also under -q and -n."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, n in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {n}: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +78,24 @@ def dpo_args(files, sft_run, reference, out_dir, **keys) -> list[str]:
     return flags(**{**data, "out_dir": out_dir, "batch_size": 12, "lr": 1e-3, "epochs": 3, **keys})
 
 
+@pytest.fixture(scope="session")
+def stage(files, sft_run, reference):
+    """stage("sft", folder, lr=1) -> ("sft", the arguments of a run in that folder). Any other name is one of dpo's losses."""
+
+    def arguments(name: str, folder: Path, **keys: object) -> tuple[str, list[str]]:
+        if name == "sft":
+            return "sft", sft_args(files, folder, **keys)
+        return "dpo", dpo_args(files, sft_run, reference, folder, **{"loss": name, **keys})
+
+    return arguments
+
+
 def script(name: str, *args: object) -> int:
-    """Run a stage script's main as the command line would; returns its exit status."""
+    """Run `main` of a module ("sft", "selftrain.eval_math") as the command line would; returns the exit status."""
     from base.errors import run
 
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    argv, sys.argv = sys.argv, [f"{name}.py", *map(str, args)]
+    argv, sys.argv = sys.argv, [f"{name.replace('.', '/')}.py", *map(str, args)]
     try:
         run(importlib.import_module(name).main)
     except SystemExit as end:
@@ -121,6 +143,35 @@ def metrics(folder: Path | str, timeless: bool = True) -> list[dict]:
             for name in ("tokens_per_s", "step_s"):
                 record.pop(name, None)
     return records
+
+
+@pytest.fixture
+def run(call, stage):
+    """run("sft", folder, lr=1): a run that must succeed; returns (what it printed, what it wrote on stderr, its metrics)."""
+
+    def go(name: str, folder: Path, **keys: object) -> tuple[str, str, list[dict]]:
+        command, args = stage(name, folder, **keys)
+        status, printed, err = call(command, *args)
+        assert status == 0, err
+        return printed, err, metrics(folder)
+
+    return go
+
+
+def close(a: list[dict], b: list[dict], tolerance: float) -> None:
+    """Assert that two runs' records agree in every number."""
+    assert [(r["step"], r["split"], *r) for r in a] == [(r["step"], r["split"], *r) for r in b]
+    for x, y in zip(a, b, strict=True):
+        for name in x.keys() - {"split"}:
+            if name == "rewards/accuracies" and abs(x["rewards/margins"]) < 1e-4:
+                continue  # before the first update every pair is a tie, which rounding decides
+            assert x[name] == pytest.approx(y[name], abs=tolerance, rel=tolerance), (x["step"], name)
+
+
+def good(result: tuple[list[int], str]) -> None:
+    """Assert that all processes of a `world` ended well."""
+    statuses, err = result
+    assert not any(statuses), err
 
 
 @pytest.fixture(scope="session")
@@ -174,14 +225,15 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def world(spawn, tmp_path_factory):
-    """world(2, "sft", args, limits={1: bytes}): run a script in so many processes; returns (exit statuses, stderr)."""
+    """world(2, "sft", args, limits={1: bytes}, NAME="value"): run a script in so many processes, whose files may have so
+    many bytes, in that environment; returns (exit statuses, stderr)."""
 
-    def run(n: int, name: str, args: list, limits: dict | None = None) -> tuple[list[int], str]:
+    def run(n: int, name: str, args: list, limits: dict | None = None, **more: str) -> tuple[list[int], str]:
         err = tmp_path_factory.mktemp("world") / "err"
         port, children = free_port(), []
         for rank in range(n):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = {k: str(v) for k, v in env.items()} if n > 1 else {}
+            env = {k: str(v) for k, v in (env | more).items()} if n > 1 else {}
             children.append(spawn(name, args, err, (limits or {}).get(rank, 0), env))
         for child in children:
             child.join(120)

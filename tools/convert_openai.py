@@ -7,7 +7,6 @@ Then `--init_from runs/gpt2`. The checkpoint's files (see https://github.com/ope
 model.ckpt.index and model.ckpt.data-00000-of-00001. The weights go from file to file a tensor at a time.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 import weights
 from base.download import cache_dir, fetch, openai_endpoint
 from base.errors import UserError, run
+from base.files import read_json
 from data import tokenizer
 from model import GPT, GPTConfig
 from runtime.config import REQUIRED, key, load
@@ -59,11 +59,8 @@ def _file(cfg: Config, name: str) -> Path:
 
 def read_hparams(path: Path) -> GPTConfig:
     """OpenAI's hparams.json -> the model's config. Raises UserError, naming the key, for what is missing or no size."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: raw.get(name) for name in SIZES}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} holds no JSON object ({error}): get it again") from None
+    raw = read_json(path)
+    sizes = {name: raw.get(name) for name in SIZES}
     for name, size in sizes.items():
         if type(size) is not int or size <= 0:
             raise UserError(f"{path}: {name} is {size!r}, not a positive whole number: get the file again")

@@ -1,5 +1,6 @@
 """Whole runs on tiny models: the pipeline, sums that no layout may change, resuming, damage, full disks."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -18,48 +18,47 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from base.files import lock
-from tests.conftest import dpo_args, flags, metrics, ref_args, sft_args
+import sft
+import weights
+from data import load
+from data.encode import encode, load_encoded
+from data.tokenizer import get
+from data.toy import problems
+from precompute_ref import reference_logps, share_prompts
+from runtime import checkpoint
+from runtime.distributed import setup
+from runtime.optim import learning_rate
+from runtime.run import Run
+from tests.conftest import close, metrics, script, sft_args
 
 
-def close(a: list[dict], b: list[dict], tolerance: float) -> None:
-    assert [r["step"] for r in a] == [r["step"] for r in b]
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            if name == "rewards/accuracies" and abs(x["rewards/margins"]) < 1e-4:
-                continue  # before the first update every pair is a tie, which rounding decides
-            if isinstance(x[name], str):
-                same = x[name] == y[name]
-            else:
-                same = math.isclose(x[name], y[name], abs_tol=tolerance, rel_tol=tolerance)
-            assert same, (name, x, y)
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory) -> Path:
+    """The folder of a run of SFT that was never interrupted, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with contextlib.redirect_stdout(None):
+        assert script("sft", *sft_args(files, folder, keep=9)) == 0
+    return folder
 
 
 # --- the pipeline --------------------------------------------------------------------------------------------------
 
 
-def test_pipeline(files, sft_run, reference, call, tmp_path):
+def test_pipeline(files, run, call, tmp_path):
     """SFT, reference, DPO, evaluation; what comes out is a folder that transformers loads, with the same model in it."""
     out = tmp_path / "dpo"
-    status, printed, err = call("dpo", *dpo_args(files, sft_run, reference, out))
-    assert status == 0, err
-    assert "loss 0.6931" in printed and "12 tokens" not in err
-    records = metrics(out)
-    train = [r for r in records if r["split"] == "train"]
-    assert (
-        len(train) == 12
-        and abs(train[0]["loss"] - math.log(2)) < 1e-5
-        and train[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    )
+    printed, _, records = run("sigmoid", out)
+    assert "loss 0.6931" in printed and (out / "config.toml").read_text().count("beta = 0.1") == 1
+    first, train = records[0], [r for r in records if r["split"] == "train"]
+    assert (first["split"], first["step"]) == ("val", 0) and first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(train) == 12 and train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert train[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert train[-1]["rewards/accuracies"] > 0.7 and train[-1]["loss"] < 0.69
-    rewards = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
-    wanted = "loss lr grad_norm tokens " + rewards
-    assert set(wanted.split()) <= train[0].keys() and {"tokens_per_s", "step_s"} <= metrics(out, timeless=False)[1].keys()
-    assert (
-        records[0]["split"] == "val" and records[0]["step"] == 0 and records[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    wanted = (
+        "loss lr grad_norm tokens tokens_per_s step_s "
+        "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
     )
-    assert (out / "config.toml").read_text().count("beta = 0.1") == 1
+    assert set(wanted.split()) <= metrics(out, timeless=False)[1].keys()
 
     results = {}
     for mode in ("loglik", "generate"):
@@ -74,10 +73,6 @@ def test_pipeline(files, sft_run, reference, call, tmp_path):
     assert results["generate"]["acc"] <= results["generate"]["aligned"] <= 1
 
     transformers = pytest.importorskip("transformers")
-    import weights
-    from data.tokenizer import get
-    from data.toy import problems
-
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model").eval()
     text = problems("val", 1)[0][0].context
     ids = transformers.AutoTokenizer.from_pretrained(out / "model")(text)["input_ids"]
@@ -89,9 +84,6 @@ def test_pipeline(files, sft_run, reference, call, tmp_path):
 
 def test_reference_file(files, sft_run, reference):
     """float32 logps (pairs, 2), equal to each pair scored as a plain sequence; and what it is bound to."""
-    import weights
-    from data.tokenizer import get
-
     with safe_open(reference, "pt") as file:
         logps, metadata = file.get_tensor("logps"), file.metadata()
         assert logps.dtype == torch.float32 and logps.shape == (48, 2) and file.get_tensor("val_logps").shape == (16, 2)
@@ -109,72 +101,43 @@ def test_reference_file(files, sft_run, reference):
 
 def test_reference_shares_prompts_of_a_group(sft_run):
     """Three pairs of one problem are one row; the numbers are those of pairs scored alone."""
-    import weights
-    from data import load
-    from data.encode import encode
-    from data.tokenizer import get
-    from precompute_ref import reference_logps, share_prompts
-    from runtime.distributed import setup
-
-    model = weights.load(sft_run / "model")
+    model, compute = weights.load(sft_run / "model"), setup("cpu")
     items, _ = encode(load("toy", "val", "preference", limit=6), get("toy"), 128, "drop")
     shared, where = share_prompts(items)
     assert len(items) == 18 and len(shared) == 6 and [len(s.completions) for s in shared] == [4] * 6
     assert where[4] == [(1, 0), (1, 2)]
-    together = reference_logps(model, items, setup("cpu"), 4096)
-    alone = torch.cat([reference_logps(model, [item], setup("cpu"), 4096) for item in items])
+    together = reference_logps(model, items, compute, 4096)
+    alone = torch.cat([reference_logps(model, [item], compute, 4096) for item in items])
     assert (together - alone).abs().max() < 1e-4
 
 
 # --- sums that no layout may change ----------------------------------------------------------------------------------
 
-LAYOUTS = [{}, {"micro_tokens": 1}, {"micro_tokens": 400}, {"row_len": 200}, {"row_len": 300, "micro_tokens": 650}]
 
-
-def test_sft_loss_under_any_layout(files, call, tmp_path):
-    """One example a forward, several, packed rows: the same losses and gradient norms at every step."""
-    want = None
-    for n, layout in enumerate(LAYOUTS):
-        assert call("sft", *sft_args(files, tmp_path / str(n), dropout=0, **layout))[0] == 0
-        got = metrics(tmp_path / str(n))
-        want = want or got
-        close(got, want, 1e-4)
-
-
-@pytest.mark.parametrize("loss", ["sigmoid", "aot", "aot_unpaired"])
-def test_dpo_loss_under_any_layout(files, sft_run, reference, call, tmp_path, loss):
-    """Also for losses that couple the pairs of a batch; with an SFT term, whose mean runs over tokens, not pairs."""
-    want = None
-    for n, layout in enumerate(LAYOUTS):
-        more = {"loss": loss, "sft_weight": 0.5, "max_steps": 5, **layout}
-        assert call("dpo", *dpo_args(files, sft_run, reference, tmp_path / str(n), **more))[0] == 0
-        got = metrics(tmp_path / str(n))
-        want = want or got
-        close(got, want, 1e-4)
+@pytest.mark.parametrize("name", ["sft", "sigmoid", "aot", "aot_unpaired"])
+def test_the_curve_under_any_layout(name, run, tmp_path):
+    """One example a forward, several, packed rows: the same losses and gradient norms at every step. Also for losses that
+    couple the pairs of a batch, and with an SFT term, whose mean runs over tokens and not over pairs."""
+    keys = {"dropout": 0} if name == "sft" else {"sft_weight": 0.5, "max_steps": 5}
+    _, _, want = run(name, tmp_path / "want", **keys)
+    layouts = {"micro_tokens": 1}, {"micro_tokens": 400}, {"row_len": 200}, {"row_len": 300, "micro_tokens": 650}
+    for n, layout in enumerate(layouts):
+        close(run(name, tmp_path / str(n), **keys, **layout)[2], want, 1e-4)
 
 
 @pytest.mark.parametrize("loss", ["robust", "ipo", "hinge", "dpop", "exo_pair", "bco_pair", "simpo"])
-def test_dpo_runs_with_every_kind_of_loss(files, sft_run, reference, call, tmp_path, loss):
-    """Margins grow under each; simpo needs no reference file."""
-    ref = None if loss == "simpo" else reference
-    smoothing = 0.1 if loss in ("robust", "exo_pair") else 0
-    status, _, err = call("dpo", *dpo_args(files, sft_run, ref, tmp_path / "run", loss=loss, label_smoothing=smoothing))
-    assert status == 0, err
-    train = [r for r in metrics(tmp_path / "run") if r["split"] == "train"]
-    assert train[-1]["rewards/margins"] > train[0]["rewards/margins"] + 0.002
+def test_margins_grow_under_every_kind_of_loss(loss, run, tmp_path):
+    more = {"ref": None} if loss == "simpo" else {"label_smoothing": 0.1} if loss in ("robust", "exo_pair") else {}
+    margins = [r["rewards/margins"] for r in run(loss, tmp_path / "run", **more)[2] if r["split"] == "train"]
+    assert margins[-1] > margins[0] + 0.002
 
 
-def test_optimizers_and_schedules(files, call, tmp_path):
-    from types import SimpleNamespace as Settings
-
-    from runtime.optim import learning_rate
-
-    for name in ("adamw", "rmsprop", "sgd"):
-        more = {"optimizer": name, "lr": {"sgd": 0.5}.get(name, 1e-3), "schedule": "constant"}
-        assert call("sft", *sft_args(files, tmp_path / name, **more))[0] == 0
-        val = [r["loss"] for r in metrics(tmp_path / name) if r["split"] == "val"]
+def test_optimizers_and_schedules(run, tmp_path):
+    for name, lr in {"adamw": 1e-3, "rmsprop": 1e-3, "sgd": 0.5}.items():
+        _, _, records = run("sft", tmp_path / name, optimizer=name, lr=lr, schedule="constant")
+        val = [r["loss"] for r in records if r["split"] == "val"]
         assert val[-1] < val[0] - 0.1, (name, val)
-    cfg = Settings(lr=1.0, min_lr=0.1, warmup=4, schedule="cosine")
+    cfg = types.SimpleNamespace(lr=1.0, min_lr=0.1, warmup=4, schedule="cosine")
     rates = [learning_rate(cfg, s, 20) for s in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[12] == pytest.approx(0.55)
     assert rates[19] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 15 / 16)) / 2)
@@ -187,88 +150,81 @@ def test_optimizers_and_schedules(files, call, tmp_path):
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
 
 
-# ruins the model late
-LATE = {"epochs": 8, "schedule": "constant", "lr": 0.5, "warmup": 40, "grad_clip": 0, "dropout": 0}
-
-
-def test_best_checkpoint_is_kept_and_becomes_the_model(files, call, tmp_path):
-    """A rate that ruins the model late: the folder model/ has the weights of the best validation, not the last."""
-    run = tmp_path / "run"
-    args = sft_args(files, run, **LATE, keep=1, save_every=2)
-    assert call("sft", *args)[0] == 0
-    val = {r["step"]: r["loss"] for r in metrics(run) if r["split"] == "val" and r["step"]}
+def test_best_checkpoint_is_kept_and_becomes_the_model(files, run, tmp_path):
+    """A rate that ruins the model late: model/ holds the weights of the best validation, or, where that checkpoint is
+    damaged, the last ones."""
+    folder = tmp_path / "run"
+    ruin = {"epochs": 8, "schedule": "constant", "lr": 0.5, "warmup": 40, "grad_clip": 0, "dropout": 0}
+    args = {**ruin, "keep": 1, "save_every": 2}
+    val = {r["step"]: r["loss"] for r in run("sft", folder, **args)[2] if r["split"] == "val" and r["step"]}
     best = min(val, key=val.get)
-    kept = {f.name for f in (run / "checkpoints").iterdir()}
-    assert kept == {f"step_{best}", f"step_{max(val)}"}
     assert best < max(val), "the rate did not ruin the model: choose another"
-    status, printed, _ = call("sft", *args)  # finished: writes the same model again
-    assert status == 0 and f"step {best}, which validated best" in printed
-    import sft
-    import weights
-    from data.encode import load_encoded
-    from data.tokenizer import get
-    from runtime.distributed import setup
-
+    assert {f.name for f in (folder / "checkpoints").iterdir()} == {f"step_{best}", f"step_{max(val)}"}
     items = load_encoded(files["val_sft"], "val", "sft", get("toy"), 128, "drop")
-    found = sft.validate(weights.load(run / "model"), items, setup("cpu"), 4096)["loss"]
+    found = sft.validate(weights.load(folder / "model"), items, setup("cpu"), 4096)["loss"]
     assert found == pytest.approx(val[best], abs=1e-5)
+    assert f"step {best}, which validated best" in run("sft", folder, **args)[0], "a finished run writes its model again"
+    (folder / f"checkpoints/step_{best}/state.json").unlink()
+    printed, err, _ = run("sft", folder, **args)
+    assert "the last weights are used" in err and f"model: step {max(val)}\n" in printed
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best():
+    run = types.SimpleNamespace(metrics=None, best=None)
+    for step, loss, best in ((0, 9.0, None), (2, math.nan, None), (4, 3.0, 4), (6, math.nan, 4), (8, 3.5, 4), (10, 2.5, 10)):
+        assert Run.log_val(run, step, {"loss": loss}) == (best == step)
+        assert (run.best and run.best["step"]) == best
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_killed_runs_resume_to_the_bit(stage, files, sft_run, reference, tmp_path, spawn):
-    """kill -9 at ten random moments, saving included: metrics.jsonl is the unbroken run's, line for line, times aside."""
+@pytest.mark.parametrize("name", ["sft", pytest.param("sigmoid", marks=pytest.mark.slow)])
+def test_killed_runs_resume_to_the_bit(name, stage, tmp_path, spawn):
+    """kill -9 at random moments, saving included: metrics.jsonl is the unbroken run's, line for line, times aside."""
+    more = {"epochs": 8, "row_len": 200} if name == "sft" else {"epochs": 6, "eval_every": 3, "dropout": 0.1}
+    err, broken, wanted = (tmp_path / word for word in ("err", "broken", "wanted"))
+    kills = 4 if name == "sft" else 10
 
-    def args(folder):
-        if stage == "sft":
-            return sft_args(files, folder, epochs=8, save_every=2, row_len=200)
-        more = {"dropout": 0.1, "epochs": 6, "save_every": 2, "eval_every": 3}
-        return dpo_args(files, sft_run, reference, folder, **more)
+    def start(folder):
+        return spawn(*stage(name, folder, save_every=2, **more), err)
 
-    def same(folder):
-        assert metrics(folder) == metrics(tmp_path / "whole")
-        for name in ("config.json", "model.safetensors"):
-            assert (folder / "model" / name).read_bytes() == (tmp_path / "whole/model" / name).read_bytes()
-        assert not list((folder / "checkpoints").glob("*.tmp")), "what a kill left behind is cleared away"
+    def same():
+        assert metrics(broken) == metrics(wanted)
+        for file in ("model/config.json", "model/model.safetensors"):
+            assert (broken / file).read_bytes() == (wanted / file).read_bytes()
+        assert not list((broken / "checkpoints").glob("*.tmp")), "what a kill left behind is cleared away"
 
-    err, run = tmp_path / "err", tmp_path / "broken"
-    for name in ("warm", "whole"):  # the first also starts the server of processes
+    for folder in (tmp_path / "warm", wanted):  # the first also starts the server of processes
         begin = time.monotonic()
-        process = spawn(stage, args(tmp_path / name), err)
+        process = start(folder)
         process.join()
         seconds = time.monotonic() - begin
         assert process.exitcode == 0, err.read_text()
 
-    rng = random.Random(stage)
-    kills = resumed = 0
-    while kills < 10:
-        process = spawn(stage, args(run), err)
-        process.join(rng.uniform(0.05, 0.7) * seconds)
+    rng, resumed = random.Random(name), 0
+    while kills or resumed < 2:
+        process = start(broken)
+        process.join(rng.uniform(0.2, 0.7) * seconds)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-            kills += 1
-            resumed += any((run / "checkpoints").glob("step_*"))
+            kills, resumed = max(0, kills - 1), resumed + any((broken / "checkpoints").glob("step_*"))
         else:  # it got through between two kills: once more from the start
             assert process.exitcode == 0, err.read_text()
-            same(run)
-            shutil.rmtree(run)
-    last = spawn(stage, args(run), err)
+            same()
+            shutil.rmtree(broken)
+    last = start(broken)
     last.join()
     assert last.exitcode == 0, err.read_text()
-    assert resumed >= 2, "hardly a kill came after a checkpoint: make the run longer"
-    same(run)
+    same()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_finish_the_step_and_save(number, files, call, tmp_path, monkeypatch):
-    """The run stops after the step it was in, says how to go on, and goes on to the unbroken run's metrics."""
-    assert call("sft", *sft_args(files, tmp_path / "whole"))[0] == 0
-    from runtime.run import Run
-
-    log_step = Run.log_step
+@pytest.mark.parametrize(("number", "overwrite"), [(signal.SIGTERM, "false"), (signal.SIGINT, "true")])
+def test_signals_finish_the_step_and_save(number, overwrite, whole, files, run, capsys, tmp_path, monkeypatch):
+    """The run stops after the step it was in, says how to go on, and goes on to the unbroken run's metrics. --overwrite is
+    no part of the run: a copy of its config.toml does not delete it."""
+    log_step, folder = Run.log_step, tmp_path / "run"
 
     def interrupt(self, step, *args):
         log_step(self, step, *args)
@@ -276,246 +232,71 @@ def test_signals_finish_the_step_and_save(number, files, call, tmp_path, monkeyp
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Run, "log_step", interrupt)
-    status, printed, err = call("sft", *sft_args(files, tmp_path / "run"))
-    assert status == 128 + number
-    assert "stopped at step 5 of 10" in printed and "the same command goes on from there" in printed
-    assert f"{number.name}: finishing this step" in err and not (tmp_path / "run/model").exists()
+    monkeypatch.setattr(sys, "argv", ["sft.py", *sft_args(files, folder, overwrite=overwrite)])
+    before = signal.getsignal(number)
+    assert sft.main() == 128 + number and signal.getsignal(number) == before, "handlers are put back"
+    said = capsys.readouterr()
+    how = "the same command without --overwrite" if overwrite == "true" else "the same command"
+    assert f"stopped at step 5 of 10, saved in {folder / 'checkpoints'}: {how} goes on from there" in said.out
+    assert f"{number.name}: finishing this step" in said.err and not (folder / "model").exists()
+    assert "overwrite = false" in (folder / "config.toml").read_text()
     monkeypatch.undo()
-    status, printed, _ = call("sft", *sft_args(files, tmp_path / "run"))
-    assert status == 0 and "at step 5 of 10" in printed
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    printed, _, records = run("sft", folder)
+    assert "at step 5 of 10" in printed and records == metrics(whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "state"])
-def test_a_damaged_checkpoint_is_passed_over(damage, files, call, tmp_path):
-    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
-    whole = metrics(tmp_path / "run")
-    newest = tmp_path / "run/checkpoints/step_10"
-    (tensors,) = newest.glob("*.distcp")
-    content = tensors.read_bytes()
-    if damage == "cut":
-        tensors.write_bytes(content[: len(content) // 2])
-    elif damage == "flipped":
-        tensors.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    elif damage == "missing":
-        tensors.unlink()
-    else:
-        (newest / "state.json").write_text((newest / "state.json").read_text()[:40])
-    status, printed, err = call("sft", *sft_args(files, tmp_path / "run"))
-    assert status == 0 and f"{newest} is damaged" in err and "falling back to the one before" in err
-    assert "at step 9 of 10" in printed
-    assert metrics(tmp_path / "run") == whole
-
-
-def test_no_whole_checkpoint_left(files, call, refused, tmp_path):
-    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
-    for state in (tmp_path / "run/checkpoints").glob("*/state.json"):
+def test_damaged_checkpoints_are_passed_over(whole, files, run, refused, tmp_path):
+    """Cut, changed or missing; and they do not outlive the resume, or they would count as the newest ones of `keep`."""
+    checkpoints, records = tmp_path / "run/checkpoints", metrics(whole)
+    shutil.copytree(whole, tmp_path / "run")
+    newest = checkpoints / "step_10"
+    damages = {
+        "tensors": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        "flipped": lambda file: file.write_bytes(file.read_bytes().replace(b"\0" * 8, b"\0\0\0\1" * 2, 1)),
+        "missing": Path.unlink,
+        "state": lambda _: (newest / "state.json").write_text((newest / "state.json").read_text()[:40]),
+        "empty": lambda _: (checkpoints / "step_99").mkdir(),
+    }
+    for name, damage in damages.items():
+        damage(next(newest.glob("*.distcp")))
+        printed, err, after = run("sft", tmp_path / "run", keep=9)
+        assert err.count("falling back to the one before") == 1 and " is damaged (" in err, name
+        assert f"at step {10 if name == 'empty' else 9} of 10" in printed and after == records, name
+        assert {f.name for f in checkpoints.iterdir()} == {f.name for f in (whole / "checkpoints").iterdir()}, name
+        assert checkpoint.inspect(newest)[1] is None
+    for state in checkpoints.glob("*/state.json"):
         state.unlink()
-    refused("sft", *sft_args(files, tmp_path / "run"), says="every checkpoint is damaged: start anew with --overwrite")
-    assert call("sft", *sft_args(files, tmp_path / "run", overwrite="true"))[0] == 0
+    refused("sft", *sft_args(files, tmp_path / "run", keep=9), says="every checkpoint is damaged: start anew with --overwrite")
+    assert run("sft", tmp_path / "run", keep=9, overwrite="true")[2] == records
 
 
-def test_disk_full_while_saving(files, tmp_path, spawn):
-    """Files may not grow past a size that metrics fit and a second checkpoint does not: one line, status 2, the checkpoint
-    before is whole, and with room again the run goes on to the unbroken metrics."""
-    err = tmp_path / "err"
-    whole = spawn("sft", sft_args(files, tmp_path / "whole"), err)
-    whole.join()
-    assert whole.exitcode == 0, err.read_text()
-    err.unlink()
-    size = next((tmp_path / "whole/checkpoints/step_10").glob("*.distcp")).stat().st_size
-    full = spawn("sft", sft_args(files, tmp_path / "run"), err, limit=size // 2)
-    full.join()
-    said = err.read_text().strip().splitlines()
-    assert full.exitcode == 2 and len(said) == 1 and said[0].startswith("error: no space left on the disk"), said
-    assert list((tmp_path / "run/checkpoints").iterdir()) == [] and not (tmp_path / "run/model").exists()
-    again = spawn("sft", sft_args(files, tmp_path / "run"), err)
-    again.join()
-    assert again.exitcode == 0 and metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-
-
-def test_disk_full_keeps_the_checkpoint_before(files, call, refused, tmp_path, monkeypatch):
-    import torch.distributed.checkpoint as dcp
-
-    saves = []
-    save = dcp.save
-
-    def fail(*args, **kwargs):
-        saves.append(1)
-        if len(saves) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(*args, **kwargs)
-
-    monkeypatch.setattr(dcp, "save", fail)
-    refused("sft", *sft_args(files, tmp_path / "run"), says="no space left on the disk")
-    from runtime import checkpoint
-
-    kept = checkpoint.steps(tmp_path / "run/checkpoints")
-    assert len(kept) == 2 and all(checkpoint.inspect(f)[1] is None for f in kept)
-
-
-def test_a_finished_run_is_left_alone_and_other_settings_are_refused(files, call, refused, tmp_path):
-    args = sft_args(files, tmp_path / "run")
-    assert call("sft", *args)[0] == 0
-    before = metrics(tmp_path / "run", timeless=False)
+def test_a_run_is_not_wiped_by_another(whole, files, run, refused, tmp_path):
+    """A finished one is left alone, and other settings are refused, also where a kill came before the first checkpoint."""
+    shutil.copytree(whole, tmp_path / "run")
+    before = metrics(whole, timeless=False)
     left = tmp_path / "run/checkpoints/step_2.tmp"  # by a kill after the last save
     left.mkdir()
-    status, printed, _ = call("sft", *args)
-    assert status == 0 and "at step 10 of 10" in printed and metrics(tmp_path / "run", timeless=False) == before
-    assert not left.exists()
+    printed, _, _ = run("sft", tmp_path / "run", samples=0)  # a key that is free
+    assert "at step 10 of 10" in printed and metrics(tmp_path / "run", timeless=False) == before and not left.exists()
     refused("sft", *sft_args(files, tmp_path / "run", lr=2e-3), says="holds a run with lr = 0.001, not 0.002")
+    shutil.rmtree(tmp_path / "run/checkpoints")
     refused("sft", *sft_args(files, tmp_path / "run", data=files["pairs"]), says="holds a run with data =")
-    assert call("sft", *sft_args(files, tmp_path / "run", lr=2e-3, overwrite="true"))[0] == 0
-    assert metrics(tmp_path / "run")[1]["lr"] != before[1]["lr"]
+    assert metrics(tmp_path / "run", timeless=False) == before
+    assert run("sft", tmp_path / "run", lr=2e-3, overwrite="true")[2][1]["lr"] != before[1]["lr"]
 
 
-def test_two_runs_never_share_a_folder(files, refused, tmp_path):
+def test_two_runs_never_share_a_folder(files, run, refused, tmp_path, monkeypatch):
+    """Where the file system has no locks there is no way to know: then the folder is taken on trust."""
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run/.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         refused("sft", *sft_args(files, tmp_path / "run"), says="another run is writing there")
 
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
-    with open(tmp_path / "file", "w") as file, open(tmp_path / "file") as other:
-        assert lock(file) and not lock(other)
-        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
-        assert lock(other)
-
-
-def test_of_several_processes_one_does_what_cannot_be_shared(tmp_path):
-    for rank in (1, 0):
-        command = [
-            sys.executable,
-            "-m",
-            "selftrain.problems",
-            "--data",
-            "toy_math",
-            "--limit",
-            "3",
-            "--out",
-            str(tmp_path / "out.jsonl"),
-        ]
-        done = subprocess.run(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert (tmp_path / "out.jsonl").exists() == bool(done.stdout) == (rank == 0)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(files, sft_run, refused, tmp_path):
-    """Step and examples are named, and the weights are those of the step before."""
-    import weights
-    from data.tokenizer import get
-
-    model = weights.load(sft_run / "model")
-    with torch.no_grad():
-        model.wte.weight[get("toy").encode(" Mia")[0]] = float("nan")
-    weights.save(model, get("toy"), tmp_path / "nan")
-    args = flags(init_from=tmp_path / "nan", data=files["sft"], out_dir=tmp_path / "run", micro_tokens=1)
-    line = refused("sft", *args, says="the loss is nan at step 1, in the micro-batch with examples ")
-    assert "the weights were not touched" in line and not (tmp_path / "run/checkpoints").exists()
-    args = ref_args(files, sft_run, tmp_path / "nan.safetensors", init_from=tmp_path / "nan")
-    refused("precompute_ref", *args, says="not finite (pair ")
-    assert not (tmp_path / "nan.safetensors").exists()
-    refused("eval_mcq", *flags(model=tmp_path / "nan", data=files["mcq"], mode="generate"), says="its weights are damaged")
-
-
-# --- what a reader of the code once found wrong ----------------------------------------------------------------------------
-
-
-def test_a_validation_that_is_not_finite_is_never_the_best(files, call, tmp_path, monkeypatch):
-    import sft
-
-    validate = sft.validate
-    calls = []
-
-    def broken(*args):
-        calls.append(1)
-        return {"loss": float("nan"), "perplexity": float("nan")} if len(calls) == 2 else validate(*args)
-
-    monkeypatch.setattr(sft, "validate", broken)
-    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
-    state = json.loads((tmp_path / "run/checkpoints/step_10/state.json").read_text())
-    assert math.isfinite(state["best"]["loss"]) and state["best"]["step"] in (8, 10)
-
-
-def test_damaged_newer_checkpoints_do_not_outlive_the_resume(files, call, tmp_path):
-    """They would count as the newest ones, and `keep` would spare them instead of whole ones."""
-    assert call("sft", *sft_args(files, tmp_path / "run", keep=9))[0] == 0
-    checkpoints = tmp_path / "run/checkpoints"
-    for step in (9, 10):
-        (checkpoints / f"step_{step}" / "state.json").write_text("{")
-    (checkpoints / "step_99").mkdir()
-    assert call("sft", *sft_args(files, tmp_path / "run", keep=9))[0] == 0
-    assert not (checkpoints / "step_99").exists()
-    assert json.loads((checkpoints / "step_10/state.json").read_text())["step"] == 10
-
-
-def test_a_damaged_best_checkpoint_gives_the_last_weights(files, call, tmp_path):
-    args = sft_args(files, tmp_path / "run", **LATE, save_every=0)
-    assert call("sft", *args)[0] == 0
-    best = json.loads((tmp_path / "run/checkpoints/step_40/state.json").read_text())["best"]["step"]
-    assert best < 40, "the rate did not ruin the model: choose another"
-    (tmp_path / f"run/checkpoints/step_{best}/state.json").unlink()
-    status, printed, err = call("sft", *args)
-    assert status == 0 and "the last weights are used" in err and "model: step 40\n" in printed
-
-
-def test_overwrite_is_not_part_of_the_run(files, call, tmp_path, monkeypatch):
-    """It is not stored, so that a copy of config.toml does not delete the run; and a stopped run says to leave it out."""
-    from runtime.run import Run
-
-    log_step = Run.log_step
-
-    def interrupt(self, step, *args):
-        log_step(self, step, *args)
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "log_step", interrupt)
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    import sft
-
-    monkeypatch.setattr(sys, "argv", ["sft.py", *sft_args(files, tmp_path / "run", overwrite="true")])
-    assert sft.main() == 128 + signal.SIGTERM
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before, "handlers are put back"
-    assert "overwrite = false" in (tmp_path / "run/config.toml").read_text()
-    monkeypatch.undo()
-    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
-
-
-def test_a_run_without_a_checkpoint_is_not_wiped_by_another(files, call, refused, tmp_path, monkeypatch):
-    """Killed before its first save, its metrics are still somebody's: other settings are refused."""
-    from runtime.run import Run
-
-    class Killed(Exception):
-        pass
-
-    def die(*_):
-        raise Killed
-
-    monkeypatch.setattr(Run, "save", die)
-    with pytest.raises(Killed):
-        call("sft", *sft_args(files, tmp_path / "run"))
-    monkeypatch.undo()
-    lines = (tmp_path / "run/metrics.jsonl").read_text()
-    assert lines
-    refused("sft", *sft_args(files, tmp_path / "run", lr=5e-4), says="holds a run with lr = 0.001")
-    assert (tmp_path / "run/metrics.jsonl").read_text() == lines
-    assert call("sft", *sft_args(files, tmp_path / "run"))[0] == 0
-
-
-def test_files_that_cannot_be_written_are_refused_before_the_work(files, sft_run, refused, tmp_path):
-    (tmp_path / "file").write_text("")
-    for out, says in ((tmp_path, "is a folder"), (tmp_path / "file/x.json", "cannot be written")):
-        refused("eval_mcq", *flags(model=sft_run / "model", data=files["mcq"], out=out), says=says)
-    refused("precompute_ref", *ref_args(files, sft_run, tmp_path / "file/x.safetensors"), says="cannot be written")
-
-
-def test_the_demo_deletes_only_what_it_made(refused, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years")
-    refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
-    assert (tmp_path / "mine/thesis.txt").read_text() == "years"
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        run("sft", tmp_path / "run")
 
 
 # --- wandb, by a stand-in: the package is optional ------------------------------------------------------------------------
@@ -530,26 +311,19 @@ def wandb(monkeypatch):
     run = types.SimpleNamespace(
         id="abc", log=lambda r, step: fake.logged.append((step, r)), finish=lambda: fake.finished.append(1)
     )
-
-    def init(**keys):
-        fake.inits.append(keys)
-        return run
-
-    fake.init = init
+    fake.init = lambda **keys: fake.inits.append(keys) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
 
-def test_wandb_gets_every_record_and_a_resumed_run_goes_on(wandb, files, call, tmp_path):
-    args = sft_args(files, tmp_path / "run", wandb="p")
-    assert call("sft", *args)[0] == 0
+def test_wandb_gets_every_record_and_a_resumed_run_goes_on(wandb, run, tmp_path):
+    _, _, records = run("sft", tmp_path / "run", wandb="p")
     assert wandb.inits[0]["project"] == "p" and wandb.inits[0]["id"] is None and wandb.finished == [1]
     assert wandb.inits[0]["config"]["lr"] == 1e-3
-    records = metrics(tmp_path / "run")
     assert [step for step, _ in wandb.logged] == [r["step"] for r in records]
     first_train = next(r for r in records if r["split"] == "train")
     assert any(r.get("train/loss") == first_train["loss"] for _, r in wandb.logged)
-    assert call("sft", *args)[0] == 0
+    run("sft", tmp_path / "run", wandb="p")
     assert wandb.inits[1]["id"] == "abc"
 
 

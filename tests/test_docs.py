@@ -1,0 +1,76 @@
+"""The pages' commands name scripts and keys that exist, and the pages' Python does what they say."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import losses
+from runtime import config
+from tests.size import is_core, sizes
+
+ROOT = Path(__file__).parents[1]
+READING = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/lora.md", "docs/scaling.md")
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_scripts_and_keys_that_exist(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # keys that name a file to write are checked
+    for line in "\n".join(blocks(page, "(?:sh)?")).replace("\\\n", " ").splitlines():
+        found = re.match(r"(?:python|torchrun .*?) +(?:-m ([\w.]+)|(\w+)\.py) (.*)", line)
+        if not found or "…" in line:  # not one of our scripts, or not the whole command
+            continue
+        name = found[1] or found[2]
+        if find_spec(name).submodule_search_locations:
+            name += ".__main__"
+        words = [str(ROOT / word) if word.startswith("configs/") else word for word in shlex.split(found[3], comments=True)]
+        if words[0].startswith("--"):  # report's scripts take paths first
+            config.load(importlib.import_module(name).Config, words)
+
+
+def test_the_walk_through_a_step_prints_what_the_page_says():
+    number, names = r"-?\d+\.\d+", {}
+    try:
+        for code, says in re.findall(r"(?ms)^```python\n(.*?)^```\n\n```text\n(.*?)^```", READING):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(code, names)
+            both = (printed.getvalue(), says)
+            ours, theirs = ([float(n) for n in re.findall(number, text)] for text in both)
+            assert ours == pytest.approx(theirs, abs=2e-4)
+            ours, theirs = (re.sub(number, "#", text).split() for text in both)
+            assert ours == theirs
+    finally:
+        torch.set_printoptions(profile="default")
+    assert "pairs" in names, "the page's last piece was not run"
+
+
+def test_the_reading_list_names_every_file_of_the_core():
+    core = [f for f, lines in sizes().items() if lines and is_core(f) and not f.startswith("base/")]
+    assert not [f for f in core if f"`{f}`" not in READING.partition("\n## The core")[2]]
+
+
+def test_the_examples_of_a_loss_and_a_recipe(tmp_path, monkeypatch):
+    orpo, _, reviews, *_ = blocks("CONTRIBUTING.md", "python")
+    exec(orpo, names := vars(losses).copy())
+    pair = losses.Pairs(*(torch.tensor([x], dtype=torch.float64) for x in (-10, -9, -12, -8, 4, 3)))
+    assert names["orpo"](pair, SimpleNamespace(beta=0.5)).item() == pytest.approx(0.23058062506119303, rel=1e-12)
+
+    exec(reviews, recipe := {})
+    recipe |= {"VAL": 0, "TEST": 0}
+    monkeypatch.setitem(data.RECIPES, "reviews", recipe["load"])
+    (tmp_path / "reviews.csv").write_text("prompt,chosen,rejected\nIs it good?, It is., No.\n")
+    found = data.load("reviews", "train", "preference", data_dir=str(tmp_path))
+    assert [(e.prompt, e.completions) for e in found] == [("Is it good?", (" It is.", " No."))]
