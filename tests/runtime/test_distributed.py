@@ -63,9 +63,7 @@ def alone(stage, world, tmp_path_factory):
         ("sft", 2, 1),
         ("sigmoid", 4, 2),
         pytest.param("sft", 4, 1, marks=SLOW),
-        pytest.param("sft", 3, 0, marks=SLOW),
         pytest.param("sigmoid", 2, 0, marks=SLOW),
-        pytest.param("aot", 2, 1, marks=SLOW),
         pytest.param("aot", 4, 1, marks=SLOW),
     ],
 )
