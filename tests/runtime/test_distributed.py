@@ -1,6 +1,7 @@
 """Several processes: the same curve for every number of them, checkpoints that any number can read, and faults."""
 
 import fcntl
+import functools
 import gzip
 import json
 import os
@@ -30,6 +31,7 @@ from data.tokenizer import get
 from runtime import checkpoint, distributed
 from tests.conftest import ROOT, SHARED, close, dpo_args, flags, free_port, good, metrics, ref_args, sft_args
 
+SLOW = pytest.mark.slow
 KILLS = int(os.environ.get("NANOPREF_KILLS", "3"))  # random moments of `kill -9`, with and without restarts
 
 
@@ -43,31 +45,41 @@ def train_args(stage, name: str, folder: Path, **keys) -> tuple[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def alone(stage, world, tmp_path_factory) -> dict[str, Path]:
-    """Runs of one process, to compare with."""
-    folders = {name: tmp_path_factory.mktemp("alone") / name for name in ("sft", "sigmoid", "aot")}
-    for name, folder in folders.items():
+def alone(stage, world, tmp_path_factory):
+    """alone("sft"): the metrics and the weights of such a run in one process, to compare with."""
+
+    @functools.cache
+    def run(name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        folder = tmp_path_factory.mktemp("alone") / name
         good(world(1, *train_args(stage, name, folder)))
-    return folders
+        return metrics(folder), load_file(folder / "model/model.safetensors")
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("name", "n", "replicate"),
-    [("sft", 2, 1), ("sft", 4, 1), ("sft", 3, 0), ("sigmoid", 2, 0), ("sigmoid", 4, 2), ("aot", 2, 1), ("aot", 4, 1)],
+    [
+        ("sft", 2, 1),
+        ("sigmoid", 4, 2),
+        pytest.param("sft", 4, 1, marks=SLOW),
+        pytest.param("sigmoid", 2, 0, marks=SLOW),
+        pytest.param("aot", 4, 1, marks=SLOW),
+    ],
 )
 def test_the_curve_does_not_depend_on_the_number_of_processes(name, n, replicate, alone, stage, world, tmp_path):
     """Sharded, in hybrid, and whole on every rank; losses, gradient norms, rewards at every step; the weights at the end.
     Four processes run one example a forward, so that some have less work than others."""
     more = {"micro_tokens": 1} if n == 4 else {}
     good(world(n, *train_args(stage, name, tmp_path / "run", replicate=replicate, **more)))
-    close(metrics(tmp_path / "run"), metrics(alone[name]), 1e-5)
-    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", alone[name]))
-    assert ours.keys() == theirs.keys()
-    gap = max((ours[k] - theirs[k]).abs().max().item() for k in ours)
-    assert gap < 1e-4, gap
+    records, tensors = alone(name)
+    close(metrics(tmp_path / "run"), records, 1e-5)
+    ours = load_file(tmp_path / "run/model/model.safetensors")
+    assert ours.keys() == tensors.keys()
+    assert max((ours[k] - tensors[k]).abs().max().item() for k in ours) < 1e-4
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no shared data")
 def test_the_curve_on_real_pairs(world, tmp_path):
     """Anthropic HH, very unlike lengths, GPT-2's vocabulary: 1, 2 and 4 processes, all three stages."""
@@ -120,9 +132,9 @@ def test_activation_checkpointing_changes_nothing(alone, stage, call, world, tmp
     for asked in ("false", "true"):
         name, args = train_args(stage, "sigmoid", tmp_path / asked, activation_checkpointing=asked)
         assert call(name, *args)[0] == 0 and bool(calls) == (asked == "true")
-        assert metrics(tmp_path / asked) == metrics(alone["sigmoid"])
+        assert metrics(tmp_path / asked) == alone("sigmoid")[0]
     good(world(2, *train_args(stage, "sigmoid", tmp_path / "two", activation_checkpointing="true", replicate=1)))
-    close(metrics(tmp_path / "two"), metrics(alone["sigmoid"]), 1e-5)
+    close(metrics(tmp_path / "two"), alone("sigmoid")[0], 1e-5)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------
@@ -134,7 +146,7 @@ def cut_back(folder: Path, step: int) -> None:
     shutil.rmtree(folder / "model")
 
 
-@pytest.mark.parametrize(("name", "saved", "resumed"), [("sft", 1, (2, 4)), ("sigmoid", 4, (1, 2))])
+@pytest.mark.parametrize(("name", "saved", "resumed"), [("sigmoid", 4, (1, 2)), pytest.param("sft", 1, (2, 4), marks=SLOW)])
 def test_saved_by_some_resumed_by_others(name, saved, resumed, alone, stage, world, tmp_path):
     good(world(saved, *train_args(stage, name, tmp_path / "run", replicate=1)))
     shards = {f.name.split("_")[2] for f in (tmp_path / "run/checkpoints/step_3").glob("__*")}
@@ -142,9 +154,10 @@ def test_saved_by_some_resumed_by_others(name, saved, resumed, alone, stage, wor
     for n in resumed:
         cut_back(tmp_path / "run", 3)
         good(world(n, *train_args(stage, name, tmp_path / "run", replicate=2 if n == 4 else 1)))
-        close(metrics(tmp_path / "run"), metrics(alone[name]), 1e-5)
+        close(metrics(tmp_path / "run"), alone(name)[0], 1e-5)
 
 
+@SLOW
 def test_two_processes_resume_to_the_bit(files, world, tmp_path):
     """With dropout. A shard that is missing or changed is noticed, once, and the checkpoint before is taken."""
     args = sft_args(files, tmp_path / "run", keep=9, replicate=1, micro_tokens=300)
@@ -163,7 +176,7 @@ def test_two_processes_resume_to_the_bit(files, world, tmp_path):
         assert damage == "missing" or ("step_10 is damaged (__1_0.distcp" in err and err.count("falling back") == 1)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [2, pytest.param(1, marks=SLOW)])
 def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(n, files, world, tmp_path):
     """Files may not grow past a size that metrics.jsonl fits and a checkpoint does not: one line, the checkpoint before is
     whole, nothing is half-written, and with room again the run goes on to the unbroken metrics."""
@@ -297,7 +310,7 @@ def workers(folder: Path) -> list[int]:
 LONG = {"epochs": 16, "save_every": 2, "replicate": 1, "samples": 0, "eval_every": 20}
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("restarts", [0, 3])
 def test_kill_9_of_a_random_rank(restarts, files, world, tmp_path):
     """The job ends or starts again within 30 s, goes on, and its metrics are the unbroken run's; nothing partial is loaded."""
@@ -333,7 +346,7 @@ def test_kill_9_of_a_random_rank(restarts, files, world, tmp_path):
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("ctrl_c", [False, True])
 def test_sigterm_saves_once_and_ends(ctrl_c, files, world, tmp_path):
     """Ctrl-C reaches every process of the terminal, and the workers once more from torchrun."""
@@ -353,7 +366,7 @@ def test_sigterm_saves_once_and_ends(ctrl_c, files, world, tmp_path):
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@SLOW
 def test_two_nodes(alone, stage, tmp_path):
     """Two agents that meet on the loopback train together, sharded over both."""
     name, args = train_args(stage, "sigmoid", tmp_path / "run", replicate=1)
@@ -362,13 +375,13 @@ def test_two_nodes(alone, stage, tmp_path):
     for job in jobs:
         output, _ = job.communicate(timeout=120)
         assert job.returncode == 0, output
-    close(metrics(tmp_path / "run"), metrics(alone["sigmoid"]), 1e-5)
+    close(metrics(tmp_path / "run"), alone("sigmoid")[0], 1e-5)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_starting_takes_a_shard_and_a_tensor():
     """Host memory that a rank gains while the model is made and handed out; for gpt2-large see docs/scaling.md."""
