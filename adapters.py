@@ -19,7 +19,7 @@ import weights
 from base.errors import UserError
 from base.files import read_json, read_safetensors, write_json
 from logprobs import LanguageModel
-from lora import Linear, LoRAConfig, lora_delta
+from lora import Linear, LoRAConfig, is_target, lora_delta
 from weights import HUB_NAMES, Source, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +87,7 @@ class Adapter:
                     yield f"{name}.lora.start_{letter}", tensor.clone()
 
 
-def is_folder(init_from: str) -> bool:
+def is_adapter(init_from: str) -> bool:
     folder = Path(init_from).expanduser()
     return init_from not in HUB_NAMES and (folder / CONFIG).is_file() and not (folder / weights.CONFIG).is_file()
 
@@ -95,14 +95,14 @@ def is_folder(init_from: str) -> bool:
 def source(init_from: str, *, merge: bool = True, **options) -> Source:
     """`weights.source`, which also takes an adapter's folder: with `merge` its model has the adapter in its weights, without it
     is the base, and the `adapter` stands beside it."""
-    if not is_folder(init_from):
+    if not is_adapter(init_from):
         return weights.source(init_from, **options)
     folder = Path(init_from).expanduser()
     raw = _read_config(folder / CONFIG)
     name = raw["base_model_name_or_path"].removeprefix("openai-community/")
     if name == "scratch" and not all(options.get(size) for size in ("n_layer", "n_head", "n_embd", "block_size")):
         raise UserError(f"{folder}: trained on weights that no file holds: use the run's model/")
-    if is_folder(name):
+    if is_adapter(name):
         raise UserError(f"{folder / CONFIG}: base_model_name_or_path {name} is an adapter too: name a model")
     try:
         found = weights.source(name, **options)
@@ -125,7 +125,7 @@ def load(init_from: str, **options) -> LanguageModel:
     return model
 
 
-def chosen(cfg, found: Source) -> LoRAConfig:
+def lora_config(cfg, found: Source) -> LoRAConfig:
     """What the keys `lora_…` ask for. Where the run goes on from an adapter they must agree with it (UserError)."""
     if cfg.lora_rank > found.config.n_embd:
         raise UserError(f"key lora_rank: {cfg.lora_rank} is more than the model's width {found.config.n_embd}: give less")
@@ -187,10 +187,10 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
         tensors |= {f"{PEFT}{model.hf_name(name)}.lora_{x}.weight": tensor for x, tensor in (("A", a), ("B", b))}
     if rank:
         return
-    theirs = {target: _kind(next(model.hf_name(name) for name in layers if name.endswith(target))) for target in lora.targets}
+    an_example = {target: next(name for name in layers if is_target(name, (target,))) for target in lora.targets}
     # peft scales a fused layer by its own rank: alpha grows with it, so that the scale stays
-    parts = {theirs[target]: layers[name].lora.parts for target in lora.targets for name in layers if name.endswith(target)}
-    fused = {name: n for name, n in parts.items() if n > 1}
+    parts = {_kind(model.hf_name(name)): layers[name].lora.parts for name in an_example.values()}
+    fused = {kind: n for kind, n in parts.items() if n > 1}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -200,7 +200,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
         "lora_alpha": _short(lora.alpha),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.stabilised,
-        "target_modules": list(theirs.values()),
+        "target_modules": list(parts),
         "rank_pattern": {name: n * lora.rank for name, n in fused.items()},
         "alpha_pattern": {name: _short(lora.alpha * (math.sqrt(n) if lora.stabilised else n)) for name, n in fused.items()},
         "fan_in_fan_out": any(model.transposed(f"{name}.weight") for name in layers),
@@ -300,10 +300,10 @@ def _pattern(raw: dict, pattern: str, layer: str, default: float) -> float:
 
 def _uniform(parts: dict[str, Part], raw: dict, model: LanguageModel) -> LoRAConfig | None:
     """The config that makes adapters of these shapes and scales, if there is one."""
-    targets = tuple(kind for kind in model.LINEAR if any(name.endswith(kind) for name in parts))
+    targets = tuple(kind for kind in model.LINEAR if any(is_target(name, (kind,)) for name in parts))
     split = all(part.parts == model.get_submodule(name).parts for name, part in parts.items())
     config = LoRAConfig(raw["r"], float(raw["lora_alpha"]), targets, stabilised=bool(raw.get("use_rslora")), split=split)
-    layers = {name for name, layer in model.named_modules() if isinstance(layer, Linear) and name.endswith(targets)}
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, Linear) and is_target(name, targets)}
     same = all(
         part.b.shape[1] == config.rank
         and math.isclose(part.scale, config.scale)

@@ -126,8 +126,8 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
 
 def batch_gradient(model, pairs: list[Encoded], micros: list, ref: Tensor, cfg: Config, compute) -> Tensor:
     """d loss / d log pi, (pairs, 2), for a loss that couples the pairs of a batch: one pass ahead over all of them, without
-    gradients. The pass that follows it draws the same dropout."""
-    with torch.random.fork_rng():
+    gradients."""
+    with torch.random.fork_rng():  # so that the pass with gradients, which follows, draws the same dropout
         sums = torch.stack(score(model, pairs, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
     chosen_tokens = sum(len(item.completions[0]) for item in pairs)
     loss = objective(as_pairs(sums, ref, pairs), cfg, len(pairs), chosen_tokens)
@@ -141,8 +141,8 @@ def main() -> int | None:
 
     # model, text -> tokens
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    own_reference = cfg.loss not in REFERENCE_FREE and not cfg.ref
-    model = build_model(cfg, tokenizer, compute, keep_start=own_reference)
+    reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref
+    model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
@@ -163,13 +163,13 @@ def main() -> int | None:
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
     model.train()
-    if own_reference:
+    if reference_is_start:
         print("reference: this model as it starts, without the run's adapters")
         with as_started(model):
             val_ref = measure(model, val, cfg, compute) if val else val_ref
     if start == 0:
         first = plan.examples(0)
-        if cfg.loss not in REFERENCE_FREE and not own_reference:
+        if cfg.loss not in REFERENCE_FREE and not reference_is_start:
             check_first_batch(model, [train[i] for i in first], ref[first], reference, cfg, compute)
         if val and cfg.eval_every:
             this_run.log_val(0, validate(model, val, val_ref, cfg, compute))
@@ -186,7 +186,7 @@ def main() -> int | None:
         chosen_tokens = sum(len(item.completions[0]) for item in pairs)
         place = {i: n for n, i in enumerate(numbers)}
         micros = [[[place[i] for i in row] for row in rows] for rows in plan[step][compute.rank]]
-        if own_reference:
+        if reference_is_start:
             with as_started(model):
                 batch_ref = measure(model, pairs, cfg, compute)
         else:
@@ -207,7 +207,7 @@ def main() -> int | None:
                 p = as_pairs(micro_sums, batch_ref[at], batch.items)
                 loss = objective(p, cfg, len(pairs), chosen_tokens)
             else:
-                loss = (micro_sums * gradient[at]).sum()
+                loss = (micro_sums * gradient[at]).sum()  # not the loss, but it has the batch loss's gradient
             loss.backward()
             parts.append((loss, batch.items))
             sums[at] = micro_sums.detach()

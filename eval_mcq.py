@@ -45,7 +45,7 @@ class Config(DeviceKeys):
     max_new_tokens: int = key(0, "generate: most tokens of an answer, 0 = those of the batch's longest option", least=0)
 
 
-def write(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_new_tokens: int) -> list[str]:
+def write_answers(model, items: list[Encoded], tokenizer, compute, batch_size: int, max_new_tokens: int) -> list[str]:
     """A greedy answer to every item's prompt, on every rank. Prompts of like length go together."""
     answers: dict[int, str] = {}
     order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt))
@@ -114,7 +114,7 @@ def evaluate(model, tokenizer, examples: list[Example], cfg: Config, compute) ->
         logps = [sums.tolist() for sums in score(model, items, compute, cfg.micro_tokens, "scoring")]
         result, details = grade_loglik(examples, items, logps)
     else:
-        answers = write(model, items, tokenizer, compute, cfg.batch_size, cfg.max_new_tokens)
+        answers = write_answers(model, items, tokenizer, compute, cfg.batch_size, cfg.max_new_tokens)
         result, details = grade_written(examples, items, answers)
     return result, details, seconds.lap()
 

@@ -85,7 +85,7 @@ class Decode:
 
 
 @dataclass
-class Branch:
+class Draft:
     """A completion being written: of which prompt, which of its samples, and its tokens so far."""
 
     number: int
@@ -141,9 +141,9 @@ def stream(
     and others take its place, a few at a time; the longest prompts come first, so that those side by side are of like length.
     """
     was_training, block_size = model.training, model.config.block_size
-    queue = [Branch(i, j, ids) for i, ids in sorted(prompts.items(), key=lambda item: len(item[1])) for j in reversed(range(n))]
+    queue = [Draft(i, j, ids) for i, ids in sorted(prompts.items(), key=lambda item: len(item[1])) for j in reversed(range(n))]
     slots = min(batch_size or len(queue), len(queue))
-    live: list[Branch] = []  # live[r] has row r of the cache
+    live: list[Draft] = []  # live[r] has row r of the cache
     model.eval()
     try:
         cache = KVCache(model, slots, min(len(queue[-1].prompt) + max_new_tokens, block_size)) if queue else None
@@ -173,9 +173,9 @@ def stream(
         model.train(was_training)
 
 
-def take(queue: list[Branch], most: int, most_tokens: int) -> list[Branch]:
-    """Take branches off the end of `queue`, at most so many, whose prompts one forward can read: padded to the longest, they
-    come to `most_tokens` at the most (or are one prompt), and an eighth of that at most is padding."""
+def take(queue: list[Draft], most: int, most_tokens: int) -> list[Draft]:
+    """Take drafts off the end of `queue`, at most so many, whose prompts one forward can read: padded to the longest, they
+    come to `most_tokens` at the most (or are one prompt), and an eighth of that at most is padding (a guess, not tuned)."""
     group = [queue.pop()]
     longest = used = len(group[0].prompt)
     prompts = 1
@@ -188,23 +188,23 @@ def take(queue: list[Branch], most: int, most_tokens: int) -> list[Branch]:
     return group
 
 
-def prefill(model: LanguageModel, branches: list[Branch], cache: KVCache, first: int) -> Tensor:
-    """Read the branches' prompts, each prompt once, into the cache's rows from `first` on. Returns the state at each branch's
-    last token, (branches, n_embd)."""
-    prompts = list({b.number: b.prompt for b in branches}.values())
+def prefill(model: LanguageModel, drafts: list[Draft], cache: KVCache, first: int) -> Tensor:
+    """Read the drafts' prompts, each prompt once, into the cache's rows from `first` on. Returns the state at each draft's
+    last token, (drafts, n_embd)."""
+    prompts = list({b.number: b.prompt for b in drafts}.values())
     device, longest = cache.kv.device, max(map(len, prompts))
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     own = KVCache(model, len(prompts), longest)
     x = model.states(tokens, torch.arange(longest, device=device).expand_as(tokens), Prefill(own))
-    place = {number: k for k, number in enumerate(dict.fromkeys(b.number for b in branches))}
-    source = [place[b.number] for b in branches]
-    for row, (b, k) in enumerate(zip(branches, source, strict=True), start=first):
+    place = {number: k for k, number in enumerate(dict.fromkeys(b.number for b in drafts))}
+    source = [place[b.number] for b in drafts]
+    for row, (b, k) in enumerate(zip(drafts, source, strict=True), start=first):
         cache.copy(row, own, k, len(b.prompt))
-    return x[torch.tensor(source, device=device), torch.tensor([len(b.prompt) - 1 for b in branches], device=device)]
+    return x[torch.tensor(source, device=device), torch.tensor([len(b.prompt) - 1 for b in drafts], device=device)]
 
 
-def decode(model: LanguageModel, live: list[Branch], cache: KVCache) -> Tensor:
-    """Read each live branch's last token -> its state, (branches, n_embd)."""
+def decode(model: LanguageModel, live: list[Draft], cache: KVCache) -> Tensor:
+    """Read each live draft's last token -> its state, (drafts, n_embd)."""
     attention = Decode(cache, [b.read for b in live])
     tokens = torch.tensor([[b.tokens[-1]] for b in live], device=cache.kv.device)
     return model.states(tokens, attention.position[:, None], attention)[:, 0]

@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
     def project(self, x: Tensor, n_ids: int | None = None) -> Tensor:
         """What the last block gives, (rows, n_embd) -> float32 logits of the first `n_ids` tokens (None: all)."""
         x, w = self.norm(x), self.head_weight
-        h, b = (self.head.lora and self.head.lora.low(x)) or (None, None)
+        h, b = self.head.lora.down(x) if self.head.lora else (None, None)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.head.product is not None:
@@ -102,7 +102,8 @@ class LanguageModel(nn.Module):
         return logits if h is None else _add_product(logits, h.to(x.dtype), b[:n_ids].T.to(x.dtype))
 
     def inside(self, work, *args, **kwargs):
-        """`work(self, …)` as a forward pass: a sharded model's parameters outside of the blocks are gathered meanwhile."""
+        """Run `work(self, …)`. FSDP treats this method as a forward pass: until it returns, a sharded model's parameters outside
+        of the blocks are gathered."""
         return work(self, *args, **kwargs)
 
 
@@ -126,7 +127,10 @@ class Packed:
 
 
 def may_attend(example: Tensor, branch: Tensor, row, query, key):
-    """The one rule: same example, causal, and the key is the prompt's (branch 0) or of the query's own branch."""
+    """The one rule: same example, causal, and the key is the prompt's (branch 0) or of the query's own branch.
+
+    example, branch: (rows, row_len). row, query, key: integer tensors that broadcast together: who looks, and at whom.
+    """
     key_branch = branch[row, key]
     return (
         (query >= key) & (example[row, query] == example[row, key]) & ((key_branch == 0) | (key_branch == branch[row, query]))
@@ -136,7 +140,7 @@ def may_attend(example: Tensor, branch: Tensor, row, query, key):
 def attention_mask(example: Tensor, branch: Tensor):
     """The rule for rows (rows, row_len): on CUDA a FlexAttention BlockMask, elsewhere 0 or -inf, (rows, 1, row_len, row_len).
 
-    Padding carries an example number of its own, so that a padded position sees itself and no row of the mask is empty.
+    Padding has an example number of its own (data.batch.PADDING): a padded position sees itself, so no row is empty.
     """
     rows, length = example.shape
     if example.is_cuda:
@@ -206,7 +210,8 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, w, h, b, target, lse, *kept = ctx.saved_tensors
-        dx, dh = (torch.empty_like(m) if need else None for m, need in zip((x, h), ctx.needs_input_grad[::2], strict=False))
+        need_x, need_w, need_h, need_b, *_ = ctx.needs_input_grad
+        dx, dh = (torch.empty_like(m) if need else None for m, need in ((x, need_x), (h, need_h)))
         dw = db = None
         for n, i in enumerate(range(0, len(x), ctx.chunk)):
             part = slice(i, i + ctx.chunk)
@@ -220,12 +225,10 @@ class _TargetLogps(torch.autograd.Function):
             if dh is not None:
                 dh[part] = d @ b
                 db = _add_product(db, d.T, h[part])
-            if ctx.needs_input_grad[1]:
+            if need_w:
                 dw = _add_product(dw, d.T, x[part])
         if not len(x):  # with nothing to predict the gradients are zero: a sharded model's ranks must all have them
-            dw, db = (
-                torch.zeros_like(m) if need else None for m, need in zip((w, b), ctx.needs_input_grad[1::2], strict=False)
-            )
+            dw, db = (torch.zeros_like(m) if need else None for m, need in ((w, need_w), (b, need_b)))
         return dx, *(g if g is None else g.to(t) for g, t in zip((dw, dh, db), ctx.dtypes, strict=True)), None, None, None
 
 
@@ -257,7 +260,7 @@ def target_logps(x: Tensor, w: Tensor, target: Tensor, lora: LoRA | None = None)
 
     lora: the adapter beside w.
     """
-    h, b = (lora and lora.low(x)) or (None, None)
+    h, b = lora.down(x) if lora else (None, None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     row_bytes = 4 * len(w)

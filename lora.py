@@ -48,19 +48,18 @@ class LoRA(nn.Module):
         self.start_a = nn.Parameter(torch.empty_like(self.a), requires_grad=False)
         self.start_b = nn.Parameter(torch.empty_like(self.b), requires_grad=False)
 
-    def low(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x (…, n_in) -> scale * A x (…, parts * rank), and the B to multiply it with; None where the adapter is off."""
+    def down(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """x (…, n_in) -> scale * A x (…, parts * rank), and the B to multiply it with; two None where the adapter is off."""
         a, b = (self.start_a, self.start_b) if self.at_start else (self.a, self.b)
         if a is None:
-            return None
+            return None, None
         return F.linear(F.dropout(x, self.dropout, self.training), a) * self.scale, b
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output y (…, n_out) for its input x (…, n_in), plus what the adapter adds."""
-        found = self.low(x)
-        if found is None:
+        h, b = self.down(x)
+        if h is None:
             return y
-        h, b = found
         if self.parts == 1:
             return y + F.linear(h, b)
         slices = zip(h.chunk(self.parts, -1), b.chunk(self.parts), strict=True)
@@ -81,6 +80,11 @@ class Linear(nn.Linear):
         return y if self.lora is None else self.lora.add_to(y, x)
 
 
+def is_target(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a layer's name (blocks.0.attn.proj) is, or ends in, one of `targets` (attn.proj)."""
+    return f".{name}".endswith(tuple(f".{target}" for target in targets))
+
+
 def lora_delta(a: Tensor, b: Tensor, scale: float, parts: int) -> Tensor:
     """What an adapter adds to its layer's weights, (n_out, n_in)."""
     return torch.cat([scale * (b @ a) for a, b in zip(a.chunk(parts), b.chunk(parts), strict=True)])
@@ -90,14 +94,15 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     """Freeze all weights of `model` and put adapters beside them. The adapters' values are still undefined: they come from
     `initial_lora`, or from an adapter on disk, of which `keep_start` keeps a copy for `as_started`.
 
-    Matrices are cast to `dtype`, the type that their products are computed in. Embeddings stay float32.
+    Linear layers' matrices are cast to `dtype`, the type that their products are computed in. Embeddings stay float32, and
+    with them a tied head.
     """
     model.requires_grad_(False)
-    with next(model.parameters()).device:
+    with next(model.parameters()).device:  # new parameters are made there
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear) and layer.weight is not None:
                 layer.weight.data = layer.weight.data.to(dtype)
-            if isinstance(layer, Linear) and name.endswith(config.targets):
+            if isinstance(layer, Linear) and is_target(name, config.targets):
                 parts = layer.parts if config.split else 1
                 layer.lora = LoRA(layer.in_features, layer.out_features, config, parts)
                 if keep_start:

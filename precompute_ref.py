@@ -43,7 +43,8 @@ def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[
             shared.append(Encoded(item.prompt, [], item.number, item.group))
             seen = {}
         for completion in item.completions:
-            if seen.setdefault(completion.tobytes(), len(seen)) == len(shared[-1].completions):
+            if completion.tobytes() not in seen:
+                seen[completion.tobytes()] = len(seen)
                 shared[-1].completions.append(completion)
         where.append([(len(shared) - 1, seen[c.tobytes()]) for c in item.completions])
     return shared, where

@@ -153,7 +153,8 @@ def _folder(name: str) -> Find:
     folder = Path(name).expanduser()
     if name.startswith("openai:"):
         size = name.removeprefix("openai:")
-        raise UserError(f"{name} (init_from): python -m tools.convert_openai {size} FOLDER makes a folder of it: name that")
+        made = f"python -m tools.convert_openai --size {size} --out FOLDER"
+        raise UserError(f"{name} (init_from): make a folder of it with {made}, and name that")
     if not folder.exists():
         near = difflib.get_close_matches(name, [*HUB_NAMES, "scratch"], 1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(HUB_NAMES)}, scratch, or a model's folder"

@@ -1,10 +1,12 @@
 """Files: written whole or not at all, checked before the work begins, read with one plain sentence for what is wrong."""
 
+import errno
 import json
 import os
 import uuid
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,6 +31,24 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def claim(path: str | Path) -> FileLock | None:
+    """Hold the lock file `path` until `release()` is called or this process ends; None if another process holds it.
+
+    A file system without locks cannot say who holds it: there the claim is taken on trust.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    except NotImplementedError:
+        pass
+    return lock
 
 
 def check_file(key: str, path: str) -> None:

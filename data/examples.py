@@ -85,6 +85,8 @@ def local(data_dir: str, names: Sequence[str]) -> list[Path]:
     """Those of the files `names` that are in the folder `data_dir`, each as named or with .gz added or removed. UserError if
     none of them is there."""
     folder = Path(data_dir)
+    if not data_dir:
+        raise UserError(f"key data_dir: empty: name the folder that holds {', '.join(names)}")
     if not folder.is_dir():
         raise UserError(f"data_dir {data_dir}: {'not a folder' if folder.exists() else 'no such folder'}")
     spellings = ((n, n + ".gz", n.removesuffix(".gz")) for n in names)

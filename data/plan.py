@@ -66,7 +66,8 @@ def pack(step: list[int], lengths: list[int], row_len: int) -> Rows:
 def micro_batches(rows: Rows, lengths: list[int], micro_tokens: int, spare_padding: int) -> list[Rows]:
     """Rows, longest first, into micro-batches of at most `micro_tokens` positions, padding counted, but at least one row.
 
-    A micro-batch also ends where its padding would pass `spare_padding` positions: then another forward costs less.
+    A micro-batch also ends where its padding would pass `spare_padding` positions: then another forward costs less (see
+    runtime.distributed.Compute.spare_padding).
     """
     out: list[Rows] = []
     width = padding = 0

@@ -175,7 +175,7 @@ def get(name_or_folder: str | Path) -> Tokenizer:
         if found is None:
             hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "name a saved model's folder"
             raise UserError(f"no tokenizer files and no vocab_size in config.json, folder {folder}: {hint}")
-    if found not in (tokenizer.size, tokenizer.vocab):
+    if found != (tokenizer.size if isinstance(found, int) else tokenizer.vocab):
         help = "this project knows no other of that kind" if name == "gpt2" else f"train the {name} model again"
         raise UserError(f"{path} does not have the {tokenizer.size:,} tokens of the tokenizer {name}: {help}")
     return tokenizer

@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from base.errors import UserError, warn
+from base.files import claim
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,11 @@ class Cache:
 def open_cache(path: str | Path) -> Iterator[Cache]:
     """The cache in a file, for this process alone until the block ends. UserError if another process uses it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = claim(f"{path}.lock")
+    if lock is None:
+        raise UserError(f"{path}: another evaluation is using it: wait, or name another file with --cache")
     try:
-        with FileLock(f"{path}.lock", blocking=False) as lock:
-            try:
-                yield Cache(Path(path))
-            finally:
-                os.unlink(lock.lock_file)
-    except Timeout:
-        raise UserError(f"{path}: another evaluation is using it: wait, or name another file with --cache") from None
+        yield Cache(Path(path))
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -38,7 +38,7 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
                 f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model of {cfg.init_from} only "
                 f"{found.config.vocab_size}: give the --tokenizer that it was trained with"
             )
-        return found, adapters.chosen(cfg, found) if with_lora else None
+        return found, adapters.lora_config(cfg, found) if with_lora else None
 
     found, lora = compute.once(find)
     model = weights.empty(found.config)
@@ -51,8 +51,9 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
         for block in model.blocks if cfg.compile else ():
             block.forward = torch.compile(block.forward, dynamic=True)
         distributed.shard(model, compute, cfg.replicate)
+    # on other ranks than 0 there are no tensors: `fill` sends them
     distributed.fill(model, (pair for part in tensors for pair in part), compute)
-    model.origin = compute.once(found.origin)
+    model.origin = compute.once(found.origin)  # only now: the fingerprint was made while the weights were read
     return model
 
 

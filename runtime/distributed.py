@@ -243,13 +243,13 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], compute: Compu
         p = parameters[name]
         # memory that nobody writes to takes no room
         like = {"device": compute.device, "dtype": dtypes[name]}
-        whole = here.pop().to(**like) if here else torch.empty(p.shape, **like)
+        tensor = here.pop().to(**like) if here else torch.empty(p.shape, **like)
         with torch.no_grad():
             if isinstance(p, DTensor):
-                p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements).to_local())
+                p.to_local().copy_(distribute_tensor(tensor, p.device_mesh, p.placements).to_local())
             else:
-                dist.broadcast(whole, 0)
-                p.copy_(whole)
+                dist.broadcast(tensor, 0)
+                p.copy_(tensor)
         missing.discard(name)
     assert not missing, f"no weights for {missing}"
 

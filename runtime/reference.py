@@ -1,7 +1,7 @@
 """The reference file on its way into a DPO run: opened, bound to what it was made from, or refused.
 
-This is the check that the project exists for. Reference log-probs of another model train without a murmur and to nothing:
-every DPO run but the last of the HellaSwag experiment in docs/recipes.md was lost to it.
+This is the check that the project exists for. Training with another model's log-probs raises no error and gives a useless
+model: every DPO run but the last of the HellaSwag experiment in docs/recipes.md was lost to it.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Reference:
     def open(cls, cfg, fingerprint: str, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded]) -> "Reference":
         """Read `cfg.ref` and refuse it (UserError) if it does not fit the data, or the weights that the run starts from
         (`fingerprint`: their SHA-256)."""
-        if cfg.loss in REFERENCE_FREE or not cfg.ref:  # without a file: the model itself, adapters off
+        if cfg.loss in REFERENCE_FREE or not cfg.ref:  # the loss has none, or it is the model itself with its adapters off
             return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
         path = Path(cfg.ref)
         tensors, metadata = read(path)

@@ -1,7 +1,6 @@
 """The folder of a training run: config.toml, metrics.jsonl, checkpoints/, and at the end model/ (and adapter/)."""
 
 import dataclasses
-import errno
 import math
 import os
 import shutil
@@ -11,7 +10,6 @@ import time
 import tomllib
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 
@@ -19,7 +17,7 @@ import adapters
 import generate
 import weights
 from base.errors import UserError, warn
-from base.files import write_whole
+from base.files import claim, write_whole
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.config import REQUIRED
@@ -46,7 +44,7 @@ class Run:
         self.console = Console(steps, unit)
         self.metrics: Metrics | None = None  # on rank 0
         self.stop_signal = 0
-        self.lock = filelock.FileLock(self.folder / ".lock")
+        self.lock = None  # on rank 0
         compute.once(self._lock_folder)
 
     # --- begin or resume ---
@@ -55,14 +53,9 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out_dir {self.folder} is a file: name a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder") from None
-        except (NotImplementedError, OSError) as error:
-            # without a file system that has locks there is no way to know: the folder is taken on trust
-            if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+        self.lock = claim(self.folder / ".lock")
+        if self.lock is None:
+            raise UserError(f"out_dir {self.folder}: another run is writing there: wait, or name another folder")
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
@@ -235,7 +228,7 @@ class Run:
     def _end(self) -> None:
         if self.metrics:
             self.metrics.close()
-        self.lock.release()
+            self.lock.release()
         for name, handler in self.handlers.items():
             signal.signal(name, handler)
 

@@ -18,7 +18,8 @@ def score(
 
     The work is shared by all ranks, each prompt goes through the model once, and every rank gets all results.
     name: what a line of progress calls the work; "" = no progress.
-    micros: this rank's share, laid out already ([micro-batch][row][item]); then the model keeps its mode, dropout included.
+    micros: this rank's share, laid out already ([micro-batch][row][item]). Then the model keeps its mode, dropout included;
+    only dpo.batch_gradient wants that.
     """
     was_training = model.training
     if micros is None:

@@ -4,10 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import filelock
-
 from base.errors import UserError
-from base.files import write_whole
+from base.files import claim, write_whole
 from runtime.run import restarted
 
 FIRST = b'{"weights_sha256": "'  # how a part file begins
@@ -23,7 +21,7 @@ class Unfinished:
     def __init__(self, out: str, settings: dict, overwrite: bool, compute):
         self.out, self.settings, self.compute = Path(out), settings, compute
         self.overwrite = overwrite and not restarted()
-        self.lock = filelock.FileLock(f"{out}.lock")
+        self.lock = None  # on rank 0
         self.done: dict[int, list[str]] = compute.once(self._take_over)
         self.file = open(f"{out}.part{compute.rank}", "ab", buffering=0)  # noqa: SIM115
         if compute.rank:
@@ -36,10 +34,9 @@ class Unfinished:
     def _take_over(self) -> dict[int, list[str]]:
         """On rank 0: gather what earlier part files hold into the first one. Refuses files of other settings, or not ours."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"key out: another process is writing {self.out}: wait, or name another file") from None
+        self.lock = claim(f"{self.out}.lock")
+        if self.lock is None:
+            raise UserError(f"key out: another process is writing {self.out}: wait, or name another file")
         done = {}
         for path in self._paths():
             content = path.read_bytes()
@@ -71,9 +68,9 @@ class Unfinished:
     def remove(self) -> None:
         self.file.close()
         Path(self.file.name).unlink(missing_ok=True)
-        if self.compute.rank == 0:
-            self.lock.release()
+        if self.lock:
             Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
 
 def _parse(path: Path, content: bytes) -> tuple[dict | None, dict[int, list[str]]]:

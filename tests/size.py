@@ -10,10 +10,22 @@ import sys
 import tokenize
 from pathlib import Path
 
+import data
+import weights
+
 ROOT = Path(__file__).parents[1]
-RECIPES = ("alpaca", "hellaswag", "hh", "human_labels", "math_problems", "toy", "toy_math")
-STAGES = ("sft.py", "precompute_ref.py", "dpo.py", "eval_mcq.py", "eval_reward.py", "eval_winrate.py", "sample.py")
-FAMILIES = ("model.py",)
+STAGES = (
+    "sft.py",
+    "precompute_ref.py",
+    "dpo.py",
+    "eval_mcq.py",
+    "eval_reward.py",
+    "eval_winrate.py",
+    "sample.py",
+)
+FAMILIES = tuple(f"{name}.py" for name in weights.FAMILIES.values() if "." not in name)
+LOADS = [getattr(load, "func", load) for load in data.RECIPES.values()]
+RECIPES = {f"{load.__module__.replace('.', '/')}.py" for load in LOADS} | {"data/toy_math.py"}
 FLAT = ("lora.py", "logprobs.py", "generate.py", "weights.py", "adapters.py", "losses.py")
 CORE = {*FAMILIES, *FLAT, "sft.py", "precompute_ref.py", "dpo.py", "eval_mcq.py", "sample.py"}
 A_STAGE, A_FAMILY, A_FILE = 200, 200, 300
@@ -33,8 +45,7 @@ def code_lines(source: str) -> int:
 
 
 def is_core(path: str) -> bool:
-    folder, _, name = path.rpartition("/")
-    return path in CORE or folder in ("base", "runtime") or (folder == "data" and name.removesuffix(".py") not in RECIPES)
+    return path in CORE or path.partition("/")[0] in ("base", "runtime") or (path.startswith("data/") and path not in RECIPES)
 
 
 def sizes() -> dict[str, int]:

@@ -224,7 +224,7 @@ def test_keys_must_agree_with_the_adapter(base, ours, tmp_path):
 
     def chosen(folder: Path, **keys):
         cfg = config.load(sft.Config, flags(init_from=folder, data="toy", out_dir="run", **{"lora_rank": 4, **keys}))
-        return adapters.chosen(cfg, adapters.source(str(folder), merge=False))
+        return adapters.lora_config(cfg, adapters.source(str(folder), merge=False))
 
     assert chosen(ours, lora_dropout=0.1) == replace(adapters.source(str(ours)).adapter.config, dropout=0.1)
     some = chosen(base, lora_targets="head, mlp.fc", lora_rslora="true")

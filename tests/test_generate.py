@@ -83,7 +83,7 @@ def test_samples_do_not_depend_on_the_batch(gpt, how):
 
 def test_prompts_that_are_read_together():
     """In one forward at most 1/8 is padding, and a prompt stands there once, for all of its samples."""
-    queue = [generate.Branch(i, j, [0] * length) for i, length in enumerate(range(1, 31)) for j in (1, 0)]
+    queue = [generate.Draft(i, j, [0] * length) for i, length in enumerate(range(1, 31)) for j in (1, 0)]
     left, sizes = len(queue), []
     while queue:
         group = generate.take(queue, 20, 200)
