@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         return logits if h is None else _add_product(logits, h.to(x.dtype), b[:n_ids].T.to(x.dtype))
 
     def inside(self, work, *args, **kwargs):
-        """Run `work(self, …)`. FSDP treats this method as a forward pass: until it returns, a sharded model's parameters outside
+        """Run `work(self, …)`. FSDP treats it as a forward pass: until it returns, a sharded model's parameters outside
         of the blocks are gathered."""
         return work(self, *args, **kwargs)
 

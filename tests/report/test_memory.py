@@ -46,7 +46,7 @@ def test_activations_are_what_autograd_keeps(checkpointing, bfloat16, completion
     case = {"bfloat16": bfloat16, "checkpointing": checkpointing, "rank": rank}
     formula = memory.needed(config, positions, len(batch.target), **case)
     expected = formula["activations"] + formula["logits"]
-    if completions > 1:  # on a CPU the mask, once for all layers
+    if completions > 1 and not checkpointing:  # on a CPU the mask, once for all layers; checkpoint() holds it unseen
         expected += 4 * batch.tokens.size(1) * positions
     if checkpointing:  # the block that is computed again comes only in backward
         one = GPTConfig(n_layer=1, n_head=4, n_embd=128, block_size=256, vocab_size=101)
