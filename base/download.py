@@ -15,9 +15,9 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import requests
-from filelock import FileLock
 
 from base.errors import UserError
+from base.files import claim
 from base.http import Bearer, explain, reached, retry_after
 from base.progress import Progress
 
@@ -88,12 +88,15 @@ def fetch(url: str, dest: Path | str, *, sha256: str | None = None) -> Path:
     partial = dest.with_name(dest.name + ".partial")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(dest.parent / ".lock"):
+        lock = claim(dest.parent / ".lock", wait=True)
+        try:
             if not _is_there(dest, sha256):  # another process may have been faster
                 size, digest = _download(url, dest, partial)
                 _check(url, partial, size, [d for d in (sha256, digest) if d])
                 os.replace(partial, dest)
                 _etag_file(partial).unlink()
+        finally:
+            lock.release()
     except OSError as error:
         what = f"cannot write {error.filename or partial}: {error.strerror}"
         raise UserError(f"{what}; make room there, or name another folder for downloads with NANOPREF_CACHE") from error

@@ -33,14 +33,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         raise
 
 
-def claim(path: str | Path) -> FileLock | None:
-    """Hold the lock file `path` until `release()` is called or this process ends; None if another process holds it.
+def claim(path: str | Path, wait: bool = False) -> FileLock | None:
+    """Hold the lock file `path` until `release()` is called or this process ends. None if another process holds it; with
+    `wait` this one waits for that.
 
     A file system without locks cannot say who holds it: there the claim is taken on trust.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         return None
     except OSError as error:
