@@ -41,7 +41,7 @@ class Config(TrainKeys):
     beta: float = key(0.1, "strength of the pull to the reference (for ipo its tau)", above=0)
     ref: str = key("", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts")
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
-    label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, aot: chance that a label is flipped", least=0, below=1)
+    label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, both aot: chance that a label is flipped", least=0, below=1)
     simpo_gamma: float = key(0.5, "simpo: target margin")
     dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference", least=0)
     discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
@@ -62,14 +62,15 @@ class Config(TrainKeys):
 
 
 def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
-    """log pi and log pi_ref of these pairs' completions, (pairs, 2) each -> what a loss takes. There may be no pairs."""
+    """log pi and log pi_ref of these pairs' completions, (pairs, 2) each -> what a loss takes. There may be none."""
     lengths = torch.tensor([[len(c) for c in item.completions] for item in items]).view(-1, 2).to(sums)
     return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.unbind(1))
 
 
 def objective(p: Pairs, cfg: Config, n_pairs: int, chosen_tokens: int) -> Tensor:
-    """These pairs' share of the batch's loss: mean over its `n_pairs` pairs, plus `sft_weight` times the mean negative
-    log-likelihood of its `chosen_tokens` chosen tokens (the RPO of Pang et al. 2024, arXiv 2404.19733, eq. 1)."""
+    """These pairs' share of the batch's loss: the mean over the batch's `n_pairs` pairs, plus `sft_weight` times the mean
+    negative log-likelihood of the batch's `chosen_tokens` chosen tokens (like the RPO of Pang et al. 2024, arXiv 2404.19733,
+    which takes that mean within each completion)."""
     loss = LOSSES[cfg.loss](p, cfg).sum() / n_pairs
     return loss + cfg.sft_weight * losses.sft(p.chosen, chosen_tokens) if cfg.sft_weight else loss
 
@@ -105,21 +106,19 @@ def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> 
 def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Reference, cfg: Config, compute) -> None:
     """Before the first update policy and reference are the same model, so they must agree on every completion.
 
-    Raises UserError if they differ by more than rounding can explain: 1e-3 nats a token if both ran in float32, else 0.05.
+    Raises UserError if they differ by more than rounding can explain: 1e-3 nats per token if both ran in float32, else 0.05.
     """
     p = as_pairs(measure(model, items, cfg, compute), ref, items)
     exact = compute.dtype == torch.float32 and reference.metadata.get("dtype") == "float32"
     gap = max((p.ratio_chosen.abs() / p.chosen_len).max().item(), (p.ratio_rejected.abs() / p.rejected_len).max().item())
-    loss = LOSSES[cfg.loss](p, cfg).mean().item()
-    expected = ", ln 2 = 0.6931 if they were the same" if cfg.loss == "sigmoid" else ""
-    said = f"policy and reference differ by at most {gap:.2e} nats a token on the first batch; loss {loss:.4f}"
+    said = f"policy and reference differ by at most {gap:.2e} nats per token on the first batch"
     if gap <= (1e-3 if exact else 0.05):
-        print(said)
+        print(f"{said}; loss {LOSSES[cfg.loss](p, cfg).mean().item():.4f}")
     elif cfg.allow_ref_mismatch:
-        warn(f"{said}{expected}")
+        warn(said)
     else:
         raise UserError(
-            f"{cfg.ref}: {said}{expected}: the reference is not the model that this run starts from; make it anew with "
+            f"{cfg.ref}: {said}: the reference is not the model that this run starts from; make it anew with "
             "precompute_ref.py from the same weights, or insist with --allow_ref_mismatch true"
         )
 
@@ -127,7 +126,8 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
 def batch_gradient(model, pairs: list[Encoded], micros: list, ref: Tensor, cfg: Config, compute) -> Tensor:
     """d loss / d log pi, (pairs, 2), for a loss that couples the pairs of a batch: one pass ahead over all of them, without
     gradients."""
-    with torch.random.fork_rng():  # so that the pass with gradients, which follows, draws the same dropout
+    devices = [compute.device] if compute.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # so that the pass with gradients, which follows, draws the same dropout
         sums = torch.stack(score(model, pairs, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
     chosen_tokens = sum(len(item.completions[0]) for item in pairs)
     loss = objective(as_pairs(sums, ref, pairs), cfg, len(pairs), chosen_tokens)
@@ -141,7 +141,7 @@ def main() -> int | None:
 
     # model, text -> tokens
     tokenizer = choose(cfg.tokenizer, cfg.init_from)
-    reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref
+    reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
     model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
@@ -164,7 +164,7 @@ def main() -> int | None:
     print(summary(model, cfg, steps, plan))
     model.train()
     if reference_is_start:
-        print("reference: this model as it starts, without the run's adapters")
+        print("reference: the model as this run began")
         with as_started(model):
             val_ref = measure(model, val, cfg, compute) if val else val_ref
     if start == 0:
@@ -207,10 +207,11 @@ def main() -> int | None:
                 p = as_pairs(micro_sums, batch_ref[at], batch.items)
                 loss = objective(p, cfg, len(pairs), chosen_tokens)
             else:
-                loss = (micro_sums * gradient[at]).sum()  # not the loss, but it has the batch loss's gradient
+                loss = (micro_sums * gradient[at]).sum()  # the chain rule: not the loss, but its gradient is
             loss.backward()
             parts.append((loss, batch.items))
             sums[at] = micro_sums.detach()
+        # the parts' own losses are not the batch's for losses that couple its pairs: what is logged comes from all sums, below
         _, grad_norm = check_finite(parts, optim.clip(model, cfg.grad_clip), step, compute)
         optimizer.step()
         optimizer.zero_grad()

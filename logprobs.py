@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
 
 
 class Packed:
-    """Attention within rows that hold prompts and their completions: for training and scoring.
+    """Attention within whole rows, packed ones (prompts and their completions) or plain ones: for training and scoring.
 
     mask: None (every row is one sequence: causal), or what `attention_mask` makes.
     """

@@ -49,7 +49,8 @@ def completion_sums(logps: Tensor, completion: Tensor, n_completions: int) -> Te
 def sft(logps: Tensor, n_tokens: int) -> Tensor:
     """This micro-batch's share of the mean negative log-likelihood over the *global* batch's `n_tokens` tokens.
 
-    Summed over all micro-batches and ranks it is the exact mean, however unequal they are. logps: (tokens here,) -> scalar.
+    Summed over all micro-batches and ranks it is the exact mean, however unequal they are. logps: those of tokens, or sums of
+    them, (n,) -> scalar.
     """
     return -logps.sum() / n_tokens
 

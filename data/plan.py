@@ -9,7 +9,7 @@ A plan names examples by their index in the list of `Encoded`, and nests them li
     plan[rank][micro-batch][row][example]
 
 Which examples a step takes depends on the seed and the step's number alone. How they are laid out in rows, forwards and
-ranks depends on lengths and settings, and must not change any loss.
+ranks depends on lengths and settings, and must not change any loss (dropout apart: its random numbers follow the layout).
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """Where a run computes, in which precision, and with how many processes: everything that torchrun's workers must agree on.
 
 The model is sharded with FSDP2 (`fully_shard`): a block at a time is gathered, used and let go. Which examples a step takes
-does not depend on the number of processes, gradients are summed and not averaged, and what is reported is global, so the
-curve is the same for every number of them.
+does not depend on the number of processes, gradients are summed and not averaged, and what is reported is global. So without
+dropout the curve is the same for every number of them.
 """
 
 import ctypes

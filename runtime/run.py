@@ -95,7 +95,7 @@ class Run:
         found = checkpoint.newest(self.checkpoints)
         if not found and checkpoint.steps(self.checkpoints):
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
-        if found or (self.folder / "config.toml").exists():
+        if found or self._has_steps():
             self._check_settings()  # what an earlier run left is not wiped for another one
         if not found:
             return None
@@ -108,6 +108,11 @@ class Run:
             raise UserError(f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite")
         checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
         return found
+
+    def _has_steps(self) -> bool:
+        """Whether a run was begun here and did a step. One that was refused before its first step may be started otherwise."""
+        metrics = self.folder / "metrics.jsonl"
+        return (self.folder / "config.toml").exists() and metrics.exists() and b'"split": "train"' in metrics.read_bytes()
 
     def _check_settings(self) -> None:
         """Refuse to go on with other settings than the run was begun with; keys that are `free` may differ."""
@@ -187,7 +192,7 @@ class Run:
             print(f"\n{name}: finishing this step, then saving (again to stop at once)", file=sys.stderr)
 
     def stopped(self, step: int, model, optimizer) -> bool:
-        """True after Ctrl-C or SIGTERM on any rank: the step is saved, and the user told how to go on. Every step asks."""
+        """Called after every step. True after Ctrl-C or SIGTERM on any rank; then the step is saved, and the user told so."""
         self.stop_signal = max(self.compute.gather(self.stop_signal))
         if not self.stop_signal or step == self.steps:
             return False

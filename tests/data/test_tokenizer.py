@@ -161,8 +161,8 @@ def test_a_folder_with_the_ids_of_gpt2_gets_gpt2(gpt2, gpt2_folder, tmp_path):
         ({}, "no tokenizer files"),
         ({"model/x": ""}, "did you mean .*model"),
         ({"config.json": '{"vocab_size": 32000}'}, "config.json does not have the 50,257 tokens"),
-        ({"config.json": "{"}, "cannot read .*config.json"),
-        ({"config.json": "[1]"}, "not a JSON object"),
+        ({"config.json": "{"}, "config.json is not valid JSON"),
+        ({"config.json": "[1]"}, "does not hold a JSON object"),
         ({"tokenizer_config.json": '{"nanopref_tokenizer": "bert"}'}, "'bert'"),
         ({"tokenizer.json": '{"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}'}, "tokenizer.json does not have"),
         (

@@ -24,6 +24,7 @@ from data import load
 from data.encode import encode, load_encoded
 from data.tokenizer import get
 from data.toy import problems
+from losses import REFERENCE_FREE
 from precompute_ref import reference_logps, share_prompts
 from runtime import checkpoint
 from runtime.distributed import setup
@@ -127,7 +128,7 @@ def test_the_curve_under_any_layout(name, run, tmp_path):
 
 @pytest.mark.parametrize("loss", ["robust", "ipo", "hinge", "dpop", "exo_pair", "bco_pair", "simpo"])
 def test_margins_grow_under_every_kind_of_loss(loss, run, tmp_path):
-    more = {"ref": None} if loss == "simpo" else {"label_smoothing": 0.1} if loss in ("robust", "exo_pair") else {}
+    more = {"ref": None} if loss in REFERENCE_FREE else {"label_smoothing": 0.1} if loss in ("robust", "exo_pair") else {}
     margins = [r["rewards/margins"] for r in run(loss, tmp_path / "run", **more)[2] if r["split"] == "train"]
     assert margins[-1] > margins[0] + 0.002
 
