@@ -6,6 +6,7 @@ import io
 import re
 import shlex
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,13 @@ def test_the_walk_through_a_step_prints_what_the_page_says():
     finally:
         torch.set_printoptions(profile="default")
     assert "pairs" in names, "the page's last piece was not run"
+
+
+def test_the_reading_page_names_functions_that_exist():
+    named = re.findall(r"`((?:\w+/)*\w+)\.py:([\w.]+)`", READING)
+    for file, name in named:
+        attrgetter(name)(importlib.import_module(file.replace("/", ".")))
+    assert len(named) > 30
 
 
 def test_the_reading_list_names_every_file_of_the_core():
