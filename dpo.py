@@ -38,7 +38,7 @@ class Config(TrainKeys):
     """Direct Preference Optimization on pairs of chosen and rejected completions."""
 
     loss: str = key("sigmoid", "preference loss, see losses.py", LOSSES)
-    beta: float = key(0.1, "strength of the pull to the reference (for ipo its tau)", above=0)
+    beta: float = key(0.1, "strength of the pull to the reference (for ipo and sppo_hard it sets the target)", above=0)
     ref: str = key("", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts")
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
     label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, both aot: chance that a label is flipped", least=0, below=1)

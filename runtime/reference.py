@@ -41,7 +41,7 @@ class Reference:
     def open(cls, cfg, fingerprint: str, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded]) -> "Reference":
         """Read `cfg.ref` and refuse it (UserError) if it does not fit the data, or the weights that the run starts from
         (`fingerprint`: their SHA-256)."""
-        if cfg.loss in REFERENCE_FREE or not cfg.ref:  # the loss has none, or it is the model itself with its adapters off
+        if cfg.loss in REFERENCE_FREE or not cfg.ref:  # the loss has none, or it is the model as the run began
             return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
         path = Path(cfg.ref)
         tensors, metadata = read(path)
