@@ -1,10 +1,12 @@
 """The pages' commands name scripts and keys that exist, and the pages' Python does what they say."""
 
 import contextlib
+import gzip
 import importlib
 import io
 import re
 import shlex
+import textwrap
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -14,8 +16,12 @@ import pytest
 import torch
 
 import data
+import dpo
 import losses
+from base.errors import UserError
 from runtime import config
+from tests import test_losses
+from tests.data import test_recipes
 from tests.size import is_core, sizes
 
 ROOT = Path(__file__).parents[1]
@@ -72,15 +78,35 @@ def test_the_reading_list_names_every_file_of_the_core():
     assert not [f for f in core if f"`{f}`" not in READING.partition("\n## The core")[2]]
 
 
-def test_the_examples_of_a_loss_and_a_recipe(tmp_path, monkeypatch):
-    orpo, reviews, *_ = blocks("CONTRIBUTING.md", "python")
-    exec(orpo, names := vars(losses).copy())
-    pair = losses.Pairs(*(torch.tensor([x], dtype=torch.float64) for x in (-10, -9, -12, -8, 4, 3)))
-    assert names["orpo"](pair, SimpleNamespace(beta=0.5)).item() == pytest.approx(0.23058062506119303, rel=1e-12)
+def test_the_example_of_a_loss(monkeypatch):
+    """Each piece where the page puts it: the function in losses.py, the refusal in dpo.py, the line in test_losses.py."""
+    function, *_ = blocks("CONTRIBUTING.md", "python")
+    exec(function, names := vars(losses).copy())
+    monkeypatch.setitem(losses.LOSSES, "orpo", names["orpo"])
+    monkeypatch.setattr(losses, "REFERENCE_FREE", {"simpo", "orpo"})
+    refusal, pair = (code for code in blocks("CONTRIBUTING.md", "") if "orpo" in code)
+    (case,) = eval(f"[\n{pair}]")
+    test_losses.test_by_hand(*case)
+    for test in ("halves_of_a_batch", "reference_free", "far_from_the_reference_stays_finite"):
+        getattr(test_losses, f"test_{test}")("orpo")
 
+    def check(**keys):
+        exec(textwrap.dedent(refusal), vars(dpo) | {"self": SimpleNamespace(**keys)})
+
+    check(loss="orpo", sft_weight=1.0)
+    check(loss="sigmoid", sft_weight=0.0)
+    with pytest.raises(UserError, match="key sft_weight"):
+        check(loss="orpo", sft_weight=0.0)
+
+
+def test_the_example_of_a_recipe(tmp_path, monkeypatch):
+    """The page's recipe by the page's own test, run among those of tests/data/test_recipes.py."""
+    _, reviews, test, *_ = blocks("CONTRIBUTING.md", "python")
     exec(reviews, recipe := {})
-    recipe |= {"VAL": 0, "TEST": 0}
     monkeypatch.setitem(data.RECIPES, "reviews", recipe["load"])
-    (tmp_path / "reviews.csv").write_text("prompt,chosen,rejected\nIs it good?, It is., No.\n")
-    found = data.load("reviews", "train", "preference", data_dir=str(tmp_path))
-    assert [(e.prompt, e.completions) for e in found] == [("Is it good?", (" It is.", " No."))]
+    exec(test, names := vars(test_recipes).copy())
+    names["test_reviews"](tmp_path)
+    (tmp_path / "reviews.csv").unlink()
+    (tmp_path / "reviews.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" * 9)[:-9])
+    with pytest.raises(UserError, match=r"reviews\.csv\.gz: damaged"):
+        data.load("reviews", "train", "sft", data_dir=str(tmp_path))
