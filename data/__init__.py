@@ -7,7 +7,8 @@ A recipe is one file in this folder and one line in `RECIPES`. The file has
 split       "train", "val" or "test"; the training stages validate on "val"
 view        "sft": one completion; "preference": chosen and rejected; "mcq" and "loglik": the options and a label. For a view
             that the data cannot give, raise UserError; `only_text_views` does it for data without options
-data_dir    a folder with the data set's files (`local` finds them); "" = download them with `base.download.fetch`
+data_dir    a folder with the data set's files (`local` finds them), or a file where the recipe takes one; "" = download
+            them with `base.download.fetch`
 limit       above 0: only the first so many problems
 """
 
