@@ -49,10 +49,15 @@ class Adapter:
     base_sha256: str  # of the weights it was trained on; "" where it does not say
     parts: dict[str, Part]
     config: LoRAConfig | None  # None where layers differ in rank, scale or targets
+    copies: dict[str, Tensor]  # of the base's own embedding and head, which peft saves beside an adapter on the head
 
     def checked(self, found: Source) -> Iterator[tuple[str, Tensor]]:
-        """The base's weights; UserError at their end if they are not those that the adapter was trained on."""
-        yield from found.tensors
+        """The base's weights; UserError if they are not those that the adapter was trained on, in part only at their end."""
+        for name, tensor in found.tensors:
+            copy = self.copies.get(name)
+            if copy is not None and not (copy.shape == tensor.shape and torch.equal(copy, tensor.to(copy.dtype))):
+                raise UserError(f"{self.folder}: an adapter for another model: it has another {name} than {found.base}")
+            yield name, tensor
         if self.base_sha256 and self.base_sha256 != (sha256 := weights.combine(found.digests)):
             raise UserError(
                 f"{self.folder}: an adapter for other weights (SHA-256 {self.base_sha256[:12]}…) than {found.base} has now "
@@ -255,12 +260,16 @@ def _read(folder: Path, raw: dict, model: LanguageModel, base: str) -> Adapter:
         a, b = (t.to(torch.float32, copy=True) for t in (a, b))
         split = metadata.get("qkv_parts") == str(layer.parts) and rank % layer.parts == 0
         parts[name] = _split(a, b, scale, layer.parts) if split else Part(a, b, scale, 1)
-    # peft saves the base's embedding and head beside an adapter on the head: they are read with the base
-    left = [name for name in tensors if not re.search(r"(embed\w*|wte|lm_head)(\.base_layer)?\.weight$", name)]
+    copies, embedding = {}, next(n for n, p in model.named_parameters() if p is model.embedding.weight)
+    for name in (embedding, "head.weight"):
+        for theirs in (model.hf_name(name), model.hf_name(name).replace(".weight", ".base_layer.weight")):
+            if (copy := tensors.pop(PEFT + theirs, None)) is not None:
+                copies[embedding if model.config.tied else name] = copy
+    left = list(tensors)
     if left or not parts:
         what = f"tensor {left[0]} is no LoRA of a linear layer of {base}" if left else "no LoRA tensors in it"
         raise UserError(f"{path}: an adapter for another model: {what}")
-    return Adapter(folder, metadata.get("base_sha256", ""), parts, _uniform(parts, raw, model))
+    return Adapter(folder, metadata.get("base_sha256", ""), parts, _uniform(parts, raw, model), copies)
 
 
 def _split(a: Tensor, b: Tensor, scale: float, parts: int) -> Part:
@@ -288,7 +297,7 @@ def _read_config(path: Path) -> dict:
         raise UserError(f"{path}: rank_pattern and alpha_pattern must map names of layers to numbers")
     numbers = [("r", raw.get("r")), ("lora_alpha", raw.get("lora_alpha")), *(item for p in patterns for item in p.items())]
     for name, value in numbers:
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in ((int,) if name == "r" else (int, float)) or not 0 < value < math.inf:
             raise UserError(f"{path}: {name} is {value!r}, not a number above 0")
     return raw
 

@@ -110,7 +110,7 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
     """
     p = as_pairs(measure(model, items, cfg, compute), ref, items)
     exact = compute.dtype == torch.float32 and reference.metadata.get("dtype") == "float32"
-    gap = max((p.ratio_chosen.abs() / p.chosen_len).max().item(), (p.ratio_rejected.abs() / p.rejected_len).max().item())
+    gap = torch.stack([p.ratio_chosen / p.chosen_len, p.ratio_rejected / p.rejected_len]).abs().max().item()  # nan stays nan
     said = f"policy and reference differ by at most {gap:.2e} nats per token on the first batch"
     if gap <= (1e-3 if exact else 0.05):
         print(f"{said}; loss {LOSSES[cfg.loss](p, cfg).mean().item():.4f}")

@@ -36,7 +36,7 @@ class Config:
     data: str = key(REQUIRED, "a recipe (hh, hellaswag, …) or a .jsonl / .jsonl.gz file of pairs")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("val", "the recipe's split", ["train", "val", "test"])
-    limit: int = key(0, "use only the first so many pairs, 0 = all", least=0)
+    limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
@@ -76,11 +76,16 @@ def stored_reference(path: str, items: list[Encoded]) -> Tensor:
     here = data_hash(items)
     for name in ("", "val_"):
         if metadata.get(f"{name}data_sha256") == here:
-            return tensors[f"{name}logps"]
+            found = tensors.get(f"{name}logps")
+            if found is None or tuple(found.shape) != (len(items), 2):
+                raise UserError(
+                    f"key ref: {path} is damaged: it has not two numbers for each of {len(items)} pairs: make it anew"
+                )
+            return found
     made = ", ".join(f"{name} {metadata.get(name)}" for name in ("data", "tokenizer", "max_len", "truncation"))
     raise UserError(
-        f"key ref: {path} does not hold these pairs (it was made from {made}): evaluate with the same, and its number of pairs "
-        "as limit; or give --ref_model"
+        f"key ref: {path} does not hold these pairs (it was made from {made}): evaluate with the same, and the same "
+        "limit; or give --ref_model"
     )
 
 

@@ -103,6 +103,10 @@ class Draft:
         return self.number, self.sample, len(self.tokens)
 
 
+# a prompt's number -> a cache, its row there, and the state at its last token, (n_embd,)
+Ready = dict[int, tuple[KVCache, int, Tensor]]
+
+
 def greedy(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None):
     """The likeliest token each time, for prompts of unlike length in one batch -> a list of tokens a prompt.
 
@@ -144,6 +148,7 @@ def stream(
     queue = [Draft(i, j, ids) for i, ids in sorted(prompts.items(), key=lambda item: len(item[1])) for j in reversed(range(n))]
     slots = min(batch_size or len(queue), len(queue))
     live: list[Draft] = []  # live[r] has row r of the cache
+    ready: Ready = {}  # the prompt that was read and has drafts left in the queue
     model.eval()
     try:
         cache = KVCache(model, slots, min(len(queue[-1].prompt) + max_new_tokens, block_size)) if queue else None
@@ -152,7 +157,8 @@ def stream(
             if queue and (not live or 8 * free >= slots or free >= len(queue)):
                 first = len(live)
                 live += take(queue, free, CPU_PREFILL_TOKENS if cache.kv.device.type == "cpu" else PREFILL_TOKENS)
-                x = prefill(model, live[first:], cache, first)
+                x = prefill(model, live[first:], cache, first, ready)
+                ready = {number: read for number, read in ready.items() if queue and queue[-1].number == number}
             else:
                 first = 0
                 x = decode(model, live, cache)
@@ -188,19 +194,22 @@ def take(queue: list[Draft], most: int, most_tokens: int) -> list[Draft]:
     return group
 
 
-def prefill(model: LanguageModel, drafts: list[Draft], cache: KVCache, first: int) -> Tensor:
-    """Read the drafts' prompts, each prompt once, into the cache's rows from `first` on. Returns the state at each draft's
-    last token, (drafts, n_embd)."""
-    prompts = list({b.number: b.prompt for b in drafts}.values())
-    device, longest = cache.kv.device, max(map(len, prompts))
-    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-    own = KVCache(model, len(prompts), longest)
-    x = model.states(tokens, torch.arange(longest, device=device).expand_as(tokens), Prefill(own))
-    place = {number: k for k, number in enumerate(dict.fromkeys(b.number for b in drafts))}
-    source = [place[b.number] for b in drafts]
-    for row, (b, k) in enumerate(zip(drafts, source, strict=True), start=first):
-        cache.copy(row, own, k, len(b.prompt))
-    return x[torch.tensor(source, device=device), torch.tensor([len(b.prompt) - 1 for b in drafts], device=device)]
+def prefill(model: LanguageModel, drafts: list[Draft], cache: KVCache, first: int, ready: Ready) -> Tensor:
+    """Bring the drafts' prompts into the cache's rows from `first` on. Prompts that are not `ready` are read, each once, and
+    are ready then. Returns the state at each draft's last token, (drafts, n_embd)."""
+    device = cache.kv.device
+    prompts = {d.number: d.prompt for d in drafts if d.number not in ready}
+    if prompts:
+        longest = max(map(len, prompts.values()))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts.values()], device=device)
+        own = KVCache(model, len(prompts), longest)
+        x = model.states(tokens, torch.arange(longest, device=device).expand_as(tokens), Prefill(own))
+        for row, (number, prompt) in enumerate(prompts.items()):
+            ready[number] = own, row, x[row, len(prompt) - 1]
+    for row, d in enumerate(drafts, start=first):
+        source, at, _ = ready[d.number]
+        cache.copy(row, source, at, len(d.prompt))
+    return torch.stack([ready[d.number][2] for d in drafts])
 
 
 def decode(model: LanguageModel, live: list[Draft], cache: KVCache) -> Tensor:

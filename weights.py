@@ -63,7 +63,7 @@ class Source:
     def origin(self) -> Origin:
         """Known when all weights have been read."""
         folder = Path(self.base).expanduser()
-        base = str(folder.resolve()) if self.base not in HUB_NAMES and folder.is_dir() else self.base
+        base = str(folder.resolve()) if self.base not in (*HUB_NAMES, "scratch") and folder.is_dir() else self.base
         found = combine(self.digests)
         return Origin(base, found, self.adapter.fingerprint(self.digests) if self.adapter else found)
 
@@ -170,7 +170,7 @@ def _folder(name: str) -> Find:
 def read_config(path: Path, dropout: float = 0.0):
     """config.json -> a family's config. Raises UserError, with the key, for any model that no family here computes."""
     raw = read_json(path)
-    if raw.get("model_type") not in FAMILIES:
+    if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in FAMILIES:
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}, known here: {', '.join(FAMILIES)}")
     try:
         return family(raw["model_type"]).Config.from_hf(raw, dropout)

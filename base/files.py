@@ -39,16 +39,14 @@ def claim(path: str | Path, wait: bool = False) -> FileLock | None:
 
     A file system without locks cannot say who holds it: there the claim is taken on trust.
     """
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         return None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-    except NotImplementedError:
-        pass
     return lock
 
 

@@ -43,11 +43,6 @@ class Batch:
         moved = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
-    @property
-    def completion_lengths(self) -> Tensor:
-        """Tokens in each completion, (n_completions,)."""
-        return torch.bincount(self.completion, minlength=self.n_completions)
-
 
 def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
     """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`.

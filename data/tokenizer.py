@@ -165,7 +165,7 @@ def get(name_or_folder: str | Path) -> Tokenizer:
     if not folder.is_dir():
         raise UserError(f"unknown tokenizer {str(folder)!r}: use one of {', '.join(KNOWN)}, or the folder of a saved model")
     name = read_json(folder / "tokenizer_config.json").get(KEY, "gpt2")
-    if name not in KNOWN:
+    if not isinstance(name, str) or name not in KNOWN:
         raise UserError(f"{folder}/tokenizer_config.json: unknown {KEY} {name!r}: known are {', '.join(KNOWN)}")
     tokenizer = _named(name)
     path, found = _vocab_of(folder)
@@ -194,8 +194,9 @@ def choose(name: str, init_from: str) -> Tokenizer:
 
 def _vocab_of(folder: Path) -> tuple[Path, dict[str, int] | None]:
     """(file, token -> id) of a folder's vocab.json or tokenizer.json; None where it has neither."""
-    if found := read_json(path := folder / "vocab.json"):
-        return path, found
+    path = folder / "vocab.json"
+    if path.exists():
+        return path, read_json(path)
     if not (found := read_json(path := folder / "tokenizer.json")):
         return path, None
     try:

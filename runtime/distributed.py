@@ -6,8 +6,11 @@ dropout the curve is the same for every number of them.
 """
 
 import ctypes
+import hashlib
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -137,23 +140,49 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
 
 
 def join(rank: int, world: int, backend: str) -> None:
-    """Join the other processes. UserError, of each process for itself, where some do not come for as long as STUCK.
+    """Join the other processes. UserError, of each process for itself, where some do not come for as long as STUCK; rank 0
+    says which."""
+    store = meet(rank, world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=STUCK)
 
-    torchrun keeps its store when it starts workers again, and torch's own start would take from there the address that a
-    killed process left, and wait for it (seen with 2.13). So the keys of each start have a prefix of their own.
+
+def meet(rank: int, world: int) -> dist.Store:
+    """A store whose keys only the processes of this start use.
+
+    torchrun keeps its store when it starts workers again, with the addresses of the dead in it, and no number of the start is
+    the same on all nodes. So each process draws a token. Rank 0 publishes the tokens that it sees. A process that finds its
+    own among them confirms the list. When all have confirmed one list, rank 0 says so, and the keys are prefixed with its hash.
     """
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1)
     torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        server = rank == 0 and not torchruns
-        store = dist.TCPStore(host, port, None, server, STUCK, wait_for_workers=False, multi_tenant=True)
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=STUCK)
-    except (dist.DistError, RuntimeError) as error:
+    missing, why = [], f"waited {STUCK}"
+    deadline = time.monotonic() + STUCK.total_seconds()
+    try:  # torch's own way to the store waits for all processes, and cannot say for whom
+        store = dist.TCPStore(host, port, None, rank == 0 and not torchruns, STUCK, wait_for_workers=False, multi_tenant=True)
+        own = secrets.token_hex(8)
+        store.set(f"token/{rank}", own)
+        while time.monotonic() < deadline:
+            if rank == 0:
+                missing = [r for r in range(world) if not store.check([f"token/{r}"])]
+                if not missing:
+                    tokens = b" ".join(store.multi_get([f"token/{r}" for r in range(world)]))
+                    store.set("tokens", tokens)
+                    store.set("confirmed/0", tokens)
+                    confirmed = (
+                        store.check([f"confirmed/{r}"]) and store.get(f"confirmed/{r}") == tokens for r in range(world)
+                    )
+                    missing = [r for r, sure in enumerate(confirmed) if not sure]
+                if not missing:
+                    store.set("start", tokens)
+            elif store.check(["tokens"]) and own in (tokens := store.get("tokens")).decode().split():
+                store.set(f"confirmed/{rank}", tokens)
+            if store.check(["start"]) and own in (start := store.get("start").decode()).split():
+                return dist.PrefixStore(hashlib.sha256(start.encode()).hexdigest(), store)
+            time.sleep(0.02)
+    except (dist.DistError, RuntimeError) as error:  # the store is not there, or has gone with rank 0
         why = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"rank {rank}: not all {world} processes came to {host}:{port} ({why}): look for why they did not start", here=True
-        ) from None
+    who = f"rank {', '.join(map(str, missing))}" if missing else "others"
+    raise UserError(f"rank {rank}: {who} did not come to {host}:{port} ({why}): look for why they did not start", here=True)
 
 
 def _number(name: str, least: int) -> int:

@@ -65,6 +65,11 @@ class Reference:
                     f"key ref: {path} was made with another {what} ({made[name]!s:.12}, here {value:.12}{pairs}): make it "
                     "anew with precompute_ref.py from this run's init_from, data, tokenizer, max_len and truncation"
                 )
+        for pairs, table in ((train, logps), (val, val_logps)):
+            if pairs and tuple(table.shape) != (len(pairs), 2):
+                raise UserError(
+                    f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {len(pairs)} pairs: make it anew"
+                )
         if not val:
             val_logps = torch.zeros(0, 2)
         if metadata["weights_sha256"] != fingerprint:

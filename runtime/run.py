@@ -85,6 +85,8 @@ class Run:
 
     def _delete(self) -> None:
         for path in (self.folder / name for name in OURS):
+            if path.is_symlink():
+                raise UserError(f"key overwrite: {path} is a link, and what lies behind it is not deleted: remove it yourself")
             if path.is_dir():
                 shutil.rmtree(path)
             else:

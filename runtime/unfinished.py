@@ -20,10 +20,10 @@ class Unfinished:
 
     def __init__(self, out: str, settings: dict, overwrite: bool, compute):
         self.out, self.settings, self.compute = Path(out), settings, compute
-        self.overwrite = overwrite and not restarted()
+        self.overwrite = overwrite and not any(compute.gather(restarted()))
         self.lock = None  # on rank 0
         self.done: dict[int, list[str]] = compute.once(self._take_over)
-        self.file = open(f"{out}.part{compute.rank}", "ab", buffering=0)  # noqa: SIM115
+        self.file = open(f"{out}.part{compute.rank}", "ab")  # noqa: SIM115
         if compute.rank:
             self._write(settings)
 
@@ -44,7 +44,7 @@ class Unfinished:
                 raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
             if self.overwrite:
                 continue
-            theirs, found = _parse(path, content)
+            theirs, found = _parse(content)
             if theirs is not None and theirs != self.settings:
                 name = next((k for k in self.settings if theirs.get(k) != self.settings[k]), "key")
                 was, now = theirs.get(name), self.settings.get(name)
@@ -64,6 +64,7 @@ class Unfinished:
 
     def _write(self, line) -> None:
         self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()  # a full disk is an OSError here
 
     def remove(self) -> None:
         self.file.close()
@@ -73,10 +74,14 @@ class Unfinished:
             self.lock.release()
 
 
-def _parse(path: Path, content: bytes) -> tuple[dict | None, dict[int, list[str]]]:
-    """A part file's settings (None where a kill came before the first line's end) and its completions by prompt number."""
-    try:
-        lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]  # the last may be torn
-        return lines[0] if lines else None, {int(number): completions for number, completions in lines[1:]}
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: throw away what it holds with --overwrite, or name another --out") from None
+def _parse(content: bytes) -> tuple[dict | None, dict[int, list[str]]]:
+    """A part file's settings (None where a kill came before the first line's end) and its completions by prompt number, up to
+    the first line that is not whole: there a kill, a power cut or a full disk came between."""
+    lines = []
+    for line in content.splitlines():
+        try:
+            value = json.loads(line)
+            lines.append(value if not lines else (int(value[0]), value[1]))
+        except (ValueError, TypeError, LookupError):
+            break
+    return lines[0] if lines else None, dict(lines[1:])

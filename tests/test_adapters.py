@@ -240,3 +240,19 @@ def test_keys_must_agree_with_the_adapter(base, ours, tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             chosen(folder, **keys)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_the_head_of_another_model_is_refused(tied, tmp_path):
+    """peft saves the base's own head or embedding beside it: they must be those of the base that is named."""
+    base = peers.gpt2_folder(tmp_path / "base", tied=tied)
+    folder = peers.peft_adapter(base, tmp_path / "adapter", **PEFT["only the head"])
+    path = folder / adapters.WEIGHTS
+    tensors = load_file(path)
+    copies = [name for name in tensors if "lora" not in name]
+    assert copies
+    opened(folder)
+    for name in copies:
+        save_file(tensors | {name: tensors[name] + 1}, path, {"format": "pt"})
+        with pytest.raises(UserError, match="an adapter for another model: it has another"):
+            opened(folder)

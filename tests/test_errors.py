@@ -122,6 +122,16 @@ def test_reference_for_other_weights(files, sft_run, reference, call, refused, t
     assert len(metrics(tmp_path / "run")) == 3
 
 
+def test_a_reference_with_too_few_numbers_is_refused(files, sft_run, reference, refused, tmp_path):
+    with safe_open(reference, "pt") as file:
+        metadata = file.metadata()
+    for name in ("logps", "val_logps"):
+        tensors = load_file(reference)
+        tensors[name] = tensors[name][:7].clone()
+        save_file(tensors, tmp_path / "short.safetensors", metadata)
+        refused("dpo", *dpo_args(files, sft_run, tmp_path / "short.safetensors", tmp_path / "run"), says="is damaged: (7, 2)")
+
+
 def test_reference_that_lies_is_caught_on_the_first_batch(files, sft_run, reference, refused, call, tmp_path):
     """Right hashes, wrong numbers: the check does not trust the file's word."""
     with safe_open(reference, "pt") as file:

@@ -94,6 +94,14 @@ def test_prompts_that_are_read_together():
     assert sum(sizes) == left and max(sizes) > 10
 
 
+@pytest.mark.parametrize("n, batch_size", [(16, 16), (3, 8), (20, 8)])
+def test_a_prompt_is_read_once_for_all_of_its_samples(n, batch_size, gpt, monkeypatch):
+    reads, prefill = [], generate.Prefill
+    monkeypatch.setattr(generate, "Prefill", lambda cache: reads.append(cache.kv.size(2)) or prefill(cache))
+    assert len(collect(gpt, prompts(6, 30), stop=5, n=n, temperature=1.0, batch_size=batch_size)) == 6 * n
+    assert sum(reads) == 6
+
+
 def test_the_batch_is_kept_full(gpt, monkeypatch):
     """While there are prompts enough, and then as many as are left, with a short one among long ones."""
     steps, decode = [], generate.decode

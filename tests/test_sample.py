@@ -164,6 +164,13 @@ def test_killed_runs_go_on(folder, asked, whole, part, call, tmp_path, monkeypat
     assert len(numbers) == 2 * (24 - finished) and out.read_bytes() == whole and not file.exists()
 
 
+def test_a_damaged_line_costs_only_what_stands_behind_it(folder, asked, whole, part, call, tmp_path):
+    lines = part.splitlines(keepends=True)
+    (tmp_path / "out.jsonl.part0").write_bytes(b"".join(lines[:2]) + lines[2][:9] + b"".join(lines[2:]))
+    status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out.jsonl"))
+    assert status == 0 and "1 finished before" in printed and (tmp_path / "out.jsonl").read_bytes() == whole
+
+
 def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, call, tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, "full")

@@ -64,7 +64,10 @@ def read_hparams(path: Path) -> GPTConfig:
     for name, size in sizes.items():
         if type(size) is not int or size <= 0:
             raise UserError(f"{path}: {name} is {size!r}, not a positive whole number: get the file again")
-    return GPTConfig(**{ours: sizes[name] for name, ours in SIZES.items()})
+    try:
+        return GPTConfig(**{ours: sizes[name] for name, ours in SIZES.items()})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: get the file again") from None
 
 
 def read_tensors(model: GPT, index: Index, data: Path) -> Iterator[tuple[str, Tensor]]:

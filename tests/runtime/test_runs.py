@@ -300,6 +300,14 @@ def test_two_runs_never_share_a_folder(files, run, refused, tmp_path, monkeypatc
         run("sft", tmp_path / "run")
 
 
+def test_overwrite_does_not_delete_behind_a_link(files, refused, tmp_path):
+    (tmp_path / "run").mkdir(), (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/kept").touch()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "elsewhere")
+    refused("sft", *sft_args(files, tmp_path / "run", overwrite="true"), says="checkpoints is a link")
+    assert (tmp_path / "elsewhere/kept").exists()
+
+
 # --- wandb, by a stand-in: the package is optional ------------------------------------------------------------------------
 
 

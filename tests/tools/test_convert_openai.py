@@ -103,8 +103,8 @@ def test_what_is_wrong_is_told_in_one_line(folder, refused):
         assert not (folder / out).exists()
 
     for content, message in (
-        ("{", "no JSON object"),
-        ("[]", "no JSON object"),
+        ("{", "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
         ('{"n_layer": 2}', "n_head is None, not a positive"),
         ('{"n_vocab": 13, "n_ctx": 8, "n_embd": 4, "n_head": 2, "n_layer": 3}', "no tensor model/h2/ln_1/g of 4 float32"),
         ('{"n_vocab": 14, "n_ctx": 8, "n_embd": 4, "n_head": 2, "n_layer": 2}', "no tensor model/wte of 56 float32"),
