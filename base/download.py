@@ -96,7 +96,7 @@ def fetch(url: str, dest: Path | str, *, sha256: str | None = None) -> Path:
                 os.replace(partial, dest)
                 _etag_file(partial).unlink()
         finally:
-            lock.release()
+            lock.close()
     except OSError as error:
         what = f"cannot write {error.filename or partial}: {error.strerror}"
         raise UserError(f"{what}; make room there, or name another folder for downloads with NANOPREF_CACHE") from error

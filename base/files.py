@@ -1,12 +1,13 @@
 """Files: written whole or not at all, checked before the work begins, read with one plain sentence for what is wrong."""
 
 import errno
+import fcntl
 import json
 import os
 import uuid
 from pathlib import Path
+from typing import IO
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,19 +34,20 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         raise
 
 
-def claim(path: str | Path, wait: bool = False) -> FileLock | None:
-    """Hold the lock file `path` until `release()` is called or this process ends. None if another process holds it; with
+def claim(path: str | Path, wait: bool = False) -> IO | None:
+    """Hold the lock file `path` until what is returned is closed, or this process ends. None if another process holds it; with
     `wait` this one waits for that.
 
     A file system without locks cannot say who holds it: there the claim is taken on trust.
     """
-    lock = FileLock(path, fallback_to_soft=False)
+    lock = open(path, "a")  # noqa: SIM115
     try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        lock.close()
         return None
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
     return lock
 

@@ -65,5 +65,5 @@ def open_cache(path: str | Path) -> Iterator[Cache]:
     try:
         yield Cache(Path(path))
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        Path(lock.name).unlink(missing_ok=True)
+        lock.close()

@@ -235,7 +235,7 @@ class Run:
     def _end(self) -> None:
         if self.metrics:
             self.metrics.close()
-            self.lock.release()
+            self.lock.close()
         for name, handler in self.handlers.items():
             signal.signal(name, handler)
 

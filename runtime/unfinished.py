@@ -70,8 +70,8 @@ class Unfinished:
         self.file.close()
         Path(self.file.name).unlink(missing_ok=True)
         if self.lock:
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-            self.lock.release()
+            Path(self.lock.name).unlink(missing_ok=True)
+            self.lock.close()
 
 
 def _parse(content: bytes) -> tuple[dict | None, dict[int, list[str]]]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 import adapters
 import generate
 import sample
 import weights
 from base.errors import UserError
+from base.files import claim
 from data.tokenizer import get
 from generate import greedy, stream
 from runtime import config
@@ -230,7 +230,7 @@ def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refuse
 
 
 def test_two_runs_never_share_a_file(folder, asked, refused, tmp_path):
-    with FileLock(tmp_path / "out.lock"):
+    with claim(tmp_path / "out.lock"):
         refused("sample", *args(folder, asked, tmp_path / "out"), says="another process is writing")
 
 
