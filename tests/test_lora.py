@@ -294,6 +294,7 @@ def test_a_run_does_not_write_over_its_own_base(files, sft_run, refused, tmp_pat
         assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "tolerance"),
     [({"replicate": 1}, 1e-4), ({"replicate": 0}, 1e-4),

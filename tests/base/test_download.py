@@ -222,6 +222,7 @@ def test_disk_that_is_full_or_cannot_be_written(hub, dest, tmp_path):
     assert hub.requests[-1].status == 206
 
 
+@pytest.mark.slow
 def test_processes_and_threads_fetch_one_file_once(hub, dest):
     hub.fault("files", sleep=1.0, times=-1)
     code = "import sys; from base.download import fetch; fetch(sys.argv[1], sys.argv[2])"

@@ -22,6 +22,8 @@ from runtime.run import Run
 from tests.conftest import SHARED
 from tests.peers import gpt2_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -20,6 +20,8 @@ from tests.conftest import flags, script
 from tests.data.published import alpaca_folder, hellaswag_folder, hh_folder, labels_folder
 from tests.hub import answering, serving
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))

@@ -51,6 +51,7 @@ def test_gpt2_ids(gpt2):
     assert gpt2.fingerprint() == "a5623714bcf19049eb0fd78df19b6daa1e61ac435b86a5deae767768e7fcdc3d"
 
 
+@pytest.mark.slow
 def test_gpt2_ids_are_tiktokens_on_all_texts_at_hand(gpt2, monkeypatch):
     if not (SHARED / "tiktoken").is_dir() or not (SHARED / "data").is_dir():
         pytest.skip("no ../shared with tiktoken's own files and texts")

@@ -173,6 +173,7 @@ def test_killed_in_the_middle_nothing_is_asked_twice(server, call, tmp_path):
     assert KEY.encode() not in said + b"".join(p.read_bytes() for p in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_interrupted_it_stops_soon_and_keeps_what_was_answered(server, tmp_path):
     server.pause = 0.15
     process = start(*args(server, responses(tmp_path / "r.jsonl", 200, 5), workers=2))

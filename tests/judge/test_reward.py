@@ -58,6 +58,7 @@ def test_reward_is_what_dpo_validated(files, call, dpo_run, sft_run, reference, 
     assert measure("c.json", ref=own)["margin"] == found["margin"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(files, dpo_run, sft_run, reference, call, world, tmp_path):
     assert call("eval_reward", *reward_args(files, dpo_run, tmp_path / "one.json", ref=reference))[0] == 0
     statuses, err = world(2, "eval_reward", reward_args(files, dpo_run, tmp_path / "two.json", ref_model=sft_run / "model"))

@@ -112,6 +112,7 @@ def test_what_cannot_be_drawn(folder, refused, call, tmp_path, monkeypatch):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_as_a_command(folder, tmp_path):
     pytest.importorskip("matplotlib")
     env = {

@@ -61,7 +61,7 @@ def alone(stage, world, tmp_path_factory):
     ("name", "n", "replicate"),
     [
         ("sft", 2, 1),
-        ("sigmoid", 4, 2),
+        pytest.param("sigmoid", 4, 2, marks=SLOW),
         pytest.param("sft", 4, 1, marks=SLOW),
         pytest.param("sigmoid", 2, 0, marks=SLOW),
         pytest.param("aot", 4, 1, marks=SLOW),
@@ -126,6 +126,7 @@ def test_bfloat16_stays_near_float32(files, sft_run, reference, world, tmp_path)
         assert [r["logps/chosen"] for r in run] != [r["logps/chosen"] for r in exact], "it was float32 after all"
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(alone, stage, call, world, tmp_path, monkeypatch):
     calls, checkpointed = [], logprobs.checkpoint
     monkeypatch.setattr(logprobs, "checkpoint", lambda *args, **how: calls.append(args) or checkpointed(*args, **how))
@@ -146,6 +147,7 @@ def cut_back(folder: Path, step: int) -> None:
     shutil.rmtree(folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "saved", "resumed"), [("sigmoid", 4, (1, 2)), pytest.param("sft", 1, (2, 4), marks=SLOW)])
 def test_saved_by_some_resumed_by_others(name, saved, resumed, alone, stage, world, tmp_path):
     good(world(saved, *train_args(stage, name, tmp_path / "run", replicate=1)))
@@ -176,6 +178,7 @@ def test_two_processes_resume_to_the_bit(files, world, tmp_path):
         assert damage == "missing" or ("step_10 is damaged (__1_0.distcp" in err and err.count("falling back") == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, pytest.param(1, marks=SLOW)])
 def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(n, files, world, tmp_path):
     """Files may not grow past a size that metrics.jsonl fits and a checkpoint does not: one line, the checkpoint before is

@@ -180,7 +180,8 @@ def test_a_validation_that_is_not_finite_is_never_the_best():
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sft", pytest.param("sigmoid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "sigmoid"])
 def test_killed_runs_resume_to_the_bit(name, stage, tmp_path, spawn):
     """kill -9 at random moments, saving included: metrics.jsonl is the unbroken run's, line for line, times aside."""
     more = {"epochs": 8, "row_len": 200} if name == "sft" else {"epochs": 6, "eval_every": 3, "dropout": 0.1}

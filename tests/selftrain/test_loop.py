@@ -16,6 +16,8 @@ from runtime import config
 from selftrain import loop
 from tests.conftest import flags, script
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:

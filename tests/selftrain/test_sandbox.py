@@ -16,6 +16,8 @@ from base.errors import UserError
 from selftrain import grading, sandbox
 from selftrain.sandbox import Refused, run_program
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 try:
     run_program("", 5)
