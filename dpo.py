@@ -45,8 +45,8 @@ class Config(TrainKeys):
     simpo_gamma: float = key(0.5, "simpo: target margin")
     dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference", least=0)
     discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
-    sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood a token, added", least=0)
-    pairs_per_example: int = key(1, "pairs drawn a problem and epoch where it has several wrong answers, 0 = all", least=0)
+    sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood per token", least=0)
+    pairs_per_example: int = key(1, "pairs drawn per problem and epoch where it has several wrong answers, 0 = all", least=0)
 
     def check(self) -> None:
         super().check()

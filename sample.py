@@ -44,9 +44,9 @@ class Config(DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
     model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" a line; empty = read them from the terminal')
+    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line; empty = read them from the terminal')
     out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole", writes="")
-    n: int = key(1, "completions a prompt", least=1)
+    n: int = key(1, "completions per prompt", least=1)
     temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token", least=0)
     top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all", least=0)
     top_p: float = key(1.0, "draw from the fewest likeliest tokens that have this much of the probability", above=0, most=1)

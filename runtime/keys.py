@@ -16,7 +16,7 @@ class ModelKeys:
     init_from: str = key("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model or adapter folder, or scratch")
     tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
-    n_head: int = key(0, "scratch: attention heads a block", least=0)
+    n_head: int = key(0, "scratch: attention heads per block", least=0)
     n_embd: int = key(0, "scratch: width", least=0)
     block_size: int = key(0, "scratch: positions, the most tokens of prompt + completion", least=0)
 
@@ -42,7 +42,7 @@ class RunKeys:
     overwrite: bool = key(False, "delete the run that out_dir holds and start anew", free=True)
     epochs: float = key(1.0, "passes over the data", least=0)
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)
-    batch_size: int = key(64, "examples or pairs an optimizer step, over all ranks", least=1)
+    batch_size: int = key(64, "examples or pairs per optimizer step, over all ranks", least=1)
     shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
     row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0)
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)", least=0, below=1)
@@ -100,7 +100,7 @@ class SpeedKeys:
         False, "keep only each block's input for the backward pass: less memory, 1/3 more time", free=True
     )
     replicate: int = key(
-        0, "copies of the sharded model (the number of nodes, say), 0 = 1, or one a process if it is small", least=0, free=True
+        0, "copies of the sharded model (say, the number of nodes), 0 = 1, or one per process if small", least=0, free=True
     )
 
 
