@@ -97,8 +97,8 @@ class Run:
         found = checkpoint.newest(self.checkpoints)
         if not found and checkpoint.steps(self.checkpoints):
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
-        if found or self._has_steps():
-            self._check_settings()  # what an earlier run left is not wiped for another one
+        if found or self._holds_another():
+            self._check_settings()  # what is there is not wiped for another run
         if not found:
             return None
         folder, state = found
@@ -111,10 +111,14 @@ class Run:
         checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
         return found
 
-    def _has_steps(self) -> bool:
-        """Whether a run was begun here and did a step. One that was refused before its first step may be started otherwise."""
-        metrics = self.folder / "metrics.jsonl"
-        return (self.folder / "config.toml").exists() and metrics.exists() and b'"split": "train"' in metrics.read_bytes()
+    def _holds_another(self) -> bool:
+        """Whether there is a config.toml to be kept: of a run that did a step, or one that no run wrote. A run that was refused
+        before its first step may be started with other settings."""
+        config_file, metrics = self.folder / "config.toml", self.folder / "metrics.jsonl"
+        if not config_file.exists():
+            return False
+        ours = b"\nout_dir = " in config_file.read_bytes()
+        return not ours or (metrics.exists() and b'"split": "train"' in metrics.read_bytes())
 
     def _check_settings(self) -> None:
         """Refuse to go on with other settings than the run was begun with; keys that are `free` may differ."""

@@ -301,6 +301,14 @@ def test_two_runs_never_share_a_folder(files, run, refused, tmp_path, monkeypatc
         run("sft", tmp_path / "run")
 
 
+@pytest.mark.parametrize("theirs", ['name = "my project"\n', "not TOML"])
+def test_a_config_that_no_run_wrote_is_kept(theirs, files, refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text(theirs)
+    refused("sft", *sft_args(files, tmp_path / "run"), says="--overwrite")
+    assert (tmp_path / "run/config.toml").read_text() == theirs
+
+
 def test_overwrite_does_not_delete_behind_a_link(files, refused, tmp_path):
     (tmp_path / "run").mkdir(), (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/kept").touch()
