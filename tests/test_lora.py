@@ -21,7 +21,7 @@ import weights
 from data.batch import collate
 from data.tokenizer import get
 from generate import greedy
-from lora import LoRA, LoRAConfig, add_lora, as_started
+from lora import LoRA, LoRAConfig, add_lora, as_started, is_target
 from model import GPT, SIZES, GPTConfig
 from runtime import checkpoint, config, distributed
 from runtime.build import build_model
@@ -324,3 +324,13 @@ def test_mistakes_end_in_one_line(files, sft_run, lora_sft, refused, tmp_path):
     (folder / adapters.WEIGHTS).write_bytes(b"")
     refused("sft", *lora_args(files, sft_run, out, init_from=folder), says="is damaged or no .safetensors file")
     assert not out.exists()
+
+
+def test_a_target_is_a_whole_name():
+    """Not any name that ends in the same letters: v is not qkv."""
+    assert (
+        is_target("blocks.0.attn.proj", ("mlp.fc", "attn.proj"))
+        and is_target("blocks.0.v", ("v",))
+        and is_target("head", ("head",))
+    )
+    assert not is_target("blocks.0.attn.qkv", ("v",)) and not is_target("blocks.0.mlp.proj", ("attn.proj",))
