@@ -8,7 +8,6 @@ The reference file comes from precompute_ref.py, made from the very weights that
 The losses are in losses.py. The loss is the mean over the global batch's pairs, however it is split up.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -157,7 +156,7 @@ def main() -> int | None:
     print(describe(plan, train))
 
     # optimizer, run folder
-    steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
+    steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     this_run = Run(cfg, steps, compute, binding, "pairs")
     start = this_run.begin(model, optimizer)
