@@ -6,10 +6,18 @@ A case is data, settings and a number of processes. The stage's own `main` runs 
 GPT-2, one plain sequence a completion, the losses as their papers write them, LoRA, the optimizers, clipping and schedules.
 Loss, rewards, log-probs, gradient norm of every step and the weights at the end must agree.
 
-How far they may differ is worked out for every number. float32 knows a completion's log-prob to SUM roundings (2^-24) of its
-size. Its gradient is known to GRAD roundings of the largest entry, times how much the loss asks for it. An adaptive optimizer
-divides by the gradient's own size: an entry smaller than its rounding takes a step of either sign, so a weight may differ by
-what its own history of gradients explains, and by no more.
+How far they may differ is worked out for every number, in roundings of float32 (2^-24):
+
+    a completion's log-prob     SUM of its size, and of 4 times the root of its length
+    a loss, a reward            what that makes of it
+    a tensor's gradient         GRAD of its largest entry in each completion's gradient, times the loss's derivative; and 1 of
+                                the largest of all tensors, for what is 0 but for rounding (the bias of the keys)
+    a weight                    what the gradient's tolerance makes of every update. adamw and rmsprop divide by the gradient's
+                                own size: an entry that is smaller than its rounding takes a step of either sign
+    later steps                 CARRIED times what becomes of a second reference whose every update is off by that much
+
+The factors are 2 to 3 times what the worst of 1,000 cases needed. Where rounding decides what comes next (a kink or a tie
+within it, or a run that blows up), a case is compared up to there, and counted.
 """
 
 import contextlib
@@ -264,9 +272,7 @@ class Run:
         # the derivative where every log-prob that training has moved is off by as much as float32 may be
         signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.double).repeat(len(flat))[: len(flat)]
         off = torch.where(sums == ref, 0.0, known) * signs
-        unsure = (self.by_sums(sums + off, ref, lengths)[1] - by_sum).abs() + (
-            self.by_sums(sums - off, ref, lengths)[1] - by_sum
-        ).abs()
+        unsure = sum((self.by_sums(sums + way * off, ref, lengths)[1] - by_sum).abs() for way in (1, -1))
         self.refuse_kinks(sums, ref, lengths, unsure, by_sum)
 
         gradients = [torch.autograd.grad(one, list(self.trained.values()), allow_unused=True) for one in logps]
@@ -518,8 +524,9 @@ def bases(tmp_path_factory) -> dict:
     }
 
 
-def compare(case: dict, bases: dict, two: Two, folder: Path) -> str:
-    """Run both sides. "" where they agree in all that can be compared, else why they were not compared to the end."""
+def compare(case: dict, bases: dict, two: Two, folder: Path) -> tuple[str, float]:
+    """Run both sides. AssertionError where they differ. Else ("", or why they were not compared to the end; and the largest
+    difference as a share of its tolerance)."""
     examples = examples_of(case["records"], case)
     hypothesis.assume(examples)
     plan = steps_of(examples, case)
@@ -553,23 +560,26 @@ def compare(case: dict, bases: dict, two: Two, folder: Path) -> str:
 
     reference = other_weights if uses_file and case["reference"] == "other" else None
     run, twin = (Run(case, weights, adapters, reference, jitter) for jitter in (False, True))
+    largest = 0.0
     records = [r for r in metrics(folder / "run") if r["split"] == "train"]
     assert len(records) == len(plan), f"{len(records)} steps, not {len(plan)}"
     for n, (record, numbers) in enumerate(zip(records, plan, strict=True)):
         try:
             told, shaken = (r.step(n, len(plan), [examples[i] for i in numbers]) for r in (run, twin))
         except Undecided as reason:
-            return str(reason)
+            return str(reason), largest
         for name, (value, tolerance) in told.items():
             tolerance += CARRIED * abs(shaken[name][0] - value)
+            largest = max(largest, abs(record[name] - value) / max(tolerance, 1e-99)) if "accuracies" not in name else largest
             assert abs(record[name] - value) <= tolerance, (
                 f"step {n + 1}: {name} {record[name]!r}, not {value!r} ± {tolerance:.1e}"
             )
     for (name, tensor, wanted, slack), (*_, shaken, _) in zip(*(ended(folder / "run", r) for r in (run, twin)), strict=True):
-        slack = slack + CARRIED * (shaken - wanted).abs().max()
-        over = ((tensor.double() - wanted).abs() - slack).max().item()
-        assert over <= 0, f"{name}: {over:.1e} beyond its tolerance of {slack.max().item():.1e}"
-    return ""
+        slack = slack + CARRIED * (shaken - wanted).abs().max() + 1e-99
+        share = ((tensor.double() - wanted).abs() / slack).max().item()
+        assert share <= 1, f"{name}: {share:.2f} times its tolerance, which is {slack.max().item():.1e} or less"
+        largest = max(largest, share)
+    return "", largest
 
 
 def ended(folder: Path, run: Run):
@@ -592,16 +602,17 @@ def ended(folder: Path, run: Run):
 @pytest.mark.slow
 def test_random_runs_equal_the_reference(request, bases, two):
     asked = request.config.getoption("fuzz")
-    ran, differ, undecided = [], [], Counter()
+    ran, differ, undecided, shares = [], [], Counter(), []
 
     def one(case):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                reason = compare(case, bases, two, Path(folder))
+                reason, share = compare(case, bases, two, Path(folder))
             except AssertionError as error:
                 differ.append(f"{error}\n    {case}")
-                reason = ""
+                reason, share = "", math.inf
         ran.append(case)
+        shares.append(share)
         undecided[reason] += 1
 
     for stage in STAGES:
@@ -612,6 +623,7 @@ def test_random_runs_equal_the_reference(request, bases, two):
         settings(hypothesis.given(cases(stage))(one))()
     both = sum(case["processes"] == 2 for case in ran)
     print(f"\n{len(ran)} cases, {both} of them in two processes: {len(differ)} differ")
+    print(f"largest difference as a share of its tolerance, median, 99% and most: {np.quantile(shares, [0.5, 0.99, 1])}")
     del undecided[""]
     print(f"compared up to a step that rounding decides: {undecided.total()} {dict(undecided)}")
     assert not differ, f"{len(differ)} of {len(ran)} cases differ:\n" + "\n".join(differ)
