@@ -14,7 +14,7 @@ How far they may differ is worked out for every number, in roundings of float32 
                                 the largest of all tensors, for what is 0 but for rounding (the bias of the keys)
     a weight                    what the gradient's tolerance makes of every update. adamw and rmsprop divide by the gradient's
                                 own size: an entry that is smaller than its rounding takes a step of either sign
-    later steps                 CARRIED times what becomes of a second reference whose every update is off by that much
+    later steps                 CARRIED times what becomes, beyond that, of a second reference whose every update is off so far
 
 The factors are 2 to 3 times what the worst of 1,000 cases needed. Where rounding decides what comes next (a kink or a tie
 within it, or a run that blows up), a case is compared up to there, and counted.
@@ -575,7 +575,7 @@ def compare(case: dict, bases: dict, two: Two, folder: Path) -> tuple[str, float
                 f"step {n + 1}: {name} {record[name]!r}, not {value!r} ± {tolerance:.1e}"
             )
     for (name, tensor, wanted, slack), (*_, shaken, _) in zip(*(ended(folder / "run", r) for r in (run, twin)), strict=True):
-        slack = slack + CARRIED * (shaken - wanted).abs().max() + 1e-99
+        slack = slack + CARRIED * ((shaken - wanted).abs() - slack).clamp(min=0).max() + 1e-99
         share = ((tensor.double() - wanted).abs() / slack).max().item()
         assert share <= 1, f"{name}: {share:.2f} times its tolerance, which is {slack.max().item():.1e} or less"
         largest = max(largest, share)
