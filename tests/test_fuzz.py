@@ -630,6 +630,7 @@ def test_random_runs_equal_the_reference(request, bases, two):
             phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
         )  # fmt: skip
         settings(hypothesis.given(cases(stage))(one))()
+        print(f"{stage}: {len(ran)} cases so far, {len(differ)} differ", flush=True)
     both = sum(case["processes"] == 2 for case in ran)
     print(f"\n{len(ran)} cases, {both} of them in two processes: {len(differ)} differ")
     print(f"largest difference as a share of its tolerance, median, 99% and most: {np.quantile(shares, [0.5, 0.99, 1])}")
