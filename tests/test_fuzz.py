@@ -14,10 +14,11 @@ How far they may differ is worked out for every number, in roundings of float32 
                                 the largest of all tensors, for what is 0 but for rounding (the bias of the keys)
     a weight                    what the gradient's tolerance makes of every update. adamw and rmsprop divide by the gradient's
                                 own size: an entry that is smaller than its rounding takes a step of either sign
-    later steps                 CARRIED times what becomes, beyond that, of a second reference whose every update is off so far
+    all of these                and CARRIED times what becomes, beyond that, of a second reference whose weights are off by one
+                                rounding, and whose updates by the tolerance above
 
-The factors are 2 to 3 times what the worst of 1,000 cases needed. Where rounding decides what comes next (a kink or a tie
-within it, or a run that blows up), a case is compared up to there, and counted.
+Where rounding decides what comes next (a kink or a tie within it, or a run that blows up), a case is compared up to there, and
+counted. docs/results.md has what came of 1,000 cases.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ import sys
 import tempfile
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +46,6 @@ from data.toy import VOCAB
 from tests.conftest import flags, free_port, metrics, script
 
 hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
 
 CASES = 68  # in `make test`, the same every time; --fuzz N draws N others
 SUM, GRAD, CARRIED = 16, 16, 4
@@ -225,11 +226,16 @@ class Run:
     """A case's training in float64. `trained`: name -> tensor; `slack`: how far float32 may end up from it, entry by entry."""
 
     def __init__(self, case: dict, weights: dict, adapters: dict, reference: dict | None, jitter: bool = False):
-        """jitter: every update is off by what rounding may do to it. What comes of that shows how far it can carry."""
+        """jitter: the weights are off by a rounding, and every update by what rounding may do to it. What comes of that shows
+        how far it can carry."""
         self.signs = torch.Generator().manual_seed(0) if jitter else None
         self.case, self.s, self.heads = case, case["settings"], SIZES[case["size"]][1]
-        self.w = {name: t.double() for name, t in weights.items()}
-        self.adapters = {layer: (a.double(), b.double(), *how) for layer, (a, b, *how) in adapters.items()}
+
+        def exact(t):
+            return t.double() * (1 + EPS * self.sign_of(t)) if jitter else t.double()
+
+        self.w = {name: exact(t) for name, t in weights.items()}
+        self.adapters = {layer: (exact(a), exact(b), *how) for layer, (a, b, *how) in adapters.items()}
         self.trained = {f"{layer}.{x}": t for layer, (a, b, *_) in self.adapters.items() for x, t in (("A", a), ("B", b))}
         self.trained = self.trained or self.w
         for t in self.trained.values():
@@ -240,6 +246,10 @@ class Run:
         start = {layer: (a.detach().clone(), b.detach().clone(), *how) for layer, (a, b, *how) in self.adapters.items()}
         self.reference = (other, {}) if other else ({name: t.detach().clone() for name, t in self.w.items()}, start)
         self.worst = dict.fromkeys(self.trained, 0.0)  # the largest rounding of a gradient so far
+
+    def sign_of(self, t: torch.Tensor) -> torch.Tensor:
+        """1 or -1 for every entry."""
+        return 2.0 * torch.randint(2, t.shape, generator=self.signs) - 1
 
     def logp(self, prompt, completion, weights=None, adapters=None):
         pair = (self.w, self.adapters) if weights is None else (weights, adapters)
@@ -270,10 +280,12 @@ class Run:
         known = SUM * EPS * (sums.abs() + ref.abs() + 4 * lengths.sqrt())  # what float32 knows of a log-prob or log-ratio
         loss, by_sum = self.by_sums(sums, ref, lengths)
 
-        # the derivative where every log-prob that training has moved is off by as much as float32 may be
-        signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.double).repeat(len(flat))[: len(flat)]
-        off = torch.where(sums == ref, 0.0, known) * signs
-        unsure = sum((self.by_sums(sums + way * off, ref, lengths)[1] - by_sum).abs() for way in (1, -1))
+        # how much the derivative changes where every log-prob is off by as much as float32 may be
+        off, unsure = known * torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.double).repeat(len(flat))[: len(flat)], 0.0
+        for way in (off, -off):
+            if self.case["stage"] == "dpop":  # at its start, on the side of 0 that exact numbers and losses.dpop are on
+                way = torch.where(sums == ref, way.abs(), way)
+            unsure += (self.by_sums(sums + way, ref, lengths)[1] - by_sum).abs()
         self.refuse_kinks(sums, ref, lengths, unsure, by_sum)
 
         gradients = [torch.autograd.grad(one, list(self.trained.values()), allow_unused=True) for one in logps]
@@ -336,7 +348,7 @@ class Run:
             unsure = (4 * self.worst[name] / size).clamp(max=most)
         p.data.sub_(lr * direction)
         if self.signs:
-            p.data.add_((lr * unsure + EPS * p.data.abs()) * (2.0 * torch.randint(2, p.shape, generator=self.signs) - 1))
+            p.data.add_((lr * unsure + EPS * p.data.abs()) * self.sign_of(p))
         slack.add_(lr * unsure + 4 * EPS * p.detach().abs())
         if not torch.isfinite(p).all() or (lr * direction).abs().max() > 0.5:
             raise Undecided("the run blows up")
@@ -354,10 +366,8 @@ def rate(s: dict, step: int, steps: int) -> float:
 # --- cases --------------------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def cases(draw, stage: str) -> dict:
-    """hypothesis draws the number of the case: drawing every choice itself it would often change one of them only."""
-    number = draw(st.integers(0, 2**64 - 1))
+def case_of(stage: str, number: int) -> dict:
+    """hypothesis draws the number: drawing every choice itself it would often change one of them only."""
     rng = random.Random(f"{stage} {number}")
 
     def pick(*options):
@@ -619,7 +629,7 @@ def test_random_runs_equal_the_reference(request, bases, two):
                 reason, share = compare(case, bases, two, Path(folder))
             except AssertionError as error:
                 differ.append(f"{error}\n    {case}")
-                reason, share = "", math.inf
+                reason, share = "", 0.0
         ran.append(case)
         shares.append(share)
         undecided[reason] += 1
@@ -629,7 +639,8 @@ def test_random_runs_equal_the_reference(request, bases, two):
             max_examples=math.ceil((asked or CASES) / len(STAGES)), derandomize=not asked, database=None, deadline=None,
             phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
         )  # fmt: skip
-        settings(hypothesis.given(cases(stage))(one))()
+        numbers = hypothesis.strategies.integers(0, 2**64 - 1)
+        settings(hypothesis.given(numbers.map(partial(case_of, stage)))(one))()
         print(f"{stage}: {len(ran)} cases so far, {len(differ)} differ", flush=True)
     both = sum(case["processes"] == 2 for case in ran)
     print(f"\n{len(ran)} cases, {both} of them in two processes: {len(differ)} differ")
