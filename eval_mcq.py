@@ -78,13 +78,19 @@ def share(flags: list[bool], name: str) -> dict:
 
 
 def grade_loglik(examples: list[Example], items: list[Encoded], logps: list[list[float]]) -> tuple[dict, list[dict]]:
-    """(result, a detail a problem) from the options' log-probs."""
+    """(result, a detail a problem) from the options' log-probs.
+
+    Options of the same text are one option: they get one log-prob, whatever rounding made of each, the first of them is chosen,
+    and it is right if the right one reads the same. Other ties go to the first option too.
+    """
     details, right, right_norm = [], [], []
     for example, item, scores in zip(examples, items, logps, strict=True):
-        per_byte = [s / option_bytes(c) for s, c in zip(scores, example.completions, strict=True)]
+        options = example.completions
+        scores = [scores[options.index(option)] for option in options]
+        per_byte = [s / option_bytes(c) for s, c in zip(scores, options, strict=True)]
         pred, pred_norm = scores.index(max(scores)), per_byte.index(max(per_byte))
-        right.append(pred == example.label)
-        right_norm.append(pred_norm == example.label)
+        right.append(options[pred] == options[example.label])
+        right_norm.append(options[pred_norm] == options[example.label])
         detail = {"id": item.number, "label": example.label, "pred": pred, "pred_norm": pred_norm}
         details.append(detail | {"logps": scores, "n_tokens": [len(c) for c in item.completions]})
     return {"n": len(right), **share(right, "acc"), **share(right_norm, "acc_norm")}, details

@@ -48,7 +48,7 @@ def main() -> int | None:
     print(describe(plan, train))
 
     # optimizer, run folder
-    steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
+    steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     this_run = Run(cfg, steps, compute, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")
     start = this_run.begin(model, optimizer)

@@ -100,7 +100,8 @@ def encode(
         report.cut += over > 0
         report.cut_tokens += over
         arrays = [np.array(ids, dtype=np.int32) for ids in (prompt[over:], *completions)]
-        group = number if example.group is None else example.group
+        # an example without a group is one of its own: its number is no other's
+        group = number if example.group is None else len(examples) + example.group
         kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label))
     if not kept:
         raise UserError(

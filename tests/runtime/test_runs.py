@@ -28,7 +28,7 @@ from losses import REFERENCE_FREE
 from precompute_ref import reference_logps, share_prompts
 from runtime import checkpoint
 from runtime.distributed import setup
-from runtime.optim import learning_rate
+from runtime.optim import learning_rate, make, rounded_up, set_lr
 from runtime.run import Run
 from tests.conftest import close, metrics, script, sft_args
 
@@ -115,11 +115,12 @@ def test_reference_shares_prompts_of_a_group(sft_run):
 # --- sums that no layout may change ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sft", "sigmoid", "aot", pytest.param("aot_unpaired", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sft", "sigmoid", "dpop", "aot", pytest.param("aot_unpaired", marks=pytest.mark.slow)])
 def test_the_curve_under_any_layout(name, run, tmp_path):
     """One example a forward, several, packed rows: the same losses and gradient norms at every step. Also for losses that
     couple the pairs of a batch, and with an SFT term, whose mean runs over tokens and not over pairs."""
     keys = {"dropout": 0} if name == "sft" else {"sft_weight": 0.5, "max_steps": 5}
+    keys |= {"batch_size": 48} if name == "dpop" else {}  # every pair: the first step must not take rounding for a fall
     _, _, want = run(name, tmp_path / "want", **keys)
     layouts = {"micro_tokens": 1}, {"micro_tokens": 400}, {"row_len": 200}, {"row_len": 300, "micro_tokens": 650}
     for n, layout in enumerate(layouts):
@@ -146,6 +147,45 @@ def test_optimizers_and_schedules(run, tmp_path):
     assert learning_rate(cfg, 4, 20) == 0.5 and learning_rate(cfg, 15, 20) == pytest.approx(0.55)
     cfg.schedule = "constant"
     assert learning_rate(cfg, 19, 20) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "wanted"), [(0.55, 100, 55), (0.07, 100, 7), (0.29, 100, 29), (0.3, 7, 3), (2, 5, 10)]
+)
+def test_a_share_of_the_steps_is_counted_as_it_is_written(share, steps, wanted):
+    """As floats 0.55 * 100, 0.07 * 100 and 0.29 * 100 lie beside a whole number."""
+    assert rounded_up(share, steps) == wanted
+
+
+@pytest.mark.parametrize(("name", "lr"), [("adamw", 1e-3), ("rmsprop", 1e-3), ("sgd", 0.5)])
+def test_weight_decay_is_decoupled(name, lr):
+    """What has no gradient shrinks by lr * weight_decay a step, under every optimizer; what is no matrix stays."""
+    table, bias = torch.nn.Embedding(3, 4), torch.nn.Parameter(torch.ones(4))
+    model = torch.nn.ParameterList([table.weight, bias])
+    cfg = types.SimpleNamespace(optimizer=name, lr=1.0, weight_decay=1e-2, adam_beta1=0.9, adam_beta2=0.999)
+    start, optimizer = table.weight.detach().clone(), make(model, cfg)
+    for step in range(10):
+        set_lr(optimizer, lr * (step + 1))
+        (table(torch.tensor([0])).square().sum() + 0 * bias.sum()).backward()  # rows 1 and 2 are not used
+        optimizer.step()
+        optimizer.zero_grad()
+    shrunk = math.prod(1 - 1e-2 * lr * (step + 1) for step in range(10))
+    torch.testing.assert_close(table.weight.detach()[1:], start[1:] * shrunk, rtol=1e-6, atol=0)
+    assert bias.tolist() == [1.0] * 4 and (table.weight[0] - start[0]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
+def test_weight_decay_resumes_to_the_bit(optimizer, files, tmp_path):
+    keys = {"optimizer": optimizer, "weight_decay": 0.5, "lr": 1e-2, "keep": 9, "val_data": None, "samples": 0}
+    args = sft_args(files, tmp_path / "run", **keys)
+    with contextlib.redirect_stdout(None):
+        assert script("sft", *args) == 0
+        model = tmp_path / "run/model/model.safetensors"
+        wanted, weights_wanted = metrics(tmp_path / "run"), model.read_bytes()
+        checkpoint.drop_after(tmp_path / "run/checkpoints", 3)
+        model.unlink()
+        assert script("sft", *args) == 0
+    assert metrics(tmp_path / "run") == wanted and model.read_bytes() == weights_wanted
 
 
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
