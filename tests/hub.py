@@ -31,6 +31,7 @@ class Fault:
     status: int = 0  # answer with this status
     headers: dict = field(default_factory=dict)  # add or replace these headers
     cut: int = -1  # close the connection after so many bytes of the body
+    slow: int = -1  # after so many bytes of the body send one every tenth of a second, for half a minute
     hang_up: bool = False  # close it without an answer
     sleep: float = 0.0  # seconds to wait before the answer
 
@@ -178,6 +179,13 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: self.fault.cut]
             self.close_connection = True
         with contextlib.suppress(ConnectionError):  # a client that gave up
+            if self.fault.slow >= 0:
+                self.wfile.write(body[: self.fault.slow])
+                for byte in body[self.fault.slow :][:300]:
+                    threading.Event().wait(0.1)  # not sleep, which tests replace
+                    self.wfile.write(bytes([byte]))
+                self.close_connection = True
+                return
             self.wfile.write(body)
 
     def log_message(self, *_):
