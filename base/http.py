@@ -1,19 +1,16 @@
 """What every request to a web server needs: a token that stays with it, limits, plain words for a failure, Retry-After."""
 
 import email.utils
-import ipaddress
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import MaxRetryError
-
-T = TypeVar("T")
-MOST = 10_000_000  # bytes of an answer that is read into memory
 
 REASONS = {  # the name of the exception -> what it means for the user; by name, because older versions lack some
     "NameResolutionError": "no such host",
@@ -23,69 +20,42 @@ REASONS = {  # the name of the exception -> what it means for the user; by name,
     "SSLError": "no trusted TLS connection",
     "ProxyError": "no way through the proxy (HTTPS_PROXY)",
     "ContentDecodingError": "an answer in an encoding that was not asked for",
-    "TooLong": f"an answer of more than {MOST:,} bytes",
 }
-
-
-class TooLong(requests.RequestException):
-    """An answer has more than MOST bytes."""
-
-
-class Bearer(requests.auth.AuthBase):
-    """Sends `Authorization: Bearer TOKEN`, or nothing if the token is empty.
-
-    requests lets an entry of ~/.netrc replace a plain Authorization header. It does not replace an auth object.
-    """
-
-    def __init__(self, token: str):
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.token:
-            request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
 
 
 def is_local(url: str) -> bool:
     """Whether an address is this machine's own: what is sent there meets no network."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", urlsplit(url).hostname or "") is not None
 
 
 def send(method: str, url: str, token: str, headers: dict | None = None, **how) -> requests.Response:
     """Send a request; returns when the head of the answer is there. how: more arguments of requests.request.
 
+    Sends `Authorization: Bearer TOKEN`, or nothing if the token is empty; never to another host that it is redirected to.
     Nothing for this machine goes through a proxy. An answer may not be compressed: a small one could fill the memory. Raises
     requests.RequestException.
     """
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers.update({"Authorization": f"Bearer {token}"} if token else {})
+        return request
+
     headers = {"Accept-Encoding": "identity", "User-Agent": "nanopref", **(headers or {})}
     proxies = {urlsplit(url).scheme: ""} if is_local(url) else None
-    response = requests.request(method, url, headers=headers, auth=Bearer(token), proxies=proxies, stream=True, **how)
+    # sign: requests lets an entry of ~/.netrc replace a plain Authorization header, but not what such a function has set
+    response = requests.request(method, url, headers=headers, auth=sign, proxies=proxies, stream=True, **how)
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise requests.exceptions.ContentDecodingError
     return response
 
 
-def read(response: requests.Response) -> bytes:
-    """All of an answer's body. Raises TooLong, or another requests.RequestException."""
-    content = b""
-    for part in response.iter_content(65_536):
-        content += part
-        if len(content) > MOST:
-            raise TooLong
-    return content
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], Any]) -> Any:
     """What `call` returns or raises. Raises requests.ReadTimeout where that takes longer.
 
     The time limit of requests is one between two bytes. A server that sends a byte now and then would hold us for ever. `call`
     is then left to a thread that ends with its connection, or with the process.
     """
-    future: Future[T] = Future()
+    future: Future = Future()
 
     def work() -> None:
         try:

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 import requests
 
 from base.errors import UserError
-from base.http import explain, is_local, reached, read, retry_after, send, within
+from base.http import explain, is_local, reached, retry_after, send, within
 from base.progress import Progress
 from judge.cache import Cache, Reply, is_count
 from runtime.config import REQUIRED, key
@@ -30,6 +30,7 @@ LONGEST = 60.0  # seconds between two tries, beside those that the server asks f
 PATIENCE = 600.0  # longest wait, in seconds, that a server may ask for; above it the evaluation ends
 GIVE_UP = 3  # questions in a row without any answer that end the evaluation
 CONNECT = 15  # seconds
+MOST = 10_000_000  # bytes of an answer
 SHORT = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta/openai"}
 KEYS = {"api.openai.com": "OPENAI_API_KEY", "generativelanguage.googleapis.com": "GEMINI_API_KEY"}  # hosts that need a key
 LATER = (408, 409, 425, 429)  # statuses, beside 500 and above, after which another try may succeed
@@ -235,7 +236,12 @@ class Judge:
 
         def exchange() -> tuple[requests.Response, bytes]:
             with send("POST", self.url, self.key, json=body, timeout=limits, allow_redirects=False) as response:
-                return response, read(response)
+                content = b""
+                for part in response.iter_content(65_536):
+                    content += part
+                    if len(content) > MOST:
+                        raise NoAnswer(f"an answer of more than {MOST:,} bytes", paid=True)
+                return response, content
 
         try:
             response, content = within(seconds + 0.5, exchange)  # a little later: requests knows more of what failed
