@@ -317,11 +317,11 @@ def test_damage_that_only_another_rank_meets_is_told(world, tmp_path):
 
 def test_torchrun_takes_the_command_in_the_docs():
     """Without the -- it refuses --n as a short form of several options of its own."""
-    from torch.distributed.run import get_terminalparser
+    from torch.distributed.run import get_args_parser
 
     for text in (sample.__doc__, (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()):
         command = next(line for line in text.splitlines() if line.strip().startswith("torchrun") and "sample.py" in line)
-        told = get_terminalparser().parse_args(shlex.split(command, comments=True)[1:])
+        told = get_args_parser().parse_args(shlex.split(command, comments=True)[1:])
         assert told.training_script == "sample.py" and "--n" in told.training_script_args
 
 
