@@ -55,10 +55,10 @@ NAMED_SIDE = r"\b(?:[AB]|b|a(?!\s+\w)|(?i:tie|draw|other|former|latter))\b"  # "
 RANGE = r"(?:\s*\([^)\n]*\)|\s+out\s+of\s+100)?"  # "Score (0-100): 85", "Score out of 100: 85"
 NUMBER = r"[\[({]*(?P<value>\d{1,3}(?:\.\d+)?)(?:\s*\(?(?:/|out\s+of)\s*100\b\)?|\s*%|\s*points?\b)?"
 NAMED_NUMBER = r"\d+(?:\.\d+)?|\bout of\b"
-END = r"(?=[ \t]*(?:$|[.,;!)\]}](?!\d)|</|[-–—]\s|(?:because|since)\b))"
+END = r"(?=[ \t]*(?:$|[.,;!)\]}](?!\d)|</(?:verdict|score)|[-–—]\s|(?:because|since)\b))"
 
 BLOCKS = [  # quoted lines: fenced code, our own tags and HTML's, block quotes, indented code
-    r"(?s)(```|~~~).*?(?:\1|\Z)",
+    r"(?ms)^[ \t]*(`{3,}|~{3,})[^\n]*\n.*?^[ \t]*\1[ \t]*$",
     r"(?s)<(\w+-\w+|q|quote|blockquote|code|pre)>.*?(?:</\1>|\Z)",
     r"(?m)^[ \t]*[-*]?[ \t]*>.*$",
     r"(?m)^(?: {4}|\t).*$",
@@ -66,7 +66,7 @@ BLOCKS = [  # quoted lines: fenced code, our own tags and HTML's, block quotes, 
 PAIRS = ("„“", "„”", "“”", "‚‘", "‘’", "«»", "»«", "‹›", "「」", '""', "''", "``")
 SPANS = [rf"(?s)(?<!\w){a}(.{{0,2000}}?)([.!?]?){b}(?!\w)" for a, b in PAIRS]  # not the mark in it's or 12"
 SAYS = r"\b(?:[AB]|(?i:response|answer|assistant|text))\b.*:$"  # a line before somebody else's words
-UNCLOSED = r"""(?<!\w)[„“‚‘«»‹「"'`](?=\S)"""
+UNPAIRED = r"""(?<!\d)"|[„“”«»‹›「」`]|(?<!\w)['‚‘](?=\S)|~~~"""
 
 
 def side(reply: str) -> str | None:
@@ -92,7 +92,7 @@ def _clear(reply: str, words: str, after: str, value: str, named: str, read: Cal
     marker = rf"(?im){START}(?:{words})\b{after}\s*(?:is\b|[:=>])?[:=\s]*"
     found = list(re.finditer(rf"{marker}(?:{value}{END})?", text)) or [re.fullmatch(rf"(?i)\s*{value}[.!\])}}\s]*", text)]
     last = found[-1]
-    if last is None or last["value"] is None or re.search(UNCLOSED, text):
+    if last is None or last["value"] is None or re.search(UNPAIRED, text):
         return None
     before, behind = text[: last.start()].strip(), text[last.end() :]
     if re.search(SAYS, before.rpartition("\n")[2]):
