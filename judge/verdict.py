@@ -45,7 +45,7 @@ def fill(template: str, **texts: str) -> str:
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
-LONGEST = 20_000  # characters: a reply that goes on for longer holds no clear verdict
+LONGEST = 10_000  # characters: a reply that goes on for longer holds no clear verdict
 START = r"(?:^|[.!?;])[^\w\n]{0,9}(?:(?:my|the|final|overall)\s+)*"  # of a line or a sentence
 SIDE = (
     r"(?:(?:it's|it is) +)?(?:an? +(?=tie|draw)|(?:the +)?(?:response|answer|assistant) *)?[\[({]*"

@@ -180,11 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         with contextlib.suppress(ConnectionError):  # a client that gave up
             if self.fault.slow >= 0:
+                self.close_connection = True
                 self.wfile.write(body[: self.fault.slow])
                 for byte in body[self.fault.slow :][:300]:
                     threading.Event().wait(0.1)  # not sleep, which tests replace
                     self.wfile.write(bytes([byte]))
-                self.close_connection = True
                 return
             self.wfile.write(body)
 

@@ -100,7 +100,7 @@ def test_no_reply_takes_long():
         "A, ",
         "1",
     ):
-        for n in (15_000, 3_000_000):
+        for n in (9_999, 3_000_000):
             assert side((part * n)[:n]) is None and score((part * n)[:n]) is None
     assert time.monotonic() - began < 30
 
