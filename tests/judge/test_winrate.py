@@ -1,5 +1,6 @@
 """eval_winrate.py: win rates and scores, their intervals, trials and sides, and what a user can do wrong."""
 
+import html
 import json
 import math
 import statistics
@@ -9,8 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from base.errors import UserError
-from eval_winrate import Config, parameters_of, read_items, sides_of
-from judge.figures import wilson
+from eval_winrate import Config, Item, examples_table, parameters_of, read_items, sides_of
+from judge.figures import Judgement, wilson
 from judge.verdict import read_template
 from runtime import config
 from tests.judge.server import args, lines, responses
@@ -116,6 +117,14 @@ def test_trials_take_their_completions_and_give_a_spread(server, call, tmp_path)
     asked = len(server.asked)
     assert call("eval_winrate", *args(server, one, trials=3, cache=tmp_path / "c2"))[0] == 0
     assert len(server.asked) == asked + 12, "every trial is asked for itself"
+
+
+def test_texts_stay_texts_in_the_table():
+    nasty = "a | b ![x](http://h/x.png) `c` <img src=x>\n\\| *d*"
+    judged = [Judgement(0, 0, "win", "A", (1, 1), ())]
+    row = examples_table(judged, [Item(nasty, (nasty,), ("other",), "r.jsonl:1")], 1, 0).splitlines()[2]
+    assert row.count("|") == 6 and "![" not in row and "`" not in row and "<img" not in row and "*" not in row
+    assert html.unescape(row).count(nasty.replace("\n", "<br>")) == 2
 
 
 def test_scores(server, call, tmp_path):
