@@ -35,15 +35,11 @@ def send(method: str, url: str, token: str, headers: dict | None = None, **how) 
     Nothing for this machine goes through a proxy. An answer may not be compressed: a small one could fill the memory. Raises
     requests.RequestException.
     """
-
-    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers.update({"Authorization": f"Bearer {token}"} if token else {})
-        return request
-
     headers = {"Accept-Encoding": "identity", "User-Agent": "nanopref", **(headers or {})}
-    proxies = {urlsplit(url).scheme: ""} if is_local(url) else None
-    # sign: requests lets an entry of ~/.netrc replace a plain Authorization header, but not what such a function has set
-    response = requests.request(method, url, headers=headers, auth=sign, proxies=proxies, stream=True, **how)
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    how |= {"proxies": {urlsplit(url).scheme: ""}} if is_local(url) else {}
+    how["auth"] = lambda request: request  # without any, requests would let an entry of ~/.netrc replace the token
+    response = requests.request(method, url, headers=headers, stream=True, **how)
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise requests.exceptions.ContentDecodingError
     return response

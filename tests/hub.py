@@ -65,6 +65,7 @@ class Hub:
         Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that hung up
         # Two names for one machine: the hub's own host, and the one large files are kept at.
         self.url = f"http://localhost:{self.server.server_port}"
         self.store = f"http://127.0.0.1:{self.server.server_port}"
