@@ -280,11 +280,10 @@ class Judge:
         return Reply(self._clean(text), *(n if is_count(n) else 0 for n in counts), end)
 
     def _quote(self, content: bytes) -> str:
-        """The start of what the server sent, without the API key or parts of it."""
+        """The start of what the server sent, without the API key or parts of it, and without what would steer a terminal."""
         part = re.escape(self.key[:6]) + r"[\w*.…-]*" if self.secret else "(?!)"
-        text = self._clean(content[:9999].decode(errors="replace"))
-        text = " ".join(re.sub(f"{part}|{SECRETS}", "***", text).split())[:300]
-        return "".join(filter(str.isprintable, text))  # nothing that would steer a terminal
+        text = "".join(c if c.isprintable() else " " for c in content[:9999].decode(errors="replace"))
+        return " ".join(re.sub(f"{part}|{SECRETS}", "***", self._clean(text)).split())[:300]
 
     def _clean(self, text: str) -> str:
         """`text` without the API key, should the server quote it."""

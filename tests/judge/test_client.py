@@ -122,7 +122,7 @@ def test_what_no_second_try_can_mend_ends_at_once(server, refused, tmp_path, mon
             (401, {}, words, "check --judge, --judge_model and the API key in OPENAI_API_KEY"),
             (429, {}, b'{"error": {"message": "no quota", "code": "insufficient_quota"}}', "no quota"),
             (429, {"Retry-After": "7200"}, b"daily limit", "daily limit; it asks to wait 7200 s"),
-            (400, {}, b"no \x1b[2J\x07\xe2\x80\xaemodel", "status 400: no [2Jmodel"),
+            (400, {}, b"no \x1b[2J\x07\xe2\x80\xaemodel", "status 400: no [2J model"),
             (302, {"Location": "http://elsewhere.example.com/x?code=1"}, b"", "status 302"),
         ]
     ):
