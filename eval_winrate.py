@@ -13,6 +13,7 @@ eval_reward.py needs no judge: it compares the model with its reference.
 import html
 import json
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,7 +173,8 @@ def examples_table(judgements: list[Judgement], items: list[Item], rows: int, se
         item, outcome = items[j.number], "failed" if j.outcome is None else j.outcome
         outcome = str(outcome).removesuffix(".0")
         texts = (str(j.number), item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL], outcome)
-        cells = (html.escape(text.strip()).replace("|", "&#124;") for text in texts)
+        # Markdown's marks too, or a text could bring a picture along that the reader's browser fetches
+        cells = (re.sub(r"[|\[\]`*_~\\]", lambda m: f"&#{ord(m[0])};", html.escape(text.strip())) for text in texts)
         lines.append("| " + " | ".join("<br>".join(cell.splitlines()) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

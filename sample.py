@@ -90,8 +90,7 @@ class Text:
     def certain(self, tokens: list[int]) -> str:
         """As much as no later token can change: no half character at the end, no beginning of the stop text."""
         text = self.final(tokens).rstrip("\ufffd")
-        held = (k for k in range(len(self.stop), 0, -1) if text.endswith(self.stop[:k]))
-        return text[: len(text) - next(held, 0)]
+        return next(text[: len(text) - k] for k in range(len(self.stop), -1, -1) if text.endswith(self.stop[:k]))
 
 
 def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:

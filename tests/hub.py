@@ -31,6 +31,7 @@ class Fault:
     status: int = 0  # answer with this status
     headers: dict = field(default_factory=dict)  # add or replace these headers
     cut: int = -1  # close the connection after so many bytes of the body
+    slow: int = -1  # after so many bytes of the body send one every tenth of a second, for half a minute
     hang_up: bool = False  # close it without an answer
     sleep: float = 0.0  # seconds to wait before the answer
 
@@ -64,6 +65,7 @@ class Hub:
         Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that hung up
         # Two names for one machine: the hub's own host, and the one large files are kept at.
         self.url = f"http://localhost:{self.server.server_port}"
         self.store = f"http://127.0.0.1:{self.server.server_port}"
@@ -178,6 +180,13 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: self.fault.cut]
             self.close_connection = True
         with contextlib.suppress(ConnectionError):  # a client that gave up
+            if self.fault.slow >= 0:
+                self.close_connection = True
+                self.wfile.write(body[: self.fault.slow])
+                for byte in body[self.fault.slow :][:300]:
+                    threading.Event().wait(0.1)  # not sleep, which tests replace
+                    self.wfile.write(bytes([byte]))
+                return
             self.wfile.write(body)
 
     def log_message(self, *_):

@@ -112,6 +112,38 @@ def test_stop_texts_over_several_tokens():
     assert text.certain(list("caf\u00e9\nx".encode())) == "caf\u00e9\nx"
 
 
+def test_what_is_printed_is_the_text_up_to_the_first_stop(monkeypatch, capsys):
+    """Random texts, cut into tokens anywhere, also inside a character, and stop texts that overlap with themselves."""
+
+    class Pieces:
+        def decode(self, ids):
+            return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+        def encode(self, text):
+            return []
+
+    def drawn(cfg, prompts, batch_size, ended, *_):
+        """What `sample.completions` yields: the tokens up to the one that ends the completion."""
+        n = next((n for n in range(1, len(pieces) + 1) if ended(list(range(n)))), len(pieces))
+        yield 0, 0, list(range(n))
+
+    monkeypatch.setattr(sample, "fit", lambda *_: 0)
+    monkeypatch.setattr(sample, "completions", drawn)
+    terminal = config.load(sample.Config, flags(model="gpt2"))
+    cases = [(b"hi\n\n\nQ", "\n\nQ"), (b"hi\n\n\nQ more", "\n\nQ"), (b"aabaaab", "aaab"), (b"ab\xf0\x9f", "b")]
+    rng = np.random.default_rng(0)
+    for case in range(3000):
+        letters = ["a", "b", "\n", "\u00e9", "\U0001f600"]
+        raw = "".join(rng.choice(letters, rng.integers(12))).encode()
+        raw += bytes(rng.integers(128, 256, rng.integers(3), dtype=np.uint8)) if case % 2 else b""
+        raw, stop = cases[case] if case < len(cases) else (raw, "".join(rng.choice(letters, rng.integers(5))))
+        cuts = np.flatnonzero(rng.random(max(0, len(raw) - 1)) < rng.random()) + 1
+        pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+        sample.answer(terminal, "", 0, sample.Text(Pieces(), stop), None, Pieces(), None)
+        text = raw.decode(errors="replace")
+        assert capsys.readouterr().out == (text.partition(stop)[0] if stop else text) + "\n", (pieces, stop)
+
+
 def test_adapters_and_untied_models(folder, asked, whole, call, tmp_path):
     """An adapter's folder is sampled from as the model that it makes of its base, whose head is no longer tied."""
     model = tiny.with_lora(weights.load(folder))
