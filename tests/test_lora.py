@@ -290,7 +290,11 @@ def test_a_run_does_not_write_over_its_own_base(files, sft_run, refused, tmp_pat
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     for overwrite in ("true", None):
         args = lora_args(files, sft_run, tmp_path / "run", init_from=tmp_path / "run/model", overwrite=overwrite)
-        refused("sft", *args, says="lies in it, and the run would write over it: name another out_dir")
+        refused(
+            "sft",
+            *args,
+            says="would write over {}, which key init_from names: name another out_dir".format(tmp_path / "run/model"),
+        )
         assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
 
 

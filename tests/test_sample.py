@@ -18,7 +18,7 @@ import generate
 import sample
 import weights
 from base.errors import UserError
-from base.files import claim
+from base.files import held
 from data.tokenizer import get
 from generate import greedy, stream
 from runtime import config
@@ -230,7 +230,7 @@ def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refuse
 
 
 def test_two_runs_never_share_a_file(folder, asked, refused, tmp_path):
-    with claim(tmp_path / "out.lock"):
+    with held(tmp_path / "out"):
         refused("sample", *args(folder, asked, tmp_path / "out"), says="another process is writing")
 
 
@@ -242,7 +242,7 @@ def test_wrong_keys(folder, asked, tmp_path):
     for keys, says in (
         ({"out": None}, "key out: --prompts needs --out"),
         ({"prompts": None}, "key prompts: --out needs --prompts"),
-        ({"out": asked}, "is the prompts file"),
+        ({"out": asked}, "which key prompts names: name another out"),
         ({"out": tmp_path / "out.jsonl.gz"}, "leave out .gz"),
         ({"out": tmp_path / "file" / "out"}, "cannot be written"),
         ({"out": tmp_path}, "is a folder"),

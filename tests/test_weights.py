@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from base.errors import UserError
+from base.files import private
 from data.tokenizer import get
 from model import GPT, GPTConfig
 from tests import peers, tiny
@@ -313,12 +314,13 @@ def test_the_old_folder_stays_until_the_new_one_is_whole(model, tmp_path):
 def test_save_after_a_kill(model, tmp_path):
     out = tmp_path / "out"
     weights.save(model, NoTokenizer(), out)
-    (tmp_path / "out.saving").mkdir()
-    (tmp_path / "out.saving/model.safetensors").write_text("half")
-    shutil.copytree(out, tmp_path / "out.old")
+    new, old = private(out, "new"), private(out, "old")
+    new.mkdir()
+    (new / "model.safetensors").write_text("half")
+    shutil.copytree(out, old)
     weights.save(model, NoTokenizer(), out)
     assert contents(out)
-    out.rename(tmp_path / "out.old")  # killed between the two renames: a failure now must leave the old one in its place
+    out.rename(old)  # killed between the two renames: a failure now must leave the old one in its place
     with pytest.raises(OSError, match="full"):
         weights.save(model, Broken(OSError(errno.ENOSPC, "full")), out)
     weights.load(out)

@@ -30,7 +30,7 @@ from runtime import checkpoint
 from runtime.distributed import setup
 from runtime.optim import learning_rate
 from runtime.run import Run
-from tests.conftest import close, metrics, script, sft_args
+from tests.conftest import close, contents, metrics, script, sft_args
 
 
 @pytest.fixture(scope="module")
@@ -309,12 +309,55 @@ def test_a_config_that_no_run_wrote_is_kept(theirs, files, refused, tmp_path):
     assert (tmp_path / "run/config.toml").read_text() == theirs
 
 
-def test_overwrite_does_not_delete_behind_a_link(files, refused, tmp_path):
-    (tmp_path / "run").mkdir(), (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/kept").touch()
-    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "elsewhere")
-    refused("sft", *sft_args(files, tmp_path / "run", overwrite="true"), says="checkpoints is a link")
-    assert (tmp_path / "elsewhere/kept").exists()
+def test_overwrite_does_not_delete_behind_a_link(whole, files, refused, tmp_path):
+    """Nor anything else, then."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/adapter").mkdir()
+    shutil.move(tmp_path / "run/model", tmp_path / "elsewhere")
+    (tmp_path / "run/model").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    refused("sft", *sft_args(files, tmp_path / "run", overwrite="true"), says="model is a link")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", ["true", None])
+@pytest.mark.parametrize("name", ["model", "adapter", "checkpoints", "metrics.jsonl", "wandb_id"])
+@pytest.mark.parametrize("config", [None, 'title = "mine"\n', 'out_dir = "runs/x"\noverwrite = false\n'])
+def test_what_no_run_wrote_is_kept(config, name, overwrite, files, refused, tmp_path):
+    """A config.toml of somebody else, or one written by hand, does not make a folder ours."""
+    (tmp_path / "run").mkdir()
+    if name.endswith((".jsonl", "_id")):
+        (tmp_path / "run" / name).write_text("mine\n")
+    else:
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "config.json").write_text("{}")
+    if config:
+        (tmp_path / "run/config.toml").write_text(config)
+    before = contents(tmp_path)
+    first = "config.toml" if config else name
+    args = sft_args(files, tmp_path / "run", overwrite=overwrite, max_steps=1)
+    refused("sft", *args, says=f"{tmp_path / 'run' / first} is there, and no run wrote it: move it away")
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_deletes_only_what_a_run_wrote(whole, files, run, refused, tmp_path):
+    """Notes in the folder, a copy of a checkpoint, a backup of the model."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.copytree(folder / "model", folder / "model.old")
+    shutil.copytree(folder / "checkpoints/step_4", folder / "checkpoints/best_so_far")
+    (folder / "notes.txt").write_text("mine")
+    kept = {p: b for p, b in contents(folder).items() if p.startswith(("model.old", "checkpoints/best", "notes"))}
+    assert len(kept) > 8 and run("sft", folder, overwrite="true")[2] == metrics(whole)
+    assert kept.items() <= contents(folder).items()
+    (folder / "model/README.md").write_text("mine")
+    before = contents(folder)
+    args = sft_args(files, folder)
+    refused("sft", *args, "--overwrite", says="model holds README.md, which no run wrote: move it away")
+    refused(
+        "sft", *args, says="model is there and not a model's folder: move it away (README.md)"
+    )  # a finished run writes anew
+    assert contents(folder) == before
 
 
 # --- wandb, by a stand-in: the package is optional ------------------------------------------------------------------------
