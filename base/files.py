@@ -95,7 +95,8 @@ def check_file(key: str, path: str) -> None:
 def lies_in(path: str | Path, place: str | Path) -> bool:
     """Whether `path` is `place`, or lies in it: by other spellings, links and hard links, too."""
     path, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))
-    return any(p == place or (os.path.exists(p) and place.exists() and p.samefile(place)) for p in (path, *path.parents))
+    there = os.path.exists(place)  # Path.exists raises OSError for a text that is too long for a path
+    return any(p == place or (there and os.path.exists(p) and p.samefile(place)) for p in (path, *path.parents))
 
 
 def sync(path: Path) -> None:
