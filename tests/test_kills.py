@@ -1,4 +1,5 @@
 """`kill -9` in every script that writes: the same command then gives the unbroken result, and what it reads stays as it was.
+And so after a full disk.
 
 Half of the kills come at a random time; half before a random file operation (a file opened to be written, renamed, deleted, …),
 where there is most to be lost. NANOPREF_KILLS is the number of kills for each script. Kills of one of several processes are in
@@ -117,7 +118,7 @@ def found(out: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_same_command_after_kills_gives_the_unbroken_result(name, inputs, spawn, tmp_path):
+def test_the_same_command_goes_on_after_kills_and_a_full_disk(name, inputs, spawn, tmp_path):
     module, keys = COMMANDS[name]
     out, err, count = tmp_path / "out", tmp_path / "err", tmp_path / "count"
     rng, before = random.Random(f"{SEED} {name}"), contents(inputs)
@@ -138,8 +139,8 @@ def test_the_same_command_after_kills_gives_the_unbroken_result(name, inputs, sp
         texts |= {"judge": server.url} if "judge" in keys else {}
         args = [*texts.pop("", "").split(), *(f"--{k}={v}" for k, v in texts.items())]
 
-        def start(at: int = 0):
-            return spawn("tests.test_kills", args, err, env={"SCRIPT": module, "AT": str(at), "COUNT": str(count)})
+        def start(at: int = 0, limit: int = 0):
+            return spawn("tests.test_kills", args, err, limit, env={"SCRIPT": module, "AT": str(at), "COUNT": str(count)})
 
         for _ in range(2):  # the first has more to import
             prepare()
@@ -150,6 +151,17 @@ def test_the_same_command_after_kills_gives_the_unbroken_result(name, inputs, sp
             assert process.exitcode == 0, err.read_text()
             shutil.copytree(out, tmp_path / "done", dirs_exist_ok=True)
         wanted, operations = found(out), int(count.read_text())
+
+        prepare()  # a full disk, for which a limit on the size of files stands
+        limit = max(len(content) for path, content in contents(out.parent / "done").items() if path != "users.txt") // 2
+        process = start(limit=limit)
+        process.join(120)
+        assert process.exitcode == 2, err.read_text()
+        assert err.read_text().splitlines()[-1].startswith("error: no space left on the disk"), err.read_text()
+        assert contents(inputs) == before and not [path for path in contents(out) if ".nanopref-" in path]
+        process = start()
+        process.join(120)
+        assert process.exitcode == 0 and found(out) == wanted, err.read_text()
 
         kills = 0
         while kills < KILLS:

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
-import dpo
 import sft
 import weights
 from data.batch import collate
@@ -23,7 +20,7 @@ from data.tokenizer import get
 from generate import greedy
 from lora import LoRA, LoRAConfig, add_lora, as_started, is_target
 from model import GPT, SIZES, GPTConfig
-from runtime import checkpoint, config, distributed
+from runtime import config, distributed
 from runtime.build import build_model
 from tests import tiny
 from tests.conftest import close, dpo_args, flags, good, metrics, ref_args, script, sft_args
@@ -229,39 +226,6 @@ def test_from_scratch(files, call, refused, tmp_path):
 
 
 # --- resumed, and many -----------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """dpo.py, killed behind its second checkpoint."""
-    save, saved = checkpoint.save, []
-
-    def killed(*rest):
-        save(*rest)
-        saved.append(rest)
-        if len(saved) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint.save = killed
-    dpo.main()
-
-
-def test_a_killed_run_resumes_to_the_bit(files, lora_sft, sft_run, spawn, call, tmp_path):
-    """A DPO run that goes on from an adapter, with dropout: all is as in the unbroken run."""
-
-    def args(folder):
-        more = {"init_from": lora_sft / "adapter", "dropout": 0.1, "max_steps": 8, "save_every": 2, "eval_every": 3}
-        return lora_dpo(files, sft_run, folder, **more)
-
-    run, whole = tmp_path / "broken", tmp_path / "whole"
-    assert call("dpo", *args(whole))[0] == 0
-    process = spawn("tests.test_lora", args(run), tmp_path / "err")
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL and not (run / "adapter").exists()
-    status, printed, err = call("dpo", *args(run))
-    assert status == 0 and "resuming" in printed, err
-    assert metrics(run) == metrics(whole)
-    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_another_base_is_not_resumed(files, sft_run, lora_sft, call, refused, tmp_path):

@@ -6,11 +6,9 @@ import fcntl
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -178,48 +176,6 @@ def test_a_validation_that_is_not_finite_is_never_the_best():
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "sigmoid"])
-def test_killed_runs_resume_to_the_bit(name, stage, tmp_path, spawn):
-    """kill -9 at random moments, saving included: metrics.jsonl is the unbroken run's, line for line, times aside."""
-    more = {"epochs": 8, "row_len": 200} if name == "sft" else {"epochs": 6, "eval_every": 3, "dropout": 0.1}
-    err, broken, wanted = (tmp_path / word for word in ("err", "broken", "wanted"))
-    kills = 3 if name == "sft" else 10
-
-    def start(folder):
-        return spawn(*stage(name, folder, save_every=2, **more), err)
-
-    def same():
-        assert metrics(broken) == metrics(wanted)
-        for file in ("model/config.json", "model/model.safetensors"):
-            assert (broken / file).read_bytes() == (wanted / file).read_bytes()
-        assert not list((broken / "checkpoints").glob("*.tmp")), "what a kill left behind is cleared away"
-
-    for folder in (tmp_path / "warm", wanted):  # the first also starts the server of processes
-        begin = time.monotonic()
-        process = start(folder)
-        process.join()
-        seconds = time.monotonic() - begin
-        assert process.exitcode == 0, err.read_text()
-
-    rng, resumed = random.Random(name), 0
-    while kills or resumed < 2:
-        process = start(broken)
-        process.join(rng.uniform(0.2, 0.7) * seconds)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills, resumed = max(0, kills - 1), resumed + any((broken / "checkpoints").glob("step_*"))
-        else:  # it got through between two kills: once more from the start
-            assert process.exitcode == 0, err.read_text()
-            same()
-            shutil.rmtree(broken)
-    last = start(broken)
-    last.join()
-    assert last.exitcode == 0, err.read_text()
-    same()
 
 
 @pytest.mark.parametrize(("number", "overwrite"), [(signal.SIGTERM, "false"), (signal.SIGINT, "true")])
