@@ -62,10 +62,6 @@ class Config(JudgeKeys):
         if self.both_orders and self.mode != "pairwise":
             raise UserError(f"key both_orders: there are no two orders in mode {self.mode}")
         self.cache = self.cache or str(Path(self.out).with_suffix(".cache.jsonl"))
-        taken: dict[Path, str] = {}
-        for name in ("responses", "against", "out", "details", "table", "cache"):
-            if (path := getattr(self, name)) and (other := taken.setdefault(Path(path), name)) != name:
-                raise UserError(f"key {name}: {path} is also the file of key {other}: name another one")
 
 
 # --- what is judged -------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -64,8 +63,6 @@ class Config(DeviceKeys):
             raise UserError(f"key {missing}: --{given} needs --{missing} too; without both, prompts are typed in")
         if self.out.endswith(".gz"):
             raise UserError(f"key out: {self.out}: what is written is not compressed: leave out .gz")
-        if self.out and Path(self.out).resolve() == Path(self.prompts).resolve():
-            raise UserError(f"key out: {self.out} is the prompts file: name another")
 
     @property
     def how(self) -> dict:
@@ -122,29 +119,28 @@ def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> 
         "stop": cfg.stop,
         **cfg.how,
     }
-    unfinished = Unfinished(cfg.out, settings, cfg.overwrite, compute)
-    done = unfinished.done
+    with Unfinished(cfg.out, settings, cfg.overwrite, compute) as unfinished:
+        done = unfinished.done
+        todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
+        todo = todo[compute.rank :: compute.world]
+        print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
+        progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
+        text, found, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, 0
+        for i, j, ids in completions(cfg, {i: tokens[i] for i in todo}, cfg.batch_size, text.ended, model, tokenizer, compute):
+            found[i][j] = text.final(ids)
+            if len(found[i]) == cfg.n:
+                found[i] = [found[i][j] for j in range(cfg.n)]
+                unfinished.add(i, found[i])
+            written += len(ids)
+            progress.add(1)
+        seconds = progress.close()
+        print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
 
-    todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
-    todo = todo[compute.rank :: compute.world]
-    print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
-    progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
-    text, found, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, 0
-    for i, j, ids in completions(cfg, {i: tokens[i] for i in todo}, cfg.batch_size, text.ended, model, tokenizer, compute):
-        found[i][j] = text.final(ids)
-        if len(found[i]) == cfg.n:
-            found[i] = [found[i][j] for j in range(cfg.n)]
-            unfinished.add(i, found[i])
-        written += len(ids)
-        progress.add(1)
-    seconds = progress.close()
-    print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
-
-    for share in compute.gather(found):
-        done |= share
-    lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
-    compute.once(lambda: write_whole(cfg.out, "".join(lines)))
-    unfinished.remove()
+        for share in compute.gather(found):
+            done |= share
+        lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
+        compute.once(lambda: write_whole(cfg.out, "".join(lines)))
+        unfinished.remove()
     print(f"wrote {cfg.out}")
 
 

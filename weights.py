@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from base.download import hub_endpoint, hub_find
 from base.errors import UserError
-from base.files import read_json, sync, write_json
+from base.files import held, private, read_json, sync, write_json
 from logprobs import LanguageModel
 
 # model_type in config.json -> the file with its Config and Model, see logprobs.LanguageModel
@@ -32,6 +32,10 @@ FAMILIES = {"gpt2": "model", "llama": "llama", "mistral": "llama", "qwen2": "lla
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+FILES = {  # all that is written into a folder of a model or an adapter, by a tokenizer too
+    *(CONFIG, "generation_config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
+}
 Find = Callable[[Sequence[str]], Path | None]  # file names -> the first of them that is there
 
 
@@ -287,37 +291,45 @@ def save_tensors(config, tensors: Iterator[tuple[str, Tensor]], tokenizer, folde
     write_folder(folder, CONFIG, "a model", write)
 
 
+def strangers(folder: Path, mark: str) -> str:
+    """The name of something in a folder that `write_folder` did not write: with it comes the file `mark`. "" if all is ours."""
+    names = {*os.listdir(folder)} if folder.exists() else set()
+    return min(names - FILES if mark in names else names, default="")
+
+
 def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `folder`, then rename it into place; what is there is kept until then.
 
-    Raises UserError where `folder` holds something other than `kind` (it must be empty or have the file `mark`), and OSError
-    where the disk is full: then what was there stays.
+    Raises UserError where `folder` holds something other than `kind` (see `strangers`), and OSError where the disk is full:
+    then what was there stays.
     """
     folder = Path(os.path.realpath(folder))
-    new, old = (folder.with_name(folder.name + end) for end in (".saving", ".old"))
-    if folder.exists() and not (folder / mark).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError(f"{folder} is there and not {kind}'s folder: move it away, or write to another place")
-    if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
-        os.rename(old, folder)
-    for leftover in (new, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    try:
-        new.mkdir(parents=True)
-        write(new)
-        for path in (*new.iterdir(), new):
-            sync(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(new)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not tell which file it was
-            error.filename = str(folder)
-        raise
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if strange := strangers(folder, mark):
+        raise UserError(f"{folder} is there and not {kind}'s folder: move it away ({strange}), or write to another place")
+    new, old = private(folder, "new"), private(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
+            os.rename(old, folder)
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        try:
+            new.mkdir()
+            write(new)
+            for path in (*new.iterdir(), new):
+                sync(path)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(new)
+            if isinstance(error, OSError) and error.filename is None:  # a write does not tell which file it was
+                error.filename = str(folder)
+            raise
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_safetensors(file, shapes: dict[str, tuple], tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str]) -> None:

@@ -1,10 +1,13 @@
 """Files: written whole or not at all, checked before the work begins, read with one plain sentence for what is wrong."""
 
+import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -14,21 +17,32 @@ from torch import Tensor
 from base.errors import UserError
 
 
+def private(path: str | Path, end: str) -> Path:
+    """A name beside `path` for what is not finished: one that no user has given to a file."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.nanopref-{end}")
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new one, also if the process or machine dies.
 
     The content goes to a temporary file beside it, which is synced and renamed. Its name is unique: of two processes that
-    write to one path, the last rename wins whole. Makes the folder where needed. Raises OSError, with nothing left behind.
+    write to one path, the last rename wins whole. What killed processes left there is deleted. Makes the folder where needed.
+    Raises OSError, with nothing left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    for stale in path.parent.glob(glob.escape(str(private(path.name, ""))) + "?" * 16):
+        with contextlib.suppress(OSError), open(stale, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError where a process is still writing it
+            stale.unlink()
+    temporary = private(path, uuid.uuid4().hex[:16])
     try:
-        with open(temporary, "wb") as file:
+        with claim(temporary, wait=True) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -40,16 +54,33 @@ def claim(path: str | Path, wait: bool = False) -> IO | None:
 
     A file system without locks cannot say who holds it: there the claim is taken on trust.
     """
-    lock = open(path, "a")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return lock
+    while True:
+        lock = open(path, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        lock.close()  # its last holder has deleted it since it was opened
+
+
+@contextlib.contextmanager
+def held(path: str | Path, busy: str = "") -> Iterator[None]:
+    """Be the only process that writes `path` until the block ends. Where another one does, wait, or raise UserError(busy)."""
+    lock = claim(private(path, "lock"), wait=not busy)
+    if lock is None:
+        raise UserError(busy)
+    with lock:
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def check_file(key: str, path: str) -> None:
@@ -59,6 +90,13 @@ def check_file(key: str, path: str) -> None:
     parent = next((p for p in Path(path).absolute().parents if p.exists()), None)
     if path and not (parent and parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"key {key}: {path} cannot be written: {parent} is no folder that you may write to")
+
+
+def lies_in(path: str | Path, place: str | Path) -> bool:
+    """Whether `path` is `place`, or lies in it: by other spellings, links and hard links, too."""
+    path, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))
+    there = os.path.exists(place)  # Path.exists raises OSError for a text that is too long for a path
+    return any(p == place or (there and os.path.exists(p) and p.samefile(place)) for p in (path, *path.parents))
 
 
 def sync(path: Path) -> None:

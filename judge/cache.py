@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from base.errors import UserError, warn
-from base.files import claim
+from base.files import held
 
 START = '{"key": "'  # of each line
 
@@ -73,11 +73,5 @@ class Cache:
 def open_cache(path: str | Path) -> Iterator[Cache]:
     """The cache in a file, for this process alone until the block ends. UserError if another process uses it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lock = claim(f"{path}.lock")
-    if lock is None:
-        raise UserError(f"{path}: another evaluation is using it: wait, or name another file with --cache")
-    try:
+    with held(path, f"{path}: another evaluation is using it: wait, or name another file with --cache"):
         yield Cache(Path(path))
-    finally:
-        Path(lock.name).unlink(missing_ok=True)
-        lock.close()

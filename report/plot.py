@@ -259,7 +259,7 @@ def command(cls: type[T], name: str) -> tuple[list[str], T]:
             paths.append(word)
         else:
             options += [word] if "=" in word else [word, *itertools.islice(words, 1)]
-    settings = config.load(cls, options, prog=f"-m {name} PATH …")
+    settings = config.load(cls, options, f"-m {name} PATH …", paths)
     if not paths:
         raise UserError(f"{config.COMMAND_LINE}: no path: see python -m {name} --help")
     return paths, settings

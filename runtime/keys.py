@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from base.errors import UserError
 from runtime.config import REQUIRED, key
 
+OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id")  # what a run leaves in its folder, beside config.toml
 SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
 MOST_SEED = 2**63 - 1
 
@@ -38,7 +39,7 @@ class DataKeys:
 class RunKeys:
     """Run"""
 
-    out_dir: str = key(REQUIRED, "the run folder; a run that is there is resumed", free=True)
+    out_dir: str = key(REQUIRED, "the run folder; a run that is there is resumed", replaces=OURS, free=True)
     overwrite: bool = key(False, "delete the run that out_dir holds and start anew", free=True)
     epochs: float = key(1.0, "passes over the data", least=0)
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)

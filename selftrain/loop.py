@@ -34,8 +34,10 @@ from data import math_problems
 from data.jsonl import read
 from losses import REFERENCE_FREE
 from runtime import config, distributed
-from runtime.config import REQUIRED, key, rules
+from runtime.config import REQUIRED, key
 from selftrain import eval_math, problems
+
+MADE = ("rounds.json", "rounds.md", "rounds.png", "eval_prompts.jsonl")  # in its folder, beside config.toml and round_N
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Config:
     plot: bool = key(False, "draw accuracy over k, all rounds, into rounds.png", free=True)
     seed: int = key(0, "seed of sampling, pairs and training", least=0)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
-    out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", free=True)
+    out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", replaces=MADE, free=True)
 
     def check(self) -> None:
         if self.data not in math_problems.NAMES and not self.eval_data:
@@ -173,18 +175,10 @@ def run_step(script: str, keys: dict, compute) -> None:
 
 
 def take(cfg: Config) -> None:
-    """Make the folder this loop's. Raises UserError if it holds a loop with other settings."""
-    path = Path(cfg.out_dir) / "config.toml"
-    if path.exists():
-        before = config.load(Config, ["--config", str(path)])
-        for f in dataclasses.fields(cfg):
-            was, now = getattr(before, f.name), getattr(cfg, f.name)
-            if was != now and not rules(f).free:
-                raise UserError(
-                    f"out_dir {cfg.out_dir} holds a loop with {f.name} = {was!r}, not {now!r}: "
-                    "go on with the same settings, or name another out_dir"
-                )
-    write_whole(path, config.to_toml(cfg))
+    """Make the folder this loop's. Raises UserError if it holds a loop with other settings, or files that no loop wrote."""
+    if before := config.written(cfg, MADE):
+        config.check_same(cfg, before, "a loop")
+    write_whole(Path(cfg.out_dir) / "config.toml", config.to_toml(cfg))
 
 
 def shares(path: Path) -> list[float]:

@@ -148,6 +148,12 @@ def metrics(folder: Path | str, timeless: bool = True) -> list[dict]:
     return records
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder, by its path there, but for the lock that a run leaves."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
 @pytest.fixture
 def run(call, stage):
     """run("sft", folder, lr=1): a run that must succeed; returns (what it printed, what it wrote on stderr, its metrics)."""

@@ -173,6 +173,25 @@ def test_folders_that_are_not_ours(files, refused, tmp_path):
     refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="is a file: name a folder")
 
 
+def test_a_demo_deletes_only_what_a_demo_made(refused, tmp_path, monkeypatch):
+    """Killed in the middle, it begins anew; notes of a user beside its files stay."""
+    out = tmp_path / "demo"
+    for name in ("sft/model/x", "ref.safetensors", "notes.txt", "mine/x", ".demo"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (out / "dpo").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+
+    def stop(*_, **__):
+        raise errors.UserError("stopped")
+
+    monkeypatch.setattr("demo.step", stop)
+    for _ in range(2):
+        refused("demo", "--out_dir", out, says="stopped")
+        assert {p.name for p in out.iterdir()} == {"notes.txt", "mine", ".demo"} and (out / "mine/x").exists()
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 @pytest.mark.parametrize(("world", "says"), [("2", "start with torchrun --nproc_per_node 2"), ("abc", "'abc' is no number")])
 def test_an_environment_that_torchrun_did_not_make(world, says, files, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world)

@@ -18,7 +18,7 @@ import generate
 import sample
 import weights
 from base.errors import UserError
-from base.files import claim
+from base.files import held
 from data.tokenizer import get
 from generate import greedy, stream
 from runtime import config
@@ -203,6 +203,52 @@ def test_a_damaged_line_costs_only_what_stands_behind_it(folder, asked, whole, p
     assert status == 0 and "1 finished before" in printed and (tmp_path / "out.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize("rest", [b"", b'[0, ["a"', b"null\n", b"{}\n"])
+def test_a_part_file_without_a_finished_prompt_blocks_nobody(folder, asked, part, call, tmp_path, rest):
+    """There is nothing in it to be lost by other settings."""
+    (tmp_path / "out.jsonl.part0").write_bytes(part.splitlines(keepends=True)[0] + rest)
+    assert call("sample", *args(folder, asked, tmp_path / "out.jsonl", seed=6))[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_line_that_no_run_wrote_ends_a_part_file(folder, asked, whole, part, call, tmp_path):
+    """Of the right number of texts for one prompt, and nothing else."""
+    first, second, *_ = part.splitlines(keepends=True)
+    lines = (
+        "null",
+        "{}",
+        "[]",
+        "7",
+        "[0]",
+        "[0, null]",
+        "[0, []]",
+        '[0, ["a"]]',
+        '[0, ["a", 1]]',
+        '["0", ["a", "b"]]',
+        "[" * 9999,
+    )
+    for line in (*lines, '[true, ["a", "b"]]', '[0.5, ["a", "b"]]', '{"0": ["a", "b"]}', '[0, ["a", "b"], 1]', first.decode()):
+        (tmp_path / "out.jsonl.part0").write_bytes(first + second + line.encode() + b"\n")
+        status, printed, err = call("sample", *args(folder, asked, tmp_path / "out.jsonl"))
+        assert status == 0 and "1 finished before" in printed, (line, err)
+        assert (tmp_path / "out.jsonl").read_bytes() == whole, line
+
+
+def test_a_refused_run_leaves_no_lock(folder, asked, part, refused, tmp_path):
+    """Nor one that fails while it samples; a lock of that name that a user has is not touched."""
+    (tmp_path / "out.lock").write_text("mine")
+    (tmp_path / "out.part3").write_bytes(part)
+    refused("sample", *args(folder, asked, tmp_path / "out", seed=6), says="unfinished samples with another seed")
+    assert {p.name for p in tmp_path.iterdir()} == {"out.lock", "out.part3"}
+    model = weights.load(folder)
+    with torch.no_grad():
+        model.blocks[1].mlp.proj.bias.fill_(float("nan"))
+    weights.save(model, get("toy"), tmp_path / "model")
+    refused("sample", *args(tmp_path / "model", asked, tmp_path / "nan"), says="its weights are damaged")
+    assert {p.name for p in tmp_path.iterdir()} == {"out.lock", "out.part3", "model", "nan.part0"}
+    assert (tmp_path / "out.lock").read_text() == "mine"
+
+
 def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, call, tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, "full")
@@ -262,7 +308,7 @@ def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refuse
 
 
 def test_two_runs_never_share_a_file(folder, asked, refused, tmp_path):
-    with claim(tmp_path / "out.lock"):
+    with held(tmp_path / "out"):
         refused("sample", *args(folder, asked, tmp_path / "out"), says="another process is writing")
 
 
@@ -274,7 +320,7 @@ def test_wrong_keys(folder, asked, tmp_path):
     for keys, says in (
         ({"out": None}, "key out: --prompts needs --out"),
         ({"prompts": None}, "key prompts: --out needs --prompts"),
-        ({"out": asked}, "is the prompts file"),
+        ({"out": asked}, "which key prompts names: name another out"),
         ({"out": tmp_path / "out.jsonl.gz"}, "leave out .gz"),
         ({"out": tmp_path / "file" / "out"}, "cannot be written"),
         ({"out": tmp_path}, "is a folder"),

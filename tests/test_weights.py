@@ -5,6 +5,7 @@ import hashlib
 import json
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from base.errors import UserError
+from base.files import private
 from data.tokenizer import get
 from model import GPT, GPTConfig
 from tests import peers, tiny
@@ -313,15 +315,52 @@ def test_the_old_folder_stays_until_the_new_one_is_whole(model, tmp_path):
 def test_save_after_a_kill(model, tmp_path):
     out = tmp_path / "out"
     weights.save(model, NoTokenizer(), out)
-    (tmp_path / "out.saving").mkdir()
-    (tmp_path / "out.saving/model.safetensors").write_text("half")
-    shutil.copytree(out, tmp_path / "out.old")
+    new, old = private(out, "new"), private(out, "old")
+    new.mkdir()
+    (new / "model.safetensors").write_text("half")
+    shutil.copytree(out, old)
     weights.save(model, NoTokenizer(), out)
     assert contents(out)
-    out.rename(tmp_path / "out.old")  # killed between the two renames: a failure now must leave the old one in its place
+    out.rename(old)  # killed between the two renames: a failure now must leave the old one in its place
     with pytest.raises(OSError, match="full"):
         weights.save(model, Broken(OSError(errno.ENOSPC, "full")), out)
     weights.load(out)
+
+
+def test_backups_of_a_user_are_left_alone(model, tmp_path):
+    """Names that a user may give are no names of ours: they are neither deleted nor renamed into place."""
+    out = tmp_path / "out"
+    for name in ("out.old", "out.saving", "out.tmp", "out.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    for _ in range(2):
+        with pytest.raises(OSError, match="full"):
+            weights.save(model, Broken(OSError(errno.ENOSPC, "full")), out)
+        assert not out.exists()
+    weights.save(model, NoTokenizer(), out)
+    weights.save(model, NoTokenizer(), out)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "out.old", "out.saving", "out.tmp", "out.new"}
+    assert all(
+        (tmp_path / name / "config.json").read_text() == name for name in ("out.old", "out.saving", "out.tmp", "out.new")
+    )
+
+
+def test_two_writers_to_one_folder_leave_one_model_whole(tmp_path):
+    models = [tiny.gpt(vocab_size=97 + i) for i in range(2)]
+    save = lambda i: [weights.save(models[i], NoTokenizer(), tmp_path / "out") for _ in range(5)]  # noqa: E731
+    threads = [threading.Thread(target=save, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert weights.fingerprint(weights.load(tmp_path / "out")) in map(weights.fingerprint, models)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("tokenizer", ["toy", "toy_math", "gpt2"])
+def test_every_tokenizer_writes_files_that_are_known_as_ours(tokenizer, tmp_path):
+    get(tokenizer).save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= weights.FILES
 
 
 def test_other_folders_and_other_models_are_not_written(model, tmp_path):
@@ -331,7 +370,15 @@ def test_other_folders_and_other_models_are_not_written(model, tmp_path):
     with pytest.raises(UserError, match="out is there and not a model's folder"):
         weights.save(model, NoTokenizer(), out)
     assert contents(out) == {"thesis.tex": b"dear"}
-    (out / "thesis.tex").unlink()
+    (out / "config.json").write_text("{}")  # a model's folder, and more
+    with pytest.raises(UserError, match=r"out is there and not a model's folder: move it away \(thesis.tex\)"):
+        weights.save(model, NoTokenizer(), out)
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "vocab.json").write_text("{}")  # a tokenizer of somebody's
+    with pytest.raises(UserError, match=r"out is there and not a model's folder"):
+        weights.save(model, NoTokenizer(), out)
+    (out / "vocab.json").unlink()
     model.blocks[0].attn.extra = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="not a plain model's parameters"):
         weights.save(model, NoTokenizer(), out)

@@ -33,7 +33,7 @@ PARTS = {"ln1": "ln_1", "ln2": "ln_2", "qkv": "c_attn", "proj": "c_proj", "fc": 
 class Config:
     """Write OpenAI's released GPT-2 weights as a model folder."""
 
-    out: str = key(REQUIRED, "the model folder to write")
+    out: str = key(REQUIRED, "the model folder to write", replaces=("",))
     size: str = key("124M", "which released model to download", ["124M", "355M", "774M", "1558M"])
     folder: str = key("", "a folder that holds the checkpoint's three files, instead of downloading them")
 

@@ -205,8 +205,8 @@ def test_keys_that_do_not_go_together():
     given = ["--responses", "r", "--judge", "j", "--judge_model", "m", "--out", "o.json"]
     for words, says in (
         ("--mode score --both_orders", "key both_orders"),
-        ("--details r", "key details: r is also the file of key responses"),
-        ("--cache o.json", "key cache: o.json is also the file of key out"),
+        ("--details r", "key details: the run would write over r, which key responses names: name another details"),
+        ("--cache o.json", "key cache: the run would write over o.json, which key out names: name another cache"),
     ):
         with pytest.raises(UserError, match=says):
             config.load(Config, [*given, *words.split()])

@@ -6,11 +6,9 @@ import fcntl
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from runtime import checkpoint
 from runtime.distributed import setup
 from runtime.optim import learning_rate, make, rounded_up, set_lr
 from runtime.run import Run
-from tests.conftest import close, metrics, script, sft_args
+from tests.conftest import close, contents, metrics, script, sft_args
 
 
 @pytest.fixture(scope="module")
@@ -220,48 +218,6 @@ def test_a_validation_that_is_not_finite_is_never_the_best():
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "sigmoid"])
-def test_killed_runs_resume_to_the_bit(name, stage, tmp_path, spawn):
-    """kill -9 at random moments, saving included: metrics.jsonl is the unbroken run's, line for line, times aside."""
-    more = {"epochs": 8, "row_len": 200} if name == "sft" else {"epochs": 6, "eval_every": 3, "dropout": 0.1}
-    err, broken, wanted = (tmp_path / word for word in ("err", "broken", "wanted"))
-    kills = 3 if name == "sft" else 10
-
-    def start(folder):
-        return spawn(*stage(name, folder, save_every=2, **more), err)
-
-    def same():
-        assert metrics(broken) == metrics(wanted)
-        for file in ("model/config.json", "model/model.safetensors"):
-            assert (broken / file).read_bytes() == (wanted / file).read_bytes()
-        assert not list((broken / "checkpoints").glob("*.tmp")), "what a kill left behind is cleared away"
-
-    for folder in (tmp_path / "warm", wanted):  # the first also starts the server of processes
-        begin = time.monotonic()
-        process = start(folder)
-        process.join()
-        seconds = time.monotonic() - begin
-        assert process.exitcode == 0, err.read_text()
-
-    rng, resumed = random.Random(name), 0
-    while kills or resumed < 2:
-        process = start(broken)
-        process.join(rng.uniform(0.2, 0.7) * seconds)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills, resumed = max(0, kills - 1), resumed + any((broken / "checkpoints").glob("step_*"))
-        else:  # it got through between two kills: once more from the start
-            assert process.exitcode == 0, err.read_text()
-            same()
-            shutil.rmtree(broken)
-    last = start(broken)
-    last.join()
-    assert last.exitcode == 0, err.read_text()
-    same()
-
-
 @pytest.mark.parametrize(("number", "overwrite"), [(signal.SIGTERM, "false"), (signal.SIGINT, "true")])
 def test_signals_finish_the_step_and_save(number, overwrite, whole, files, run, capsys, tmp_path, monkeypatch):
     """The run stops after the step it was in, says how to go on, and goes on to the unbroken run's metrics. --overwrite is
@@ -349,12 +305,55 @@ def test_a_config_that_no_run_wrote_is_kept(theirs, files, refused, tmp_path):
     assert (tmp_path / "run/config.toml").read_text() == theirs
 
 
-def test_overwrite_does_not_delete_behind_a_link(files, refused, tmp_path):
-    (tmp_path / "run").mkdir(), (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/kept").touch()
-    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "elsewhere")
-    refused("sft", *sft_args(files, tmp_path / "run", overwrite="true"), says="checkpoints is a link")
-    assert (tmp_path / "elsewhere/kept").exists()
+def test_overwrite_does_not_delete_behind_a_link(whole, files, refused, tmp_path):
+    """Nor anything else, then."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/adapter").mkdir()
+    shutil.move(tmp_path / "run/model", tmp_path / "elsewhere")
+    (tmp_path / "run/model").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    refused("sft", *sft_args(files, tmp_path / "run", overwrite="true"), says="model is a link")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", ["true", None])
+@pytest.mark.parametrize("name", ["model", "adapter", "checkpoints", "metrics.jsonl", "wandb_id"])
+@pytest.mark.parametrize("config", [None, 'title = "mine"\n', 'out_dir = "runs/x"\noverwrite = false\n'])
+def test_what_no_run_wrote_is_kept(config, name, overwrite, files, refused, tmp_path):
+    """A config.toml of somebody else, or one written by hand, does not make a folder ours."""
+    (tmp_path / "run").mkdir()
+    if name.endswith((".jsonl", "_id")):
+        (tmp_path / "run" / name).write_text("mine\n")
+    else:
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "config.json").write_text("{}")
+    if config:
+        (tmp_path / "run/config.toml").write_text(config)
+    before = contents(tmp_path)
+    first = "config.toml" if config else name
+    args = sft_args(files, tmp_path / "run", overwrite=overwrite, max_steps=1)
+    refused("sft", *args, says=f"{tmp_path / 'run' / first} is there, and no run wrote it: move it away")
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_deletes_only_what_a_run_wrote(whole, files, run, refused, tmp_path):
+    """Notes in the folder, a copy of a checkpoint, a backup of the model."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.copytree(folder / "model", folder / "model.old")
+    shutil.copytree(folder / "checkpoints/step_4", folder / "checkpoints/best_so_far")
+    (folder / "notes.txt").write_text("mine")
+    kept = {p: b for p, b in contents(folder).items() if p.startswith(("model.old", "checkpoints/best", "notes"))}
+    assert len(kept) > 8 and run("sft", folder, overwrite="true")[2] == metrics(whole)
+    assert kept.items() <= contents(folder).items()
+    (folder / "model/README.md").write_text("mine")
+    before = contents(folder)
+    args = sft_args(files, folder)
+    refused("sft", *args, "--overwrite", says="model holds README.md, which no run wrote: move it away")
+    refused(
+        "sft", *args, says="model is there and not a model's folder: move it away (README.md)"
+    )  # a finished run writes anew
+    assert contents(folder) == before
 
 
 # --- wandb, by a stand-in: the package is optional ------------------------------------------------------------------------
