@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -61,6 +61,11 @@ def check_file(key: str, path: str) -> None:
         raise UserError(f"key {key}: {path} cannot be written: {parent} is no folder that you may write to")
 
 
+def expand(path: str | Path) -> Path:
+    """A path that may begin with ~; one of a user who is not there stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -70,13 +75,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. ValueError for what is none, is nested too deeply, or has a whole number that no float holds."""
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file; UserError if it does not hold one."""
     if not path.exists():
         return {}
+    if not path.is_file():  # to read a pipe would never end
+        raise UserError(f"{path} is no file: copy it again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object: copy it again")
