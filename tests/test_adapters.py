@@ -166,7 +166,7 @@ CONFIGS = {  # changes in adapter_config.json, and what is said
     "bomb": ({"alpha_pattern": {"(a+)+b": 3}}, "rank_pattern and alpha_pattern must map names"),
     "a list": ({"rank_pattern": ["c_attn"]}, "rank_pattern and alpha_pattern must map names"),
     "many patterns": ({"alpha_pattern": {f"c{n}": 1 for n in range(10_000)}}, "rank_pattern and alpha_pattern must map"),
-    "nobody's home": ({"base_model_name_or_path": "~nobody/base"}, "~nobody/base is no folder"),
+    "home of nobody": ({"base_model_name_or_path": "~no_such_user/base"}, "~no_such_user/base is no folder"),
     "half a letter": ({"base_model_name_or_path": "\ud800"}, "is no folder"),
     "pattern": ({"rank_pattern": {"(": 3}}, "rank_pattern and alpha_pattern must map names"),
     "no base": ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),

@@ -257,7 +257,7 @@ def test_what_is_no_file_is_not_waited_for(make, folder, tmp_path):
 
 
 def test_the_home_of_nobody():
-    fails("~nobody/model", "~nobody/model is no folder")
+    fails("~no_such_user/model", "~no_such_user/model is no folder")
 
 
 CASES = {  # tensors to change, changes in config.json, what is said
