@@ -20,7 +20,7 @@ from base.errors import UserError
 from base.files import expand, read_json, read_safetensors, write_json
 from logprobs import LanguageModel
 from lora import Linear, LoRAConfig, is_target, lora_delta
-from weights import HUB_NAMES, Source, whole
+from weights import Source, on_hub, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT = "base_model.model."  # in front of every name in a file of peft's
@@ -94,7 +94,7 @@ class Adapter:
 
 def is_adapter(init_from: str) -> bool:
     folder = expand(init_from)
-    return init_from not in HUB_NAMES and (folder / CONFIG).is_file() and not (folder / weights.CONFIG).is_file()
+    return not on_hub(init_from) and (folder / CONFIG).is_file() and not (folder / weights.CONFIG).is_file()
 
 
 def source(init_from: str, *, merge: bool = True, **options) -> Source:
@@ -194,7 +194,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
         return
     an_example = {target: next(name for name in layers if is_target(name, (target,))) for target in lora.targets}
     # peft scales a fused layer by its own rank: alpha grows with it, so that the scale stays
-    parts = {_kind(model.hf_name(name)): layers[name].lora.parts for name in an_example.values()}
+    parts = {_kind(model.hf_name(name), target): layers[name].lora.parts for target, name in an_example.items()}
     fused = {kind: n for kind, n in parts.items() if n > 1}
     config = {
         "peft_type": "LORA",
@@ -223,9 +223,9 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
     weights.write_folder(folder, CONFIG, "an adapter", write)
 
 
-def _kind(name: str) -> str:
-    """transformer.h.0.attn.c_attn -> attn.c_attn, by which peft finds that layer in every block."""
-    return re.sub(r".*\.\d+\.", "", name)
+def _kind(name: str, target: str) -> str:
+    """transformer.h.0.attn.c_attn, of our target attn.qkv -> attn.c_attn, by which peft finds that layer in every block."""
+    return ".".join(name.split(".")[-len(target.split(".")) :])
 
 
 def _short(alpha: float) -> int | float:

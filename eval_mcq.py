@@ -31,7 +31,7 @@ from runtime.score import score
 class Config(DeviceKeys):
     """Accuracy on multiple-choice questions."""
 
-    model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
     data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("val", "the recipe's split", ["train", "val", "test"])

@@ -23,7 +23,7 @@ class LanguageModel(nn.Module):
     """A model family's base class. A family is one file; this is all that the rest of the project knows of it.
 
     Its config is a frozen dataclass:
-        model_type      class attribute: the name in transformers' config.json, by which weights.FAMILIES finds the file
+        model_type      the name in transformers' config.json, by which weights.FAMILIES finds the file
         n_layer, n_head, n_kv_head, head_dim, n_embd, vocab_size, dropout
         block_size      positions: the longest prompt + completion, not the longest row
         tied            the output projection is the token embedding
@@ -40,9 +40,9 @@ class LanguageModel(nn.Module):
         embedding, norm the token embedding, and the norm behind the last block
         head            lora.Linear without bias; its weight is None where it is tied
         initial_weights(seed)       (name, tensor) of every parameter of a model trained from scratch
-        PREFIX, hf_name(name), transposed(name), IGNORED
-                        its parameters in transformers' files: a prefix that may be missing there, the whole name, whether the
-                        matrix is stored as (in, out), and a pattern of names to pass over
+        PREFIX, HF_PARTS, IGNORED, transposed(name)
+                        its parameters in transformers' files: a prefix that may be missing there, what parts of a name are
+                        called there, a pattern of names to pass over, and whether the matrix is stored as (in, out)
 
     An attention object is made once a forward and asked once a layer: `attention.layer(i)` gives the one for layer i. There are
     `Packed` here, and `Prefill` and `Decode` in generate.py.
@@ -50,8 +50,19 @@ class LanguageModel(nn.Module):
 
     lora: LoRAConfig | None = None  # set by lora.add_lora
     origin = None  # set by runtime.build.build_model: a weights.Origin
-    IGNORED = ""
+    PREFIX, HF_PARTS, IGNORED = "", {}, ""
     recompute = False  # activation checkpointing: keep only each block's input, compute the rest again in the backward pass
+
+    @classmethod
+    def hf_name(cls, name: str) -> str:
+        """Our parameter's or layer's name -> transformers': blocks.0.attn.qkv.weight -> transformer.h.0.attn.c_attn.weight."""
+        theirs = ".".join(cls.HF_PARTS.get(part, part) for part in name.split("."))
+        return f"lm_{theirs}" if name.split(".")[0] == "head" else cls.PREFIX + theirs
+
+    @staticmethod
+    def transposed(name: str) -> bool:
+        """Whether transformers stores this parameter as (in, out)."""
+        return False
 
     @property
     def head_weight(self) -> Tensor:

@@ -34,7 +34,6 @@ FIXED = {
     "tie_word_embeddings": (True, False),
 }
 HF_SIZES = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"n_positions": "block_size"}
-HF_PARTS = {"blocks": "h", "ln1": "ln_1", "ln2": "ln_2", "qkv": "c_attn", "proj": "c_proj", "fc": "c_fc"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,7 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     LINEAR = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "head")
     PREFIX = "transformer."
+    HF_PARTS: ClassVar = {"blocks": "h", "ln1": "ln_1", "ln2": "ln_2", "qkv": "c_attn", "proj": "c_proj", "fc": "c_fc"}
     IGNORED = r"h\.\d+\.attn\.(bias|masked_bias)"  # the causal mask, which old checkpoints carry as a buffer
 
     def __init__(self, config: GPTConfig):
@@ -180,16 +180,9 @@ class GPT(LanguageModel):
                 value = torch.empty(p.shape).normal_(0.0, std, generator=generator)
             yield name, value
 
-    @classmethod
-    def hf_name(cls, name: str) -> str:
-        """Our parameter's or layer's name -> transformers': blocks.0.attn.qkv.weight -> transformer.h.0.attn.c_attn.weight."""
-        if name.split(".")[0] == "head":
-            return "lm_" + name
-        return cls.PREFIX + ".".join(HF_PARTS.get(part, part) for part in name.split("."))
-
     @staticmethod
     def transposed(name: str) -> bool:
-        """Whether transformers keeps this parameter as (in, out): the matrices of its Conv1D layers."""
+        """The matrices of transformers' Conv1D layers."""
         return name.startswith("blocks.") and name.endswith(".weight") and ".ln" not in name
 
 

@@ -43,7 +43,7 @@ from runtime.unfinished import Unfinished
 class Config(DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
-    model: str = key(REQUIRED, "a model or adapter folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line; empty = read them from the terminal')
     out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole", writes="")
     n: int = key(1, "completions per prompt", least=1)

@@ -30,7 +30,8 @@ from base.files import expand, read_json, sync, write_json
 from logprobs import LanguageModel
 
 MOST_LAYERS, MOST = 1_000, 2**24  # of a model; and of any other size of one (width, positions, tokens)
-FAMILIES = {"gpt2": "model"}  # model_type in config.json -> the file with its Config and Model, see logprobs.LanguageModel
+# model_type in config.json -> the file with its Config and Model, see logprobs.LanguageModel
+FAMILIES = {"gpt2": "model", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -66,7 +67,7 @@ class Source:
     def origin(self) -> Origin:
         """Known when all weights have been read."""
         folder = expand(self.base)
-        base = str(folder.resolve()) if self.base not in (*HUB_NAMES, "scratch") and folder.is_dir() else self.base
+        base = self.base if self.base == "scratch" or on_hub(self.base) else str(folder.resolve())
         found = combine(self.digests)
         return Origin(base, found, self.adapter.fingerprint(self.digests) if self.adapter else found)
 
@@ -83,8 +84,8 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
     """Open the weights that `init_from` names.
 
     init_from: "scratch" (a GPT-2 of the sizes n_layer, n_head, n_embd, block_size and vocab_size, its weights drawn by seed),
-    a name on the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a folder in Hugging Face's layout: config.json with
-    model.safetensors, in one file or in shards. A folder that has a hub model's name is written ./gpt2.
+    a name on the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or owner/name), or a folder in Hugging Face's layout: config.json
+    with model.safetensors, in one file or in shards. A folder that has the name of one of these GPT-2s is written ./gpt2.
 
     Raises UserError for what is missing, damaged, or no model that is computed here (a tied head that differs from the
     embedding only while the weights are read), and for sizes that are given (not 0) and are not those of the weights.
@@ -100,10 +101,10 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
             raise UserError(f"init_from is scratch, but {error}: change one") from None
         return _opened(config, empty(config).initial_weights(seed), name)
 
-    find = _hub(name) if name in HUB_NAMES else _folder(name)
+    find = _hub(name) if on_hub(name) else _folder(name)
     path = find([CONFIG])
     if path is None:
-        raise UserError(f"no {CONFIG} for {name} at {hub_endpoint()}: is HF_ENDPOINT a hub?")
+        raise UserError(f"{name} is no folder here, and {hub_endpoint()} has no {CONFIG} of that name: check the name")
     config = read_config(path, dropout)
     for key, size in sizes.items():
         if size and size != getattr(config, key):
@@ -148,6 +149,12 @@ def empty(config) -> LanguageModel:
 # --- in --------------------------------------------------------------------------------------------------------------
 
 
+def on_hub(name: str) -> bool:
+    """Whether a model is looked for on the hub: GPT-2's four names, and owner/name where there is no folder `owner` here."""
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    return name in HUB_NAMES or bool(named and not Path(name).parent.exists())
+
+
 def _hub(name: str) -> Find:
     return lambda names: hub_find(name, names)
 
@@ -160,7 +167,8 @@ def _folder(name: str) -> Find:
         raise UserError(f"{name} (init_from): make a folder of it with {made}, and name that")
     if not folder.exists():
         near = difflib.get_close_matches(name, [*HUB_NAMES, "scratch"], 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(HUB_NAMES)}, scratch, or a model's folder"
+        known = f"known are {', '.join(HUB_NAMES)}, owner/name on the hub, scratch, or a model's folder"
+        hint = f"did you mean {near[0]}?" if near else known
         raise UserError(f"{name} is no folder and no known model (init_from): {hint}")
     if not folder.is_dir():
         raise UserError(f"{name} is a file (init_from): name the folder that holds it and its {CONFIG}")
@@ -177,13 +185,13 @@ def read_config(path: Path, dropout: float = 0.0):
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}, known here: {', '.join(FAMILIES)}")
     try:
         return bounded(family(raw["model_type"]).Config.from_hf(raw, dropout))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def bounded(config):
     """A family's config. ValueError for a size that no model has: to lay such a one out would not end, or not fit a number."""
-    for name, size in vars(config).items():
+    for name, size in {**vars(config), "n_head * head_dim": config.n_head * config.head_dim}.items():
         most = MOST_LAYERS if name == "n_layer" else MOST
         if isinstance(size, int) and size > most:
             raise ValueError(f"{name} is above {most:,}: no model is so large")

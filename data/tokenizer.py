@@ -17,7 +17,7 @@ import tiktoken
 from base.errors import UserError
 from base.files import expand, read_json, write_json
 from data import toy, toy_math
-from weights import HUB_NAMES
+from weights import on_hub
 
 EOT = "<|endoftext|>"
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i
@@ -189,7 +189,7 @@ def choose(name: str, init_from: str) -> Tokenizer:
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
         init_from, folder = base, expand(base)
-    return get(folder if init_from not in (*HUB_NAMES, "scratch") and folder.is_dir() else "gpt2")
+    return get(folder if not on_hub(init_from) and folder.is_dir() else "gpt2")
 
 
 def _vocab_of(folder: Path) -> tuple[Path, dict[str, int] | None]:

@@ -13,7 +13,7 @@ MOST_SEED = 2**63 - 1
 class ModelKeys:
     """Model"""
 
-    init_from: str = key("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model or adapter folder, or scratch")
+    init_from: str = key("gpt2", "gpt2 (or -medium, -large, -xl), owner/name on the hub, a model or adapter folder, or scratch")
     tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
     n_head: int = key(0, "scratch: attention heads per block", least=0)
@@ -76,7 +76,9 @@ class LoRAKeys:
     lora_alpha: float = key(0.0, "an adapter's output is scaled by alpha / rank; 0 = the rank, so scaled by 1", least=0)
     lora_dropout: float = key(0.0, "dropout on what goes into an adapter", least=0, below=1)
     lora_targets: str = key(
-        "", "names of the layers with an adapter (GPT-2: attn.qkv attn.proj mlp.fc mlp.proj head); empty = all"
+        "",
+        "names of the layers with an adapter (GPT-2: attn.qkv attn.proj mlp.fc mlp.proj head; Llama: q_proj k_proj v_proj "
+        "o_proj gate_proj up_proj down_proj head); empty = all",
     )
     lora_rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (rank-stabilised)")
 

@@ -16,7 +16,6 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only cost. Torch, which comes next, reads it once
 
-import tests.second_family  # noqa: F401  (its line in weights.FAMILIES, also in processes that tests start)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data, where there is some; tests that want it skip without it

@@ -183,7 +183,7 @@ def test_hub(sharded, folder, logits, tmp_path, monkeypatch):
 
 def test_names(folder, tmp_path):
     fails("gpt2-lage", "did you mean gpt2-large")
-    fails("zzz", "known are " + ", ".join(weights.HUB_NAMES))
+    fails("zzz", "known are " + ", ".join(weights.HUB_NAMES) + ", owner/name on the hub")
     fails("openai:124M", "python -m tools.convert_openai --size 124M --out FOLDER, and name that")
     fails("./gpt2", "./gpt2 is no folder")
     fails(tmp_path, "no config.json in .*saved model")
