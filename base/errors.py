@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT}
+PATHS |= {errno.ELOOP}
 
 
 class UserError(Exception):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import tomllib
 import uuid
 from pathlib import Path
 from typing import IO, Any
@@ -89,14 +90,29 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+def parse_toml(text: str) -> dict:
+    """What a TOML text says. ValueError for what is none, or is nested too deeply."""
+    if any(line.count(".") > 1000 for line in text.splitlines()):  # tomllib takes the square of a dotted key's length
+        raise ValueError("a key of more than 1,000 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's content. OSError if it cannot be read, UserError for what is no file: to read a pipe would never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: copy it again")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file; UserError if it does not hold one."""
     if not path.exists():
         return {}
-    if not path.is_file():  # to read a pipe would never end
-        raise UserError(f"{path} is no file: copy it again")
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(read_plain(path).decode())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from base.errors import UserError, warn
-from base.files import claim
+from base.files import claim, read_plain
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cache:
 
     def __init__(self, path: Path):
         self.path, self.found, self.lock = path, {}, threading.Lock()
-        content, damaged = path.read_text("utf-8", "replace") if path.exists() else "", 0
+        content, damaged = read_plain(path).decode(errors="replace") if path.exists() else "", 0
         for line in content.splitlines():
             try:
                 record = json.loads(line)

@@ -15,14 +15,13 @@ import json
 import math
 import re
 import sys
-import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from base.errors import UserError
-from base.files import check_file
+from base.files import check_file, parse_toml
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
@@ -148,12 +147,12 @@ def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
     """A flat TOML file -> {key: checked value}."""
     try:
         source = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
-        table = tomllib.loads(source)
+        table = parse_toml(source)
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}: check --config") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what, at, line = str(error).partition(" (at line ")  # tomllib: "… (at line 3, column 5)"
         where = f"{path}:{line.split(',')[0]}" if at else path
         raise UserError(f"{where}: not valid TOML: {what}") from None

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import adapters
 import generate
 import weights
 from base.errors import UserError, warn
-from base.files import claim, write_whole
+from base.files import claim, parse_toml, read_plain, write_whole
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.config import REQUIRED
@@ -124,7 +123,7 @@ class Run:
         """Refuse to go on with other settings than the run was begun with; keys that are `free` may differ."""
         path = self.folder / "config.toml"
         try:
-            before = tomllib.loads(path.read_text())
+            before = parse_toml(read_plain(path).decode())
         except (OSError, ValueError):
             raise UserError(f"{path}: cannot be read, so this run cannot be resumed: start anew with --overwrite") from None
         for field in dataclasses.fields(self.cfg):

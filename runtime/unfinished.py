@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import claim, write_whole
+from base.files import claim, read_plain, write_whole
 from runtime.run import restarted
 
 FIRST = b'{"weights_sha256": "'  # how a part file begins
@@ -39,7 +39,7 @@ class Unfinished:
             raise UserError(f"key out: another process is writing {self.out}: wait, or name another file")
         done = {}
         for path in self._paths():
-            content = path.read_bytes()
+            content = read_plain(path)
             if not FIRST.startswith(content[: len(FIRST)]):  # not with --overwrite either
                 raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
             if self.overwrite:

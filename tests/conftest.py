@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data, where there is some; tests that want it skip without it
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--copies", type=int, default=12, help="damaged copies of each kind of file (tests/test_corruption.py)")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """End with a line for each reason why tests were skipped, and how many. Also under -q and -n."""
     skipped = terminalreporter.stats.get("skipped", [])
