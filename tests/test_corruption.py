@@ -3,8 +3,8 @@
     python -m pytest tests/test_corruption.py --copies 100        # copies of each kind of file; 12 by default
 
 Each copy is damaged by a seeded rule and read in a process of its own by the function or script that reads such files. That
-process may end with status 0 or 2, no traceback, within 10 seconds of the processor and with at most twice the memory of the sound files; and
-every file beside the damaged one is byte for byte what it was.
+process may end with status 0 or 2, no traceback, within 10 seconds of the processor and with at most twice the memory of the
+sound files; and every file beside the damaged one is byte for byte what it was.
 """
 
 import gzip
