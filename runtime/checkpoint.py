@@ -39,10 +39,6 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
     final, folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
     state = {"step": step, **state}
 
-    def make_room() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-
     def write() -> dict[str, list] | OSError:
         file = folder / f"rank_{compute.rank}.safetensors"
         mine, starts = {}, {}
@@ -51,6 +47,7 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
             if first and len(rows):
                 mine[name], starts[name] = rows, str(start)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with open(file, "wb") as out:
                 weights.write_safetensors(out, {n: tuple(rows.shape) for n, rows in mine.items()}, mine.items(), starts)
             sync(file)
@@ -68,7 +65,7 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
         os.rename(folder, final)
         sync(root)
 
-    compute.once(make_room)
+    compute.once(lambda: shutil.rmtree(folder, ignore_errors=True))
     try:
         written = compute.gather(write())
         if failed := [part for part in written if isinstance(part, OSError)]:
