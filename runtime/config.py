@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.errors import UserError
-from base.files import check_file, parse_toml
+from base.files import check_file, parse_toml, read_plain
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
@@ -146,7 +146,7 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
 def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
     """A flat TOML file -> {key: checked value}."""
     try:
-        source = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
+        source = read_plain(Path(path)).decode("utf-8-sig")  # some editors put a byte-order mark first
         table = parse_toml(source)
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}: check --config") from None
