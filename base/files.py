@@ -6,10 +6,11 @@ import fcntl
 import glob
 import json
 import os
+import tomllib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -99,6 +100,11 @@ def lies_in(path: str | Path, place: str | Path) -> bool:
     return any(p == place or (there and os.path.exists(p) and p.samefile(place)) for p in (path, *path.parents))
 
 
+def expand(path: str | Path) -> Path:
+    """A path that may begin with ~; one of a user who is not there stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -108,13 +114,44 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. ValueError for what is none, is nested too deeply, or has a whole number that no float holds."""
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def parse_toml(text: str) -> dict:
+    """What a TOML text says. ValueError for what is none, or is nested too deeply."""
+    if any(line.count(".") > 1000 for line in text.splitlines()):  # tomllib takes the square of a dotted key's length
+        raise ValueError("a key of more than 1,000 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's content. OSError if it cannot be read, UserError for what is no file: to read a pipe would never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: copy it again")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file; UserError if it does not hold one."""
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_plain(path).decode())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object: copy it again")

@@ -9,7 +9,6 @@ problems to train on and 500 to test, one a line. `data_dir` may also hold MATH 
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from base.download import cache_dir, fetch
 from base.errors import UserError
+from base.files import read_json
 from data import toy_math
 from data.examples import Example, local
 from data.jsonl import get, read
@@ -148,13 +148,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, dict]]:
     if not files:
         raise UserError(f"{folder}: no SUBJECT/NUMBER.json in it, as MATH was released")
     for file in files:
-        try:
-            record = json.loads(file.read_bytes())
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{file}: not a JSON object: extract MATH again")
-        yield str(file), record
+        yield str(file), read_json(file)
 
 
 def load(split: str, view: str, *, part: str, data_dir: str = "", limit: int = 0) -> list[Example]:

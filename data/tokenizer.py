@@ -15,7 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from base.errors import UserError
-from base.files import read_json, write_json
+from base.files import expand, read_json, write_json
 from data import toy, toy_math
 from weights import on_hub
 
@@ -185,10 +185,10 @@ def choose(name: str, init_from: str) -> Tokenizer:
     """The tokenizer `name`; for "auto" the one of the model folder `init_from`, and GPT-2's where that is no folder."""
     if name != "auto":
         return get(name)
-    folder = Path(init_from).expanduser()
+    folder = expand(init_from)
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
-        init_from, folder = base, Path(base).expanduser()
+        init_from, folder = base, expand(base)
     return get(folder if not on_hub(init_from) and folder.is_dir() else "gpt2")
 
 

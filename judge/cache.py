@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from base.errors import UserError, warn
-from base.files import held
+from base.files import held, read_plain
 
 START = '{"key": "'  # of each line
 
@@ -44,7 +44,7 @@ class Cache:
 
     def __init__(self, path: Path):
         self.path, self.found, self.lock = path, {}, threading.Lock()
-        content, damaged = path.read_text("utf-8", "replace") if path.exists() else "", 0
+        content, damaged = read_plain(path).decode(errors="replace") if path.exists() else "", 0
         if content.strip() and not any(START.startswith(line[: len(START)]) for line in content.split("\n") if line):
             raise UserError(f"key cache: {path} holds no answers of a judge: name another file")
         for line in content.splitlines():

@@ -10,7 +10,7 @@ from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
 from logprobs import LanguageModel
 from lora import add_lora, initial_lora
-from runtime import distributed
+from runtime import distributed, optim
 from runtime.keys import SCRATCH, DataKeys, ModelKeys, TrainKeys
 
 
@@ -51,10 +51,22 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
         for block in model.blocks if cfg.compile else ():
             block.forward = torch.compile(block.forward, dynamic=True)
         distributed.shard(model, compute, cfg.replicate)
+    check_memory(cfg, model, compute)
     # on other ranks than 0 there are no tensors: `fill` sends them
     distributed.fill(model, (pair for part in tensors for pair in part), compute)
     model.origin = compute.once(found.origin)  # only now: the fingerprint was made while the weights were read
     return model
+
+
+def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:
+    """UserError if this process's part of a model, with its gradients and optimizer, cannot fit into the device's memory."""
+    state = optim.STATES[cfg.optimizer] if isinstance(cfg, TrainKeys) else -1  # nothing is trained: no gradients
+    needed = sum(distributed.own(p).nbytes * (2 + state if p.requires_grad else 1) for p in model.parameters())
+    if needed > compute.memory:
+        raise UserError(
+            f"init_from {cfg.init_from}: the model and what training keeps of it take {needed / 1e9:,.1f} GB on each process, "
+            f"{compute.device} has {compute.memory / 1e9:,.1f} GB: take a smaller model, or more processes"
+        )
 
 
 def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[list[Encoded], list[Encoded], int]:

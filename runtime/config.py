@@ -17,14 +17,13 @@ import math
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from base.errors import UserError
-from base.files import check_file, lies_in, read_json
+from base.files import check_file, lies_in, parse_toml, read_json, read_plain
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
@@ -161,7 +160,7 @@ def written(config: Any, names: Iterable[str] = ()) -> dict[str, Any]:
     there = [name for name in ("config.toml", *names) if os.path.lexists(folder / name)]
     away = f"move it away{' (--overwrite does not delete it)' if 'overwrite' in known else ''}, or name another out_dir"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8") if path.exists() else "")
+        table = parse_toml(read_plain(path).decode() if path.exists() else "")
     except ValueError:
         raise UserError(f"{path}: not valid TOML, so no run wrote it: {away}") from None
     if there and len(known & table.keys()) <= len(known) / 2:
@@ -215,13 +214,13 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
 def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
     """A flat TOML file -> {key: checked value}."""
     try:
-        source = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
-        table = tomllib.loads(source)
+        source = read_plain(Path(path)).decode("utf-8-sig")  # some editors put a byte-order mark first
+        table = parse_toml(source)
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}: check --config") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what, at, line = str(error).partition(" (at line ")  # tomllib: "… (at line 3, column 5)"
         where = f"{path}:{line.split(',')[0]}" if at else path
         raise UserError(f"{where}: not valid TOML: {what}") from None

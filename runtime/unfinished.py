@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import held, write_whole
+from base.files import held, read_plain, write_whole
 from runtime.run import restarted
 
 FIRST = b'{"weights_sha256": "'  # how a part file begins
@@ -47,7 +47,7 @@ class Unfinished:
         self.stack.enter_context(held(self.out, busy))
         done = {}
         for path in self._paths():
-            content = path.read_bytes()
+            content = read_plain(path)
             if not FIRST.startswith(content[: len(FIRST)]):  # not with --overwrite either
                 raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
             if self.overwrite:

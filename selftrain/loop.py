@@ -29,7 +29,7 @@ from pathlib import Path
 
 import precompute_ref
 from base.errors import UserError, run, warn
-from base.files import write_whole
+from base.files import read_json, write_whole
 from data import math_problems
 from data.jsonl import read
 from losses import REFERENCE_FREE
@@ -187,15 +187,30 @@ def shares(path: Path) -> list[float]:
 
 
 def figures(cfg: Config, r: int) -> dict:
-    """A round's row of the table. `gain` is its pass@1 less that of the round before; `gain_ci95` is the half-width of the 95%
+    """A round's row of the table. UserError where a file that it is made of is damaged."""
+    try:
+        row = _figures(cfg, r)
+        if not all(isinstance(value, int | float) for name, value in row.items() if not name.endswith("_ci95")):
+            raise TypeError("a number is missing")
+        table([row])
+        return row
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        at = Path(cfg.out_dir) / f"round_{r}"
+        raise UserError(
+            f"{at}: its *.json or *_graded.jsonl are damaged ({error!r}): delete these, they are made anew"
+        ) from None
+
+
+def _figures(cfg: Config, r: int) -> dict:
+    """`gain` is its pass@1 less that of the round before; `gain_ci95` is the half-width of the 95%
     interval, from the differences problem by problem."""
     at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
-    result = json.loads((at / "eval.json").read_text())
+    result = read_json(at / "eval.json")
     row = {"round": r, "k": result["k"]}
     row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
     row |= {"marker": result["marker"]} if "marker" in result else {}
     if r:
-        train, pairs = (json.loads((at / f"{n}.json").read_text()) for n in ("train", "pairs"))
+        train, pairs = (read_json(at / f"{n}.json") for n in ("train", "pairs"))
         row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
         row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
         both = zip(shares(at / "eval_graded.jsonl"), shares(before / "eval_graded.jsonl"), strict=True)

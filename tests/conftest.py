@@ -23,6 +23,7 @@ SHARED = ROOT.parent / "shared"  # real data, where there is some; tests that wa
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz", type=int, default=0, help="draw so many new cases in tests/test_fuzz.py")
+    parser.addoption("--copies", type=int, default=12, help="damaged copies of each kind of file (tests/test_corruption.py)")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -216,7 +217,7 @@ def spawn():
     """Start a script in a forked process of a server that has imported everything: no start-up to wait for."""
     context = multiprocessing.get_context("forkserver")
     stages = ["sft", "dpo", "precompute_ref", "eval_mcq", "sample"]
-    context.set_forkserver_preload([*stages, "tests.conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+    context.set_forkserver_preload([*stages, "tests.conftest", "torch.distributed.fsdp"])
 
     def start(name: str, args: list, stderr: Path, limit: int = 0, env: dict | None = None):
         process = context.Process(target=_child, args=(name, [*map(str, args)], str(stderr), limit, env or {}))

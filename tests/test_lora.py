@@ -127,9 +127,8 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call):
     assert "model and adapter" in printed.splitlines()[-1]
     # a token: 4 operations a frozen weight (12 width^2 + 13 width a block), 6 one of an adapter (rank * 18 width a block)
     assert f"{2 * (4 * (12 * 32 * 32 + 13 * 32) + 6 * 4 * 18 * 32) / 1e6:,.1f} MFLOP a token" in printed
-    state = torch.distributed.checkpoint.FileSystemReader(lora_sft / "checkpoints/step_10").read_metadata()
-    names = [".".join(map(str, keys)) for keys in state.planner_data.values()]
-    assert not [name for name in names if ".lora." not in name and not name.startswith("optimizer.param_groups")], names
+    saved = load_file(lora_sft / "checkpoints/step_10/rank_0.safetensors")
+    assert saved and all(".lora." in name for name in saved)
 
     merged, start = (load_file(f / "model/model.safetensors") for f in (lora_sft, sft_run))
     assert merged.keys() - start.keys() == {"lm_head.weight"}

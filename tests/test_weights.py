@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import json
+import os
 import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -205,13 +207,68 @@ def test_configs_of_other_models(folder, key, value):
     fails(folder, rf"config.json: {key} is|config.json: n_embd 32 is no multiple of n_head 3")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_layer": 10**7}, {"n_embd": 4 * 10**12}, {"vocab_size": 10**18}, {"n_positions": 10**18}, {"n_layer": 10**300},
+     {"n_head": 0}, {"n_head": -2}, {"n_head": 64}, {"n_head": 2.0}, {"n_head": True}, {"n_head": [2]}, {"n_embd": None},
+     {"n_embd": -32}, {"n_layer": "2"}, {"n_layer": 999, "n_embd": 2**24}, {"layer_norm_epsilon": float("nan")},
+     {"model_type": ["gpt2"]}, {"tie_word_embeddings": {}}],
+)  # fmt: skip
+def test_sizes_of_no_model_are_refused_at_once(changes, folder):
+    """Before anything is allocated, and before a model of so many layers is laid out."""
+    edit_config(folder, **changes)
+    start = time.monotonic()
+    fails(folder, "config.json")
+    assert time.monotonic() - start < 5
+    scratch = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128, "vocab_size": 97}
+    asked = {key.replace("n_positions", "block_size"): value for key, value in changes.items()}
+    if asked.keys() <= scratch.keys() and all(type(v) is int and v > weights.MOST // 2 for v in asked.values()):
+        fails("scratch", "init_from is scratch, but .* is above", **scratch | asked)
+
+
+def test_nothing_is_read_of_weights_that_do_not_fit(folder, monkeypatch):
+    """The headers tell: also of sizes that would fit no memory, and of a tensor that is missing in the last file."""
+    shard(folder)
+    edit_config(folder, n_embd=2**20)
+    with pytest.raises(UserError, match="has shape"):
+        weights.source(folder)
+    edit_config(folder, n_embd=32, n_layer=3)
+    with pytest.raises(UserError, match="missing"):
+        weights.source(folder)
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, link_to_itself])
+def test_what_is_no_file_is_not_waited_for(make, folder, tmp_path):
+    """A pipe, a folder or a circle of links in a file's place."""
+    for name, read, says in (
+        ("config.json", weights.load, "no config.json in"),
+        ("model.safetensors", weights.load, "no weights for"),
+        ("tokenizer_config.json", get, "tokenizer_config.json is no file|does not have the .* tokens"),
+        ("vocab.json", get, "vocab.json is no file|does not have the .* tokens"),
+        ("tokenizer.json", get, "tokenizer.json is no file|does not have the .* tokens"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / name)
+        (copy / name).unlink(missing_ok=True)
+        make(copy / name)
+        with pytest.raises(UserError, match=says):
+            read(copy)
+
+
+def test_the_home_of_nobody():
+    fails("~no_such_user/model", "~no_such_user/model is no folder")
+
+
 CASES = {  # tensors to change, changes in config.json, what is said
     "missing": ({BLOCK + "mlp.c_fc.bias": None}, {}, f"model.safetensors: tensor {BLOCK}mlp.c_fc.bias missing"),
     "foreign": ({"score.weight": torch.zeros(1, 8)}, {}, "tensor score.weight is none of a 2-layer gpt2's"),
     "fewer layers": ({}, {"n_layer": 1}, r"tensor transformer.h.1\..* is none of a 1-layer gpt2's"),
     "more layers": ({}, {"n_layer": 3}, "tensor transformer.h.2.ln_1.weight and 11 more missing"),
     "shape": ({BLOCK + "attn.c_attn.weight": torch.zeros(96, 32)}, {}, r"has shape \(96, 32\), not \(32, 96\)"),
-    "float64": ({BLOCK + "ln_1.bias": torch.zeros(32).double()}, {}, "ln_1.bias is torch.float64"),
+    "float64": ({BLOCK + "ln_1.bias": torch.zeros(32).double()}, {}, "ln_1.bias is F64, not F32, F16 or BF16"),
     "vocabulary": ({}, {"vocab_size": 99}, r"transformer.wte.weight has shape \(97, 32\), not \(99, 32\)"),
     "another head": ({"lm_head.weight": torch.zeros(97, 32)}, {}, "lm_head.weight differs from the embedding"),
     "head's shape": ({"lm_head.weight": torch.zeros(96, 32)}, {}, "lm_head.weight has shape"),

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import os
 import threading
 
 import pytest
 
 from base import progress
-from base.files import claim, held, private, write_whole
+from base.errors import UserError
+from base.files import claim, expand, held, parse_json, parse_toml, private, read_json, read_plain, write_whole
 from base.progress import Progress, duration
 
 
@@ -106,3 +108,28 @@ def test_progress(monkeypatch, capsys, live):
 
 def test_duration():
     assert [duration(s) for s in (0.6, 59.4, 62, 3600)] == ["1s", "59s", "1m02s", "1h00m"]
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, "1" * 301, "-" + "1" * 5000, "{", ""])
+def test_json_that_is_none(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+    assert parse_json('{"a": [1, 1e999, NaN]}')["a"][0] == 1
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000 + "]" * 5000, "a." * 30_000 + "a = 1", "[a" + ".a" * 30_000 + "]", "a"])
+def test_toml_that_is_none(text):
+    """tomllib would take 3.5 GB for the dotted key of 60 kB."""
+    with pytest.raises(ValueError):
+        parse_toml(text)
+    assert parse_toml("a.b = 1.5") == {"a": {"b": 1.5}}
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for read in (read_plain, read_json):
+        with pytest.raises(UserError, match=r"pipe\.json is no file"):
+            read(tmp_path / "pipe.json")
+    with pytest.raises(FileNotFoundError):
+        read_plain(tmp_path / "none")
+    assert read_json(tmp_path / "none") == {} and str(expand("~no_such_user/x")) == "~no_such_user/x"

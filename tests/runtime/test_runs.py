@@ -256,7 +256,7 @@ def test_damaged_checkpoints_are_passed_over(whole, files, run, refused, tmp_pat
         "empty": lambda _: (checkpoints / "step_99").mkdir(),
     }
     for name, damage in damages.items():
-        damage(next(newest.glob("*.distcp")))
+        damage(next(newest.glob("rank_*.safetensors")))
         printed, err, after = run("sft", tmp_path / "run", keep=9)
         assert err.count("falling back to the one before") == 1 and " is damaged (" in err, name
         assert f"at step {10 if name == 'empty' else 9} of 10" in printed and after == records, name
