@@ -9,9 +9,10 @@ torchrun needs its -- here: it would take --n for a short form of its own option
 
 A line of the prompts file is {"prompt": …}, or {"messages": […]} where the model has a chat template, with whatever else; the
 same line with "completions": […] comes out. What is drawn for a prompt follows from the seed, its place in the file, and which
-of its n completions it is, not from the batch or the number of processes. (Logits of another batch size, dtype or machine differ by rounding, and where two tokens are closer
-than that, another may win: about once in 100,000 tokens in float32, once in 100 in bfloat16.) An empty prompt stands for the
-start of a text, <|endoftext|>. A prompt that leaves no room for max_new_tokens loses its start.
+of its n completions it is, not from the batch or the number of processes. (Logits of another batch size, dtype or machine
+differ by rounding, and where two tokens are closer than that, another may win: about once in 100,000 tokens in float32, once in
+100 in bfloat16.) An empty prompt stands for the start of a text, <|endoftext|>. A prompt that leaves no room for max_new_tokens
+loses its start.
 
 Finished prompts are kept in FILE.part0, FILE.part1, … (one a process) until FILE is written: the same command goes on where it
 was killed. Without --prompts, a line typed or piped in is a prompt (\n in it a new line), answered as it is drawn;

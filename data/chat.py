@@ -27,6 +27,10 @@ class Mismatch(Exception):
     """What the template writes of a conversation does not begin with what it writes of its beginning."""
 
 
+class TooLong(BaseException):
+    """A template has had its time. No Exception: jinja2 passes over those while it compiles."""
+
+
 class Chat:
     """A chat template, and what it is told beside the messages."""
 
@@ -60,6 +64,8 @@ class Chat:
                 return "".join(pieces), spans
         except UserError:
             raise
+        except TooLong:
+            problem = f"it takes more than {SECONDS} seconds"
         except MemoryError:
             problem = f"it takes more than {MEMORY:,} bytes"
         except Exception as error:  # whatever a program may raise
@@ -175,10 +181,10 @@ def _begins(text: str, start: str) -> str:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Raise TimeoutError after SECONDS, and MemoryError where this process grows by MEMORY. For the main thread."""
+    """Raise TooLong after SECONDS, and MemoryError where this process grows by MEMORY. For the main thread."""
 
     def stop(*_):
-        raise TimeoutError(f"it takes more than {SECONDS} seconds")
+        raise TooLong
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(OSError):  # only Linux says how much there is
