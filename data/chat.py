@@ -18,7 +18,7 @@ from pathlib import Path
 from base.errors import UserError
 from data.examples import Example, Messages
 
-SECONDS, MEMORY = 5, 2**30  # what one rendering may take, in seconds and bytes
+SECONDS, MEMORY = 10, 2**30  # what one rendering may take, in seconds and bytes
 MARK = f"{secrets.randbelow(10**18):018}"  # stands in every special token that a message writes out: no data can hold it
 Span = tuple[int, int]  # characters of a text, from and to
 
@@ -55,24 +55,12 @@ class Chat:
         UserError, which begins with `where`, for whatever the template does wrong, or does not accept.
         """
         given = [{name: self.mark(value) for name, value in m.items() if value is not None} for m in messages]
-        try:
-            with _limits():
-                template = self.template
-                pieces, spans = template.environment.begin()
-                for piece in template.generate(messages=given, add_generation_prompt=asks, **self.told):
-                    pieces.append(piece)
-                return "".join(pieces), spans
-        except UserError:
-            raise
-        except TooLong:
-            problem = f"it takes more than {SECONDS} seconds"
-        except MemoryError:
-            problem = f"it takes more than {MEMORY:,} bytes"
-        except Exception as error:  # whatever a program may raise
-            problem = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{where}: the chat template of {self.name} does not render it ({problem}): mend the line or the template"
-        )
+        template = self.template
+        with _guarded(f"{where}: the chat template of {self.name} does not render it"):
+            pieces, spans = template.environment.begin()
+            for piece in template.generate(messages=given, add_generation_prompt=asks, **self.told):
+                pieces.append(piece)
+            return "".join(pieces), spans
 
     def mark(self, value):
         """A value without special tokens: each one written out in it gets a MARK behind its first character."""
@@ -92,7 +80,7 @@ class Chat:
                 return [(text, spans or list(self._turns(example.completions[0], text, where)))]
             prompt, _ = self.render(example.prompt, where, asks=True)
             texts = [self.render((*example.prompt, *answer), where)[0] for answer in example.completions]
-            return [(_begins(text, prompt), [(len(prompt), len(text))]) for text in texts]
+            return [(text, [(len(_begins(text, prompt)), len(text))]) for text in texts]
         except Mismatch as error:
             if self.on_mismatch == "drop":
                 return None
@@ -105,10 +93,10 @@ class Chat:
         end = 0
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
             asked, _ = self.render(messages[:i], where, asks=True)
-            begin = len(asked)
-            if len(_begins(text, asked)[:begin]) < end:
-                raise Mismatch(f"its turn {i + 1} begins within the turn before")
             so_far, _ = self.render(messages[: i + 1], where)
+            begin = len(_begins(text, asked))
+            if begin < end:
+                raise Mismatch(f"its message {i + 1} begins within an earlier answer")
             end = len(so_far)
             if not text.startswith(so_far):  # the template writes a last turn in another way: Qwen3's gives it an empty thought
                 answer = self.mark(messages[i]["content"]).strip()
@@ -161,17 +149,14 @@ class Chat:
         sandbox = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         sandbox.filters["tojson"] = tojson
         sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": self.date.strftime}
-        try:
+        with _guarded(f"the chat template of {self.name} cannot be read"):
             return sandbox.from_string(self.text)
-        except jinja2.TemplateError as error:
-            at = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise UserError(f"the chat template of {self.name}{at}: {error}: give another with --chat_template FILE") from None
 
 
 def _begins(text: str, start: str) -> str:
-    """`text`, which begins with `start`; Mismatch where it does not."""
+    """`start`, with which `text` begins; Mismatch where it does not."""
     if text.startswith(start):
-        return text
+        return start
     at = next((i for i, (a, b) in enumerate(zip(text, start, strict=False)) if a != b), len(text))
     raise Mismatch(
         "what the chat template writes of the whole conversation does not begin with what it writes of its prompt: behind "
@@ -180,8 +165,9 @@ def _begins(text: str, start: str) -> str:
 
 
 @contextlib.contextmanager
-def _limits() -> Iterator[None]:
-    """Raise TooLong after SECONDS, and MemoryError where this process grows by MEMORY. For the main thread."""
+def _guarded(what: str) -> Iterator[None]:
+    """Raise a UserError, which begins with `what`, where the work raises anything, takes longer than SECONDS, or makes this
+    process grow by MEMORY. For the main thread."""
 
     def stop(*_):
         raise TooLong
@@ -194,7 +180,16 @@ def _limits() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
+        return
+    except TooLong:
+        problem = f"it takes more than {SECONDS} seconds"
+    except MemoryError:
+        problem = f"it takes more than {MEMORY:,} bytes"
+    except Exception as error:  # a template is a program, and may raise whatever it likes
+        at = f" in line {error.lineno}" if hasattr(error, "lineno") else ""
+        problem = f"{type(error).__name__}{at}: {error}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    raise UserError(f"{what} ({problem}): mend the line, or give another --chat_template FILE")

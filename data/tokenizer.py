@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from base.errors import UserError
 from base.files import read_json, write_json
 from data import toy, toy_math
 from data.chat import MARK, Chat, Span
-from data.examples import Example
 from weights import HUB_NAMES
 
 EOT = "<|endoftext|>"
@@ -98,10 +98,10 @@ class Tokenizer:
 
     def turn_stops(self) -> frozenset[int]:
         """`stops`, and the special token with which the chat template ends an answer."""
-        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        ((text, spans),) = self.chat.parts(Example((question,), ((answer,),), source="a first conversation")) or [("", [])]
-        ids, answered = self.encode_rendered(text, spans)
-        return self.stops | set([i for i, its in zip(ids, answered, strict=True) if its and i in self.special][:1])
+        asked, word = {"role": "user", "content": "Say zebra."}, "Zebra!"
+        text, _ = self.chat.render((asked, {"role": "assistant", "content": word}), "an example")
+        ids, behind = self.encode_rendered(text, [(text.rfind(word) + len(word), len(text))])
+        return self.stops | {*[i for i, it_is in zip(ids, behind, strict=True) if it_is and i in self.special][:1]}
 
     def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
         config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
@@ -249,7 +249,6 @@ class JsonTokenizer(Tokenizer):
         ends = [self.eot] * (self.eot is not None) + (ends if isinstance(ends, list) else [ends])
         if not ends:
             raise UserError(f"{paths[JSON]}: no token that ends a text: name it as eos_token in {CONFIG} beside it")
-
         self.eot, self.stops = ends[0], frozenset(ends)
 
         # A special token in a text is to be read as text, and a real one is written with REAL behind it. The package knows that
@@ -272,7 +271,7 @@ class JsonTokenizer(Tokenizer):
         """Half a surrogate pair becomes U+FFFD. UserError for a text in which the package sees a special token all the same."""
         found: list[list[int]] = []
         for at in range(0, len(texts), AT_ONCE):
-            part = [_unicode(text) for text in texts[at : at + AT_ONCE]]
+            part = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts[at : at + AT_ONCE]]
             found += [made.ids for made in self.package.encode_batch_fast(part, add_special_tokens=False)]
         special = self.special - {self.unknown}
         for text, ids in zip(texts, found, strict=True):
@@ -281,11 +280,10 @@ class JsonTokenizer(Tokenizer):
         return found
 
     def encode_rendered(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], np.ndarray]:
-        def real(text: str) -> str:
-            return self.written.sub(rf"\g<0>{REAL}", text).replace(MARK, "")
-
-        made = self.package.encode(real(text), add_special_tokens=False)
-        spans = [[len(real(text[:edge])) for edge in span] for span in spans]
+        made = self.package.encode(self.written.sub(rf"\g<0>{REAL}", text).replace(MARK, ""), add_special_tokens=False)
+        ends = [found.end() for found in self.written.finditer(text)]
+        more, less = len(REAL), len(MARK)
+        spans = [[at + more * bisect_right(ends, at) - less * text.count(MARK, 0, at) for at in span] for span in spans]
         ids = [self.real_ids.get(i, i) for i in made.ids]
         return ids, _overlap(spans, *np.array(made.offsets, dtype=np.int64).reshape(-1, 2).T)
 
@@ -376,11 +374,6 @@ def _vocab_of(paths: dict[str, Path]) -> tuple[Path | None, dict[str, int] | Non
         return path, found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     except (TypeError, KeyError):
         return path, {}  # another kind of model: equal to no vocabulary of ours
-
-
-def _unicode(text: str) -> str:
-    """`text` with U+FFFD for each half of a surrogate pair."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _overlap(spans: Sequence[Sequence[int]], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

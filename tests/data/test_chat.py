@@ -215,7 +215,7 @@ def test_what_does_not_begin_with_its_prompt_is_named_or_dropped(tmp_path):
         ("{{ open('/etc/passwd') }}", "'open' is undefined"),
         ("{{ raise_exception('only\nusers') }}", "only"),
         ("{{ messages[7].content }}", "UndefinedError"),
-        ("{% for m in messages %}", "line 1: "),
+        ("{% for m in messages %}", "line 1"),
         ("{{ '' }}", "writes nothing for the answer"),
     ],
 )
