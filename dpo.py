@@ -19,11 +19,10 @@ from base.errors import UserError, run, warn
 from data.batch import collate
 from data.encode import Encoded, data_hash
 from data.plan import describe, epoch_order
-from data.tokenizer import choose
 from lora import as_started
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from runtime import config, distributed, optim
-from runtime.build import batch_plan, build_model, load_data
+from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.config import key
 from runtime.keys import TrainKeys
 from runtime.log import Timer
@@ -138,7 +137,7 @@ def main() -> int | None:
     print(compute)
 
     # model, text -> tokens
-    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
     model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)

@@ -56,7 +56,7 @@ def write_answers(model, items: list[Encoded], tokenizer, compute, batch_size: i
         try:
             with compute.autocast():
                 prompts = [items[i].prompt.tolist() for i in group]
-                written = generate.greedy(model, prompts, new, tokenizer.eot, tokenizer.size)
+                written = generate.greedy(model, prompts, new, tokenizer.stops, tokenizer.size)
         except FloatingPointError as error:
             raise UserError(f"key model: {error}: its weights are damaged", here=True) from None
         answers |= {i: tokenizer.decode(ids) for i, ids in zip(group, written, strict=True)}

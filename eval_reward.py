@@ -18,16 +18,15 @@ from torch import Tensor
 from base.errors import UserError, run, warn
 from base.files import write_whole
 from data.encode import Encoded, data_hash, load_encoded
-from data.tokenizer import choose
 from runtime import config, distributed, reference
-from runtime.build import build_model
+from runtime.build import build_model, build_tokenizer
 from runtime.config import REQUIRED, key
-from runtime.keys import ModelKeys
+from runtime.keys import ChatKeys, ModelKeys
 from runtime.score import score
 
 
 @dataclass
-class Config:
+class Config(ChatKeys):
     """Accuracy and margin of the implicit reward on preference pairs."""
 
     model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
@@ -114,7 +113,7 @@ def main() -> None:
     cfg = config.load(Config, prog="eval_reward.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
-    tokenizer = choose(cfg.tokenizer, cfg.model)
+    tokenizer = build_tokenizer(cfg, cfg.model, compute)
     model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
     max_len = cfg.max_len or model.config.block_size
     policy = {"data_dir": cfg.data_dir, "limit": cfg.limit}

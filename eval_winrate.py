@@ -22,7 +22,7 @@ import adapters
 import weights
 from base.errors import UserError, run, warn
 from base.files import write_whole
-from data import jsonl
+from data import jsonl, messages
 from data.hh import TURN
 from judge.cache import open_cache
 from judge.client import Judge, JudgeKeys, Question
@@ -33,7 +33,12 @@ from runtime.config import REQUIRED, key
 
 PROMPTS = Path(__file__).parent / "judge" / "prompts"
 PLACEHOLDERS = {"pairwise": ("prompt", "response_a", "response_b"), "score": ("prompt", "reference", "response")}
-REFERENCES = ("chosen", "completion", "output")  # fields that hold an answer to compare with; the first one found is taken
+REFERENCES = (
+    "chosen",
+    "completion",
+    "output",
+    "messages",
+)  # fields that hold an answer to compare with; the first one found is taken
 CELL = 400  # characters of a text in the table of examples
 
 
@@ -93,6 +98,9 @@ def reference_of(record: dict, field: str, prompt: str, where: str) -> str:
     A dialogue in Anthropic HH's form begins with its prompt, which is cut off.
     """
     field = field or next((name for name in REFERENCES if name in record), REFERENCES[0])
+    found = record.get(field)
+    if isinstance(found, list) and found and isinstance(found[-1], dict):  # messages, of which the last is the answer
+        record, field = found[-1], "content"
     text = jsonl.get(record, field, str, where)
     return (text.removeprefix(prompt) if prompt.endswith(TURN) else text).strip()
 
@@ -107,8 +115,8 @@ def read_items(responses: str, against: str, trials: int, limit: int) -> list[It
         raise UserError(f"{responses} has {len(ours):,} lines and {against} has {len(theirs):,}: {same}")
     items = []
     for (where, record), (there, other) in list(zip(ours, theirs, strict=True))[: limit or None]:
-        prompt = jsonl.get(record, "prompt", str, where)
-        if other.get("prompt", prompt) != prompt:
+        prompt = messages.as_text(messages.prompt_of(record, where))
+        if (messages.is_record(other) or "prompt" in other) and messages.as_text(messages.prompt_of(other, there)) != prompt:
             raise UserError(f"{there}: another prompt than at {where}: {same}")
         if from_file and "completions" in other:
             others = completions_of(other, there, trials)

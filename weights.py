@@ -314,7 +314,7 @@ def save_tensors(config, tensors: Iterator[tuple[str, Tensor]], tokenizer, folde
         theirs = ((model.hf_name(name), p.t() if model.transposed(name) else p) for name, p in tensors)
         with open(new / "model.safetensors", "wb") as file:
             write_safetensors(file, shapes, theirs, {"format": "pt"})
-        ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
         common = {"model_type": config.model_type, "vocab_size": config.vocab_size, "torch_dtype": "float32", "use_cache": True}
         write_json(new / CONFIG, config.to_hf() | common | ids)
         write_json(new / "generation_config.json", ids | {"pad_token_id": tokenizer.eot})

@@ -70,6 +70,17 @@ def hub_find(repo: str, names: Sequence[str]) -> Path | None:
     return None
 
 
+def hub_files(repo: str, names: Sequence[str]) -> dict[str, Path]:
+    """Those of `names` that a repository has, as local files. Where the last one is in a cache, all were asked for then, and no
+    request is made. Errors as for `hub_file`."""
+    complete, found = _cached(repo, names[-1]) is not None, {}
+    for name in names:
+        with contextlib.suppress(NotFound):
+            if path := _cached(repo, name) if complete else hub_file(repo, name):
+                found[name] = path
+    return found
+
+
 def fetch(url: str, dest: Path | str, *, sha256: str | None = None) -> Path:
     """Download `url` to `dest`, checked and whole, or raise and leave `dest` absent; returns `dest`.
 

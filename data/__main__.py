@@ -32,6 +32,8 @@ def as_record(example: Example, view: str) -> dict:
     """An example of texts as a line in the view's format."""
     if view in ("mcq", "loglik"):
         return {"prompt": example.prompt, "choices": example.completions, "label": example.label}
+    if example.is_chat and not example.prompt:
+        return {"messages": example.completions[0]}
     names = {"prompts": ("chosen",), "sft": ("completion",), "preference": ("chosen", "rejected")}[view]
     return {"prompt": example.prompt, **dict(zip(names, example.completions, strict=True))}
 
@@ -39,7 +41,7 @@ def as_record(example: Example, view: str) -> dict:
 def to_text(examples: list[Example]) -> list[Example]:
     """Examples as text. Token ids are decoded, without <|endoftext|>; prints how many of them a tokenizer would not read back
     as the same ids."""
-    if all(isinstance(example.prompt, str) for example in examples):
+    if all(isinstance(example.prompt, str) or example.is_chat for example in examples):
         return examples
     tokenizer, made, changed = get("gpt2"), [], 0
     for e in examples:

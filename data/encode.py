@@ -1,6 +1,7 @@
-"""Text -> tokens: `load_encoded` gives a recipe or a file as `Encoded` examples that fit the model's context."""
+"""Text and conversations -> tokens: `load_encoded` gives a recipe or a file as `Encoded` examples that fit the context."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,13 +13,17 @@ from data import Example, load
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A tokenized example: `prompt` (p,) int32 with p >= 1, and k completions (c_j,) int32 with c_j >= 1."""
+    """A tokenized example: `prompt` (p,) int32 with p >= 1, and k completions (c_j,) int32 with c_j >= 1.
+
+    targets: which tokens of each completion are to be predicted, (c_j,) bool; the others are read only. None: all of them.
+    """
 
     prompt: np.ndarray
     completions: list[np.ndarray]
     number: int  # its place in the loaded data: messages and result files name an example by it
     group: int  # examples of one group are alternatives: an epoch may draw only some of them
     label: int | None = None  # the right completion, where the completions are options
+    targets: list[np.ndarray] | None = None
 
     @cached_property
     def row_tokens(self) -> int:
@@ -33,7 +38,7 @@ class Encoded:
     @cached_property
     def completion_tokens(self) -> int:
         """Tokens to predict, over all completions."""
-        return sum(len(c) for c in self.completions)
+        return sum(map(len, self.completions)) if self.targets is None else sum(int(t.sum()) for t in self.targets)
 
 
 @dataclass
@@ -45,12 +50,14 @@ class LengthReport:
     cut: int = 0
     cut_tokens: int = 0
     identical: int = 0
+    mismatched: int = 0
 
     def __str__(self) -> str:
         parts = {
             f"{self.examples:,} examples": True,
             f"{self.dropped:,} dropped as too long": self.dropped,
             f"{self.cut:,} prompts cut from the left by {self.cut_tokens:,} tokens in all": self.cut,
+            f"{self.mismatched:,} conversations dropped, which do not begin with what asks for their answer": self.mismatched,
             f"{self.identical:,} pairs dropped, chosen and rejected being the same tokens": self.identical,
         }
         return ", ".join(text for text, count in parts.items() if count)
@@ -64,6 +71,58 @@ def to_ids(texts: list[str | tuple[int, ...]], tokenizer) -> list[list[int]]:
     return [next(found) if isinstance(text, str) else list(text) for text in texts]
 
 
+def tokenize(examples: list[Example], tokenizer, end: bool) -> Iterator[tuple | None]:
+    """(prompt ids, completions' ids, targets as in `Encoded`) of each example; None for a conversation to be dropped."""
+    texts = [e for e in examples if not e.is_chat]
+    prompts = iter(to_ids([e.prompt for e in texts], tokenizer))
+    flat = iter(to_ids([c for e in texts for c in e.completions], tokenizer))
+    for e in examples:
+        if e.is_chat:
+            yield tokenize_chat(e, tokenizer)
+            continue
+        prompt, completions = next(prompts), [next(flat) for _ in e.completions]
+        if not all(completions):
+            raise UserError(f"{e.source}: an empty completion: every completion needs at least one token")
+        if end and isinstance(e.completions[0], str):
+            completions = [[*ids, tokenizer.eot] for ids in completions]
+        yield [*tokenizer.start, *prompt] if isinstance(e.prompt, str) else prompt, completions, None
+
+
+def tokenize_chat(example: Example, tokenizer) -> tuple | None:
+    """A conversation as `tokenize` gives it.
+
+    A token with a part of an answer in it belongs to the answer. What ends a turn is always to be predicted, also where the
+    template does not mark it as generated: the first special token in or behind the turn, or, at the end, an end-of-text token.
+    """
+    parts = tokenizer.need_chat(example.source).parts(example)
+    if parts is None:
+        return None
+    found, special = [], tokenizer.special | tokenizer.stops
+    for ids, wanted in (tokenizer.encode_rendered(text, spans) for text, spans in parts):
+        begins = np.flatnonzero(np.diff(wanted, prepend=False) & wanted).tolist()
+        if not begins:
+            raise UserError(
+                f"{example.source}: the chat template of {tokenizer.name} writes nothing for the answer: give another"
+            )
+        for begin, behind in zip(begins, [*begins[1:], len(ids)], strict=True):
+            end = next((i for i in range(begin, behind) if ids[i] in special), behind)
+            wanted[end : end + 1] = True
+        if end == len(ids):
+            ids, wanted = [*ids, tokenizer.eot], np.append(wanted, True)
+        found.append((ids, wanted))
+    first, last = found[0][0], found[-1][0]  # the two of a pair: what they share may end before the prompt's end
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    begin = min(shared, *(int(wanted.argmax()) for _, wanted in found))
+    targets = None if example.prompt else [wanted[begin:] for _, wanted in found]
+    return first[:begin], [ids[begin:] for ids, _ in found], targets
+
+
+def shorten(prompt: list[int], over: int, tokenizer) -> list[int]:
+    """A prompt without its first `over` tokens; a beginning-of-text token stays."""
+    start = len(tokenizer.start) if prompt[: len(tokenizer.start)] == list(tokenizer.start) else 0
+    return prompt[:start] + prompt[start + over :] if over else prompt
+
+
 def encode(
     examples: list[Example], tokenizer, max_len: int, truncation: str, *, end: bool = True
 ) -> tuple[list[Encoded], LengthReport]:
@@ -71,20 +130,17 @@ def encode(
 
     max_len: most tokens of prompt + one completion. truncation: what to do with longer examples, "drop" them or cut the
     prompt's start ("left"). end: put end-of-text behind each completion that is text.
-    An empty prompt becomes one end-of-text token, because the first completion token needs a position that predicts it. A
-    pair whose two completions are the same tokens is dropped.
+    Conversations become text by the tokenizer's chat template. An empty prompt becomes one end-of-text token, because the first
+    completion token needs a position that predicts it. A pair whose two completions are the same tokens is dropped.
     Raises UserError for an empty completion, for a completion that fits with no cut, and when no example is left.
     """
-    prompts = to_ids([e.prompt for e in examples], tokenizer)
-    flat = iter(to_ids([c for e in examples for c in e.completions], tokenizer))
-    kept, report, eot = [], LengthReport(len(examples)), [tokenizer.eot]
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        completions = [next(flat) for _ in example.completions]
-        if not all(completions):
-            raise UserError(f"{example.source}: an empty completion: every completion needs at least one token")
-        if end and isinstance(example.completions[0], str):
-            completions = [ids + eot for ids in completions]
-        prompt, longest = prompt or eot, max(map(len, completions))
+    kept, report = [], LengthReport(len(examples))
+    for number, (example, ids) in enumerate(zip(examples, tokenize(examples, tokenizer, end), strict=True)):
+        if ids is None:
+            report.mismatched += 1
+            continue
+        prompt, completions, targets = ids
+        prompt, longest = prompt or [tokenizer.eot], max(map(len, completions))
         over = max(0, len(prompt) + longest - max_len)
         if example.label is None and len(completions) == 2 and completions[0] == completions[1]:
             report.identical += 1
@@ -99,10 +155,10 @@ def encode(
             )
         report.cut += over > 0
         report.cut_tokens += over
-        arrays = [np.array(ids, dtype=np.int32) for ids in (prompt[over:], *completions)]
+        arrays = [np.array(ids, dtype=np.int32) for ids in (shorten(prompt, over, tokenizer), *completions)]
         # an example without a group is one of its own: its number is no other's
         group = number if example.group is None else len(examples) + example.group
-        kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label))
+        kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label, targets))
     if not kept:
         raise UserError(
             f"no example is left of {len(examples)}: {report}; max_len is {max_len}, the first is at {examples[0].source}: "
@@ -132,6 +188,8 @@ def data_hash(items: list[Encoded]) -> str:
         for ids in (item.prompt, *item.completions):
             digest.update(len(ids).to_bytes(4, "little"))
             digest.update(ids.tobytes())
+        for wanted in item.targets or ():
+            digest.update(wanted.tobytes())
         digest.update(len(item.completions).to_bytes(4, "little"))
         digest.update((item.group - items[0].group).to_bytes(8, "little", signed=True))
     return digest.hexdigest()

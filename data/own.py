@@ -4,16 +4,17 @@
     preference   {"prompt", "chosen", "rejected"}
     mcq, loglik  {"prompt", "choices": […], "label": int}
 
-A file whose objects have the fields of a published data set (HellaSwag, Alpaca, Anthropic HH) is read as that data set.
+Conversations, lists of messages in these fields or in `messages`: see data/messages.py. A file whose objects have the fields
+of a published data set (HellaSwag, Alpaca, Anthropic HH) is read as that data set.
 """
 
 from base.errors import UserError
-from data import alpaca, hellaswag, hh
+from data import alpaca, hellaswag, hh, messages
 from data.examples import Example, move_space, report
 from data.jsonl import completion, get, index, read
 
 # Each has is_record(record) and examples(record, view, group, where); DROPPED says why examples() may give none.
-PUBLISHED = (hellaswag, alpaca, hh)
+PUBLISHED = (messages, hellaswag, alpaca, hh)
 
 
 def examples(record: dict, view: str, where: str) -> list[Example]:

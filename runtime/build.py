@@ -1,17 +1,46 @@
 """What a stage starts from: its model, its data, and the plan of which examples each step takes."""
 
+from datetime import date
+from pathlib import Path
+
 import torch
 
 import adapters
 import weights
 from base.errors import UserError
+from base.files import parse_toml, read_plain
 from data import RECIPES
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
+from data.tokenizer import Tokenizer, choose
 from logprobs import LanguageModel
 from lora import add_lora, initial_lora
-from runtime import distributed, optim
-from runtime.keys import SCRATCH, DataKeys, ModelKeys, TrainKeys
+from runtime import distributed, optim, reference
+from runtime.keys import SCRATCH, ChatKeys, DataKeys, ModelKeys, TrainKeys
+
+
+def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
+    """The tokenizer of `init_from`, or the key's, with the chat template that the keys ask for. Where that writes the day's
+    date, `cfg.date` is set: a resumed run goes on with its own day, and a reference is used with the day that it was made."""
+    tokenizer, text = choose(cfg.tokenizer, init_from), None
+    if cfg.chat_template:
+        try:
+            text = Path(cfg.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"key chat_template: {cfg.chat_template} cannot be read as text ({error}): name another") from None
+    if not cfg.date and "strftime_now" in (text or (tokenizer.chat.text if tokenizer.chat else "")):
+        cfg.date = compute.once(lambda: _date(cfg))
+    settings = {"kwargs": cfg.chat_template_kwargs, "date": cfg.date, "on_mismatch": getattr(cfg, "on_mismatch", "error")}
+    return tokenizer.with_chat(text, **settings)
+
+
+def _date(cfg: ChatKeys) -> str:
+    run = Path(getattr(cfg, "out_dir", "")) / "config.toml"
+    try:
+        before = parse_toml(read_plain(run).decode()).get("date", "")
+    except (OSError, ValueError):  # no run, or one that will be refused
+        before = reference.read(cfg.ref)[1].get("date", "") if getattr(cfg, "ref", "") else ""
+    return before or date.today().isoformat()
 
 
 def source_options(cfg: ModelKeys, tokenizer) -> dict:

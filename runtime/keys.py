@@ -15,7 +15,7 @@ class ModelKeys:
     """Model"""
 
     init_from: str = key("gpt2", "gpt2 (or -medium, -large, -xl), owner/name on the hub, a model or adapter folder, or scratch")
-    tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, or auto = the one of init_from (gpt2 for scratch)")
+    tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, owner/name, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
     n_head: int = key(0, "scratch: attention heads per block", least=0)
     n_embd: int = key(0, "scratch: width", least=0)
@@ -23,7 +23,18 @@ class ModelKeys:
 
 
 @dataclass
-class DataKeys:
+class ChatKeys:
+    """Conversations"""
+
+    chat_template: str = key("", "a Jinja file, to use instead of the model's own chat template")
+    chat_template_kwargs: str = key("", "more variables for the chat template, a JSON object")
+    date: str = key(
+        "", "the day that a chat template may write, YYYY-MM-DD; empty = that of out_dir's run or of ref, else today"
+    )
+
+
+@dataclass
+class DataKeys(ChatKeys):
     """Data"""
 
     data: str = key(REQUIRED, "a recipe (toy, hellaswag, hh, alpaca, human_labels:sentiment, …) or a .jsonl / .jsonl.gz file")
@@ -33,6 +44,9 @@ class DataKeys:
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
+    on_mismatch: str = key(
+        "error", "what to do with a conversation that does not begin with what asks for its answer", ["error", "drop"]
+    )
 
 
 @dataclass

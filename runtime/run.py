@@ -265,7 +265,7 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
     try:
         with compute.autocast():
             prompts = [item.prompt.tolist() for item in items]
-            written = generate.greedy(model, prompts, new_tokens, tokenizer.eot, tokenizer.size)
+            written = generate.greedy(model, prompts, new_tokens, tokenizer.stops, tokenizer.size)
     except FloatingPointError as error:
         print(f"  no samples: {error}", flush=True)
         return
