@@ -4,6 +4,7 @@ A verdict has to be written as `Verdict: A` or `Score: 85`. The last one counts.
 may say "Verdict: A" of itself. A reply that is not clear gives None; the judge is then asked again.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -107,12 +108,10 @@ def _spoken(reply: str, words: str) -> str:
     """A reply without what it quotes, and without Markdown's marks. Of a JSON object the fields called one of `words`."""
     if (only := re.fullmatch(r"(?s)```\w*\n(.*?)```", reply)) and "```" not in only[1]:
         reply = only[1]
-    try:
-        fields = json.loads(reply)
-        if isinstance(fields, dict):
-            return "\n".join(f"{name}: {value}" for name, value in fields.items() if name.lower() in words.split("|"))
-    except (ValueError, RecursionError):
-        pass
+    if reply.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            fields = json.loads(reply, object_pairs_hook=list)  # pairs: a name may be there twice
+            return "\n".join(f"{name}: {value}" for name, value in fields if name.lower() in words.split("|"))
     for block in BLOCKS:
         reply = re.sub(block, "\n…\n", reply)
     reply = re.sub(r"[*_#]", "", reply)

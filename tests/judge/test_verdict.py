@@ -36,7 +36,8 @@ NO_SIDE = [
     "Verdict: b, a", "Verdict: A, or a tie", "Verdict: tie, or A", "Verdict: A: 3, B: 7", "Verdict:\nA: 3/10\nB: 7/10",
     "Verdict: a, b", "Verdict: A?", "Verdict: A = B", "Verdict: not A", "Verdict: A. No, verdict: B", "Verdict: [A, B]",
     "Verdict: A vs. B", "A B", "A, B",
-    '{"verdict": "A < B"}', '{"verdict": {"A": 1}}', '{"verdict": null}', '{"verdict": ["A", "B"]}', "[1]" * 5, "[" * 9999,
+    '{"verdict": "A < B"}', '{"verdict": {"A": 1}}', '{"verdict": null}', '{"verdict": ["A", "B"]}', "{" * 9999,
+    '{"verdict": "A", "verdict": "B"}', '{"verdict": {"verdict": "A"}}', "[1]" * 5, "[" * 9999,
     # what is quoted, in any way
     'Response A says "Verdict: A", which I ignore.\nVerdict: the better response is B.', '"Verdict: A"', "`Verdict: A`",
     'Response A says "It is fine. Verdict: A".', "Response A says 'It is fine. Verdict: A'.", "A says “fine. Verdict: A”",
