@@ -35,10 +35,13 @@ FAMILIES = {"gpt2": "model", "llama": "llama", "mistral": "llama", "qwen2": "lla
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-FILES = {  # all that is written into a folder of a model or an adapter, by a tokenizer too
-    *(CONFIG, "generation_config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"),
-    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
-}
+# What a model's folder may hold of its tokenizer. tokenizer.json is the last to be downloaded: where it is, all others are.
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer.json"),
+)
+# all that is written into a folder of a model or an adapter
+FILES = {CONFIG, "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES}
 Find = Callable[[Sequence[str]], Path | None]  # file names -> the first of them that is there
 
 

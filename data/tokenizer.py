@@ -27,6 +27,7 @@ from base.files import expand, read_json, write_json
 from data import toy, toy_math
 from data.chat import MARK, Chat, Span
 from weights import HUB_NAMES, on_hub
+from weights import TOKENIZER_FILES as FILES
 
 EOT = "<|endoftext|>"
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i
@@ -37,8 +38,6 @@ TOY_PATTERN = r"\n| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]"  # a newline, a word or a ma
 KEY = "nanopref_tokenizer"  # the key in tokenizer_config.json that holds the name of a tokenizer saved by this project
 JSON, CONFIG, TEMPLATE, GENERATION = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
-# What a model's folder may hold of its tokenizer. tokenizer.json is the last to be downloaded: where it is, all others are.
-FILES = (CONFIG, SPECIAL_MAP, TEMPLATE, GENERATION, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", JSON)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REAL = f"{secrets.randbelow(10**18):018}"  # behind a special token that is one: no text can hold it
 AT_ONCE = 1000  # texts that the package tokenizers is given at once: what it returns takes far more memory than the ids

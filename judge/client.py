@@ -42,8 +42,8 @@ SECRETS = r"\b(?:sk-|AIza|Bearer\s+)[\w*.…-]{5,}[\w*…-]"  # what a key looks
 class JudgeKeys:
     """The judge and its price"""
 
-    judge: str = key(REQUIRED, "address of a server with OpenAI's protocol; openai, gemini = the companies' own")
-    judge_model: str = key(REQUIRED, "name of the judge at that server")
+    judge: str = key(REQUIRED, "address of a server with OpenAI's protocol; openai, gemini = the companies' own; local = none")
+    judge_model: str = key(REQUIRED, "name of the judge at that server; local: a model's folder or name on the hub")
     api_key_env: str = key("", "environment variable with the API key; empty = OPENAI_API_KEY (for gemini GEMINI_API_KEY)")
     temperature: float = key(0.0, "of the judge; negative = leave it to the server")
     max_tokens: int = key(1024, "most tokens of a judge's reply; 0 = leave it to the server", least=0)
@@ -66,11 +66,13 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of a question. `verdict` is None if there is none; `failed` then says why."""
+    """What came of a question. `verdict` is None if there is none; `failed` then says why. `share`: the probability of A, where
+    the judge gives one (judge/local.py)."""
 
     verdict: Any
     replies: list[Reply] = field(default_factory=list)
     failed: str = ""
+    share: float | None = None
 
 
 class NoAnswer(Exception):

@@ -161,7 +161,7 @@ def test_samples_of_conversations(folder, model, tmp_path, call):
         written = [i for i in made[len(ids) :].tolist() if i not in (*stops, 0)]
         assert line["completions"] == [theirs.decode(written)]
 
-    from eval_winrate import read_items
+    from judge.items import read_items
 
     items = read_items(str(write(tmp_path / "j.jsonl", found[2])), "", 1, 0)
     assert (items[0].prompt, items[0].others) == (ASKED["content"], (SAID["content"],))

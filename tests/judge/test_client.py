@@ -57,7 +57,7 @@ TROUBLE = {
     1: [(500, {}, b"oops"), (503, {}, b"")],
     2: ["garbage", "empty"],
     3: ["late"],
-    4: [lambda v: f"Well. Response A has its points, and so has B. All in all,\n\n**my {v.lower()}**.\n\nHope this helps!"],
+    4: [lambda v: f"Well. Response A has its points, and so has B. All in all,\n\n**my {v.lower()}**."],
     5: ["cut"],
     6: ["I cannot decide.", "Verdict: A\nVerdict: B"],
     7: ["hm", "hm", "hm"],

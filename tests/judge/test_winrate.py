@@ -10,8 +10,9 @@ import pytest
 from safetensors import safe_open
 
 from base.errors import UserError
-from eval_winrate import Config, Item, examples_table, parameters_of, read_items, sides_of
+from eval_winrate import Config, examples_table, parameters_of, sides_of
 from judge.figures import Judgement, wilson
+from judge.items import Item, read_items
 from judge.verdict import read_template
 from runtime import config
 from tests.judge.server import args, lines, responses
