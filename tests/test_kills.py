@@ -22,7 +22,7 @@ from tests.conftest import SCRATCH, contents, flags, metrics, script
 from tests.judge.server import Server, responses
 
 pytestmark = pytest.mark.slow
-KILLS = int(os.environ.get("NANOPREF_KILLS", "3"))
+KILLS = int(os.environ.get("NANOPREF_KILLS", "1"))
 SEED = int(os.environ.get("NANOPREF_SEED", "0"))
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")  # audit events
 
