@@ -160,7 +160,8 @@ def check_steps(cfg: Config) -> None:
 def run_step(script: str, keys: dict, compute) -> None:
     """Print a step's command and run it in this process, unless what it makes is there. This room's scripts run on rank 0."""
     makes = Path(keys.get("out") or f"{keys['out_dir']}/model")
-    if compute.once(makes.exists):
+    left = makes.with_name(f"{makes.name}.part0")  # sample.py, killed when all was written, deletes it
+    if compute.once(lambda: makes.exists() and not left.exists()):
         return
     module, in_room = importlib.import_module(script), script.startswith("selftrain.")
     command = f"-m {script}" if in_room else os.path.relpath(module.__file__)

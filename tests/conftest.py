@@ -150,8 +150,8 @@ def metrics(folder: Path | str, timeless: bool = True) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder, by its path there, but for the lock that a run leaves."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    """Every file in a folder, by its path there, but for empty lock files, which a run or a kill leaves."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock" and not p.name.endswith("nanopref-lock"))
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 

@@ -211,6 +211,7 @@ def test_a_part_file_without_a_finished_prompt_blocks_nobody(folder, asked, part
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_line_that_no_run_wrote_ends_a_part_file(folder, asked, whole, part, call, tmp_path):
     """Of the right number of texts for one prompt, and nothing else."""
     first, second, *_ = part.splitlines(keepends=True)
