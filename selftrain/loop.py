@@ -195,7 +195,7 @@ def figures(cfg: Config, r: int) -> dict:
             raise TypeError("a number is missing")
         table([row])
         return row
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         at = Path(cfg.out_dir) / f"round_{r}"
         raise UserError(
             f"{at}: its *.json or *_graded.jsonl are damaged ({error!r}): delete these, they are made anew"
