@@ -91,9 +91,7 @@ class Tokenizer:
     def need_chat(self, where: str) -> Chat:
         """The chat template for a conversation at `where`, or a UserError."""
         if self.chat is None:
-            raise UserError(
-                f"{where}: a conversation, but tokenizer {self.name} has no chat template: give --chat_template FILE"
-            )
+            raise UserError(f"{where}: a conversation, and {self.name} has no chat template: give --chat_template FILE")
         return self.chat
 
     def turn_stops(self) -> frozenset[int]:

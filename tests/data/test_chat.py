@@ -216,7 +216,7 @@ def test_what_does_not_begin_with_its_prompt_is_named_or_dropped(tmp_path):
         ("{{ raise_exception('only\nusers') }}", "only"),
         ("{{ messages[7].content }}", "UndefinedError"),
         ("{% for m in messages %}", "line 1"),
-        ("{{ '' }}", "writes nothing for the answer"),
+        ("{{ '' }}", "writes no answer"),
     ],
 )
 def test_a_template_has_no_power(template, problem, tmp_path, monkeypatch):
@@ -248,7 +248,5 @@ def test_an_old_jinja_is_refused(monkeypatch):
 
 
 def test_a_model_without_a_template_says_so():
-    with pytest.raises(
-        UserError, match=r"f:1: a conversation, but tokenizer gpt2 has no chat template: give --chat_template FILE"
-    ):
+    with pytest.raises(UserError, match=r"f:1: a conversation, and gpt2 has no chat template: give --chat_template FILE"):
         one(tok.get("gpt2"), *TALK)
