@@ -25,6 +25,7 @@ from tests.chats import (
     TALK,
     TEMPLATES,
     ZEPHYR,
+    spaced_tokenizer_folder,
     tokenizer_folder,
 )
 
@@ -69,6 +70,24 @@ def test_text_and_ids_are_those_of_transformers(name, bos, tmp_path):
         if talk[-1]["role"] == "assistant":
             assert row(one(ours, *talk)) == theirs.apply_chat_template(list(talk))["input_ids"]
             assert row(one(ours, talk[-1], prompt=talk[:-1])) == theirs.apply_chat_template(list(talk))["input_ids"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+@pytest.mark.parametrize("name", ["mistral", "zephyr"])
+def test_ids_where_spaces_are_marked(scheme, name, tmp_path):
+    folder = spaced_tokenizer_folder(tmp_path, scheme, TEMPLATES[name])
+    ours, theirs = tok.get(folder), theirs_of(folder)
+    for text in ("Hello there </s> x", "a<s>b", "😀 é <0x41>", ""):
+        assert [*ours.start, *ours.encode(text)] == theirs(text, split_special_tokens=True)["input_ids"]
+    for talk in (TALK, ODD):
+        assert row(one(ours, *talk)) == theirs.apply_chat_template(list(talk))["input_ids"]
+    marked, plain = ({"role": "user", "content": text} for text in ("Hello </s>", "Hello <,s>"))
+    item, other = one(ours, marked, SAID), one(ours, plain, SAID)
+    begin, end = (
+        next(i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b)
+        for x, y in ((row(item), row(other)), (row(item)[::-1], row(other)[::-1]))
+    )
+    assert 2 not in row(item)[begin:-end] and 2 in row(item)[-end:], "what is written out is text, and the rest as ever"
 
 
 def test_a_template_is_told_more_and_gets_a_pinned_day(tmp_path):
