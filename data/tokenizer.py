@@ -346,7 +346,7 @@ def choose(name: str, init_from: str) -> Tokenizer:
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and not any((folder / file).exists() for file in FILES):  # one without a tokenizer has its base's
         init_from, folder = base, Path(base).expanduser()
-    if init_from in (*HUB_NAMES, "scratch"):
+    if init_from.removeprefix("openai-community/") in (*HUB_NAMES, "scratch"):
         return get("gpt2")
     return get(folder if folder.is_dir() else init_from if re.fullmatch(HUB_NAME, init_from) else "gpt2")
 

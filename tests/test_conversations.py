@@ -191,11 +191,14 @@ def test_a_conversation_is_remembered(folder, model, monkeypatch, call, refused)
         return tokenizer.encode_rendered(tokenizer.chat.render(talk, "", True)[0])[0]
 
     answers = said.split("\n")[:-1]
-    user = [{"role": "user", "content": line} for line in lines]
-    assistant = [{"role": "assistant", "content": text} for text in answers]
-    assert len(answers) == 4 and asked[0] == ids(user[0])
-    assert asked[1] == ids(user[0], assistant[0], user[1])
-    assert asked[3] in (ids(user[3]), ids(user[2], assistant[2], user[3])) and all(len(a) + 40 <= 193 for a in asked)
+    assert len(answers) == len(asked) == 4
+    talk = []
+    for n, (line, text) in enumerate(zip(lines, answers, strict=True)):
+        talk.append({"role": "user", "content": line})
+        kept = next(at for at in range(0, len(talk), 2) if len(ids(*talk[at:])) + 40 <= SIZES["block_size"] + 1)
+        assert asked[n] == ids(*talk[kept:]), "the whole conversation, or as much of its end as there is room for"
+        talk.append({"role": "assistant", "content": text})
+    assert kept > 0 and len(asked[1]) > len(asked[0])
     refused("sample", *flags(model=model, chat="true", prompts="x", out="y"), says="key chat: it is for the terminal")
 
 
