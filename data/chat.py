@@ -84,9 +84,7 @@ class Chat:
         except Mismatch as error:
             if self.on_mismatch == "drop":
                 return None
-            raise UserError(
-                f"{where}: {error}: use another --chat_template, or leave such lines out: --on_mismatch drop"
-            ) from None
+            raise UserError(f"{where}: {error}: give another --chat_template, or --on_mismatch drop") from None
 
     def _turns(self, messages: Messages, text: str, where: str) -> Iterator[Span]:
         """Where the assistant's turns stand in the text of a conversation: from what asks for an answer to what ends it."""

@@ -101,9 +101,7 @@ def tokenize_chat(example: Example, tokenizer) -> tuple | None:
     for ids, wanted in (tokenizer.encode_rendered(text, spans) for text, spans in parts):
         begins = np.flatnonzero(np.diff(wanted, prepend=False) & wanted).tolist()
         if not begins:
-            raise UserError(
-                f"{example.source}: the chat template of {tokenizer.name} writes nothing for the answer: give another"
-            )
+            raise UserError(f"{example.source}: the chat template of {tokenizer.name} writes no answer: give another")
         for begin, behind in zip(begins, [*begins[1:], len(ids)], strict=True):
             end = next((i for i in range(begin, behind) if ids[i] in special), behind)
             wanted[end : end + 1] = True

@@ -50,7 +50,7 @@ class Tokenizer:
     one that ends a text. stops: those that end what a model writes, `eot` among them. bos: the one that begins a text, or None.
     start: what stands before every text, [bos] where the model wants that, else [].
     chat: the chat template, or None. named: what it is told of special tokens. written: a pattern of special tokens in a text.
-    files: what a saved folder gets beside its own files, as {name: bytes}.
+    files: what is saved as it came, {name: bytes}.
     encode(text) -> ids. decode(ids) -> text. encode_batch(texts) -> a list of ids for each text.
     vocab: token -> id, the tokens spelled as in the saved files. pieces: the bytes of each id.
     save(folder): write files with which transformers' AutoTokenizer gives the same ids.
@@ -89,9 +89,7 @@ class Tokenizer:
     def need_chat(self, where: str) -> Chat:
         """The chat template for a conversation at `where`, or a UserError."""
         if self.chat is None:
-            raise UserError(
-                f"{where}: a conversation, but tokenizer {self.name} has no chat template: give --chat_template FILE"
-            )
+            raise UserError(f"{where}: a conversation, and {self.name} has no chat template: give --chat_template FILE")
         return self.chat
 
     def turn_stops(self) -> frozenset[int]:
@@ -104,11 +102,11 @@ class Tokenizer:
     def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
         config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
         write_json(folder / CONFIG, config | {"bos_token": EOT, "eos_token": EOT} | more)
-        self._save_files(folder)
+        Tokenizer.save(self, folder)
 
-    def _save_files(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+            (Path(folder) / name).write_bytes(content)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -291,10 +289,6 @@ class JsonTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return _sha256([self.files[JSON], repr((self.start, self.eot)).encode()])
 
-    def save(self, folder: str | Path) -> None:
-        """The files that it came with, byte for byte."""
-        self._save_files(Path(folder))
-
 
 KNOWN = {
     "gpt2": GPT2Tokenizer,
@@ -346,7 +340,7 @@ def choose(name: str, init_from: str) -> Tokenizer:
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(base, str) and not any((folder / file).exists() for file in FILES):  # one without a tokenizer has its base's
         init_from, folder = base, expand(base)
-    if init_from in (*HUB_NAMES, "scratch"):
+    if init_from.removeprefix("openai-community/") in (*HUB_NAMES, "scratch"):
         return get("gpt2")
     return get(init_from if on_hub(init_from) else folder if folder.is_dir() else "gpt2")
 

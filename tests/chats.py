@@ -124,3 +124,30 @@ def tokenizer_folder(folder: Path, template: str | None = CHATML, bos: bool = Fa
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
+
+
+def spaced_tokenizer_folder(folder: Path, scheme: str, template: str) -> Path:
+    """One that marks spaces and falls back to bytes, as Llama 2 and Mistral do: before each part ("always"), only at the text's
+    start ("first"), or by a normalizer ("legacy")."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if scheme == "legacy":
+        mark = tokenizers.normalizers
+        made.normalizer = mark.Sequence([mark.Prepend("▁"), mark.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    every_byte = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIAL, *every_byte], show_progress=False)
+    made.train_from_iterator([WORDS] * 3, trainer)
+    content = json.loads(made.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    back = tokenizers.decoders
+    made.decoder = back.Sequence([back.Replace("▁", " "), back.ByteFallback(), back.Fuse(), back.Strip(" ", 1, 0)])
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder

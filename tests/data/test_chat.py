@@ -25,6 +25,7 @@ from tests.chats import (
     TALK,
     TEMPLATES,
     ZEPHYR,
+    spaced_tokenizer_folder,
     tokenizer_folder,
 )
 
@@ -69,6 +70,24 @@ def test_text_and_ids_are_those_of_transformers(name, bos, tmp_path):
         if talk[-1]["role"] == "assistant":
             assert row(one(ours, *talk)) == theirs.apply_chat_template(list(talk))["input_ids"]
             assert row(one(ours, talk[-1], prompt=talk[:-1])) == theirs.apply_chat_template(list(talk))["input_ids"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+@pytest.mark.parametrize("name", ["mistral", "zephyr"])
+def test_ids_where_spaces_are_marked(scheme, name, tmp_path):
+    folder = spaced_tokenizer_folder(tmp_path, scheme, TEMPLATES[name])
+    ours, theirs = tok.get(folder), theirs_of(folder)
+    for text in ("Hello there </s> x", "a<s>b", "😀 é <0x41>", ""):
+        assert [*ours.start, *ours.encode(text)] == theirs(text, split_special_tokens=True)["input_ids"]
+    for talk in (TALK, ODD):
+        assert row(one(ours, *talk)) == theirs.apply_chat_template(list(talk))["input_ids"]
+    marked, plain = ({"role": "user", "content": text} for text in ("Hello </s>", "Hello <,s>"))
+    item, other = one(ours, marked, SAID), one(ours, plain, SAID)
+    begin, end = (
+        next(i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b)
+        for x, y in ((row(item), row(other)), (row(item)[::-1], row(other)[::-1]))
+    )
+    assert 2 not in row(item)[begin:-end] and 2 in row(item)[-end:], "what is written out is text, and the rest as ever"
 
 
 def test_a_template_is_told_more_and_gets_a_pinned_day(tmp_path):
@@ -216,7 +235,7 @@ def test_what_does_not_begin_with_its_prompt_is_named_or_dropped(tmp_path):
         ("{{ raise_exception('only\nusers') }}", "only"),
         ("{{ messages[7].content }}", "UndefinedError"),
         ("{% for m in messages %}", "line 1"),
-        ("{{ '' }}", "writes nothing for the answer"),
+        ("{{ '' }}", "writes no answer"),
     ],
 )
 def test_a_template_has_no_power(template, problem, tmp_path, monkeypatch):
@@ -248,7 +267,5 @@ def test_an_old_jinja_is_refused(monkeypatch):
 
 
 def test_a_model_without_a_template_says_so():
-    with pytest.raises(
-        UserError, match=r"f:1: a conversation, but tokenizer gpt2 has no chat template: give --chat_template FILE"
-    ):
+    with pytest.raises(UserError, match=r"f:1: a conversation, and gpt2 has no chat template: give --chat_template FILE"):
         one(tok.get("gpt2"), *TALK)

@@ -43,9 +43,6 @@ def test_whole_conversations_share_their_beginning(tmp_path, system):
     assert (e.prompt, e.completions) == ((*system, *TALK[:3]), ((LAST,), (OTHER,)))
     assert load(tmp_path, "sft", whole)[0] == data.Example(e.prompt, ((LAST,),), source=e.source)
     assert load(tmp_path, "sft", whole | {"messages": [*system, *TALK]})[0].completions == ((*system, *TALK),)
-    extract_prompt = pytest.importorskip("trl").extract_prompt
-    theirs = extract_prompt({name: whole[name] for name in ("chosen", "rejected")})
-    assert [*map(tuple, (theirs["prompt"], theirs["chosen"], theirs["rejected"]))] == [e.prompt, *e.completions]
     (e,) = load(tmp_path, "preference", {"chosen": [ASKED, SAID, MORE, LAST], "rejected": [ASKED, OTHER, MORE, LAST]})
     assert (e.prompt, e.completions) == ((ASKED,), ((SAID, MORE, LAST), (OTHER, MORE, LAST)))
     (e,) = load(tmp_path, "preference", {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID]})
