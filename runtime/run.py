@@ -16,7 +16,7 @@ import adapters
 import generate
 import weights
 from base.errors import UserError, warn
-from base.files import claim, write_whole
+from base.files import claim, read_plain, write_whole
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.keys import OURS, TrainKeys
@@ -114,7 +114,7 @@ class Run:
     def _did_a_step(self) -> bool:
         """A run that was refused before its first step may be started with other settings."""
         metrics = self.folder / "metrics.jsonl"
-        return metrics.exists() and b'"split": "train"' in metrics.read_bytes()
+        return metrics.exists() and b'"split": "train"' in read_plain(metrics)
 
     def _open(self, seen: int) -> None:
         write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))

@@ -90,7 +90,7 @@ def _parse(content: bytes) -> tuple[dict, dict[int, list[str]]]:
         match value:
             case dict() if not settings:
                 settings = value
-            case [number, [*texts]] if type(number) is int and [type(t) for t in texts] == [str] * settings.get("n", 0):
+            case [int(number), [*texts]] if len(texts) == settings.get("n") and all(isinstance(t, str) for t in texts):
                 done[number] = texts
             case _:
                 break
