@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -14,18 +15,20 @@ from torch import Tensor
 from base.errors import UserError
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
+def write_whole(path: str | Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader sees the old content or all of the new one, also if the process or machine dies.
 
-    The content goes to a temporary file beside it, which is synced and renamed. Its name is unique: of two processes that
-    write to one path, the last rename wins whole. Makes the folder where needed. Raises OSError, with nothing left behind.
+    The content (it may come in pieces) goes to a temporary file beside it, which is synced and renamed. Its name is unique: of
+    two processes that write to one path, the last rename wins whole. Makes the folder where needed. Raises OSError, with
+    nothing left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

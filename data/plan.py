@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.encode import Encoded
+from data.encode import Encoded, column
 
 Rows = list[list[int]]  # a micro-batch: rows of examples
 
@@ -97,7 +97,7 @@ class BatchPlan:
     shuffle: bool = True
 
     def __post_init__(self, items: list[Encoded]):
-        self.lengths, groups = [item.row_tokens for item in items], [item.group for item in items]
+        self.lengths, groups = column(items, "row_tokens"), column(items, "group")
         self.order = lru_cache(maxsize=1)(lambda epoch: epoch_order(groups, self.seed, epoch, self.per_group, self.shuffle))
         self.examples_per_epoch = len(self.order(0))
         self.steps_per_epoch = -(-self.examples_per_epoch // self.batch_size)
@@ -127,7 +127,7 @@ def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64, 
 
     The micro-batches are the same for every `world`. Ranks take them in turns; a rank that gets one less has an empty one.
     """
-    lengths = [item.row_tokens for item in items]
+    lengths = column(items, "row_tokens")
     micros = micro_batches(pack(list(range(len(items))), lengths, 0), lengths, micro_tokens, spare_padding)
     micros += [[]] * (-len(micros) % world)
     return [micros[rank::world] for rank in range(world)]
