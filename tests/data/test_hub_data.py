@@ -136,5 +136,7 @@ def test_a_stage_trains_and_validates_on_the_hubs_data(served, tmp_path, call, r
     out = tmp_path / "prompts.jsonl"
     status, _, err = call("data.__main__", *flags(data="hub:a/toy", split="test", limit=3, out=out))
     assert status == 0, err
-    written, there = ([json.loads(line)["prompt"] for line in Path(file).open()] for file in (out, files["val_sft"]))
+    written, there = (
+        [json.loads(line)["prompt"] for line in Path(file).read_text().splitlines()] for file in (out, files["val_sft"])
+    )
     assert written == there[:3]

@@ -141,7 +141,7 @@ def test_a_huge_row_is_dropped_and_the_others_stay(tmp_path):
 
 
 def test_a_stage_trains_on_parquet(tmp_path, call, refused, files):
-    rows = [json.loads(line) for line in Path(files["sft"]).open()]
+    rows = [json.loads(line) for line in Path(files["sft"]).read_text().splitlines()]
     file = parquet(tmp_path / "x.parquet", [{"q": r["prompt"], "a": r["completion"]} for r in rows])
     args = flags(**SCRATCH, data=file, columns="prompt=q,completion=a", max_steps=1, batch_size=4, out_dir=tmp_path / "run")
     status, out, err = call("sft", *args)
