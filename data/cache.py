@@ -126,7 +126,7 @@ def kept(path: Path, records: Callable[[], Iterable], about: Callable[[], dict],
     """
     try:
         return Records(path, make, check=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (ValueError, KeyError, TypeError) as error:
         warn(f"{path} is damaged ({error}): made anew")
