@@ -127,7 +127,8 @@ def main() -> None:
     tokenizer = choose(cfg.tokenizer, cfg.model)
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     view = "loglik" if cfg.mode == "loglik" else "mcq"
-    examples = compute.once(lambda: load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
+    where = {"data_dir": cfg.data_dir, "limit": cfg.limit, "columns": cfg.columns}
+    examples = compute.once(lambda: load(cfg.data, cfg.split, view, **where))
     result, details, seconds = evaluate(model, tokenizer, examples, cfg, compute)
 
     chance = sum(1 / len(e.completions) for e in examples) / len(examples)

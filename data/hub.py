@@ -30,7 +30,9 @@ def files(source: str, split: str) -> list[Path]:
     repo, _, config = source.removeprefix(PREFIX).partition(":")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise UserError(f"data {source!r}: no name of a data set on the hub: write hub:owner/name or hub:owner/name:config")
-    there = _converted(repo) or {"default": _by_name(repo)}
+    folder = cache_dir() / "hub" / "datasets" / repo
+    about = folder / ".info.json"  # of an earlier start that found no converted files
+    there = (not about.exists() and _converted(repo, folder / ".parquet")) or {"default": _by_name(repo, about)}
     config = config or (next(iter(there)) if len(there) == 1 else "default")
     if config not in there:
         raise UserError(f"data {source}: no config {config!r} there: name one of {', '.join(there)}, as hub:{repo}:CONFIG")
@@ -43,9 +45,9 @@ def files(source: str, split: str) -> list[Path]:
     return [fetch(*where) if isinstance(where, tuple) else hub_file(f"datasets/{repo}", where) for where in splits[split]]
 
 
-def _converted(repo: str) -> dict[str, dict[str, list]]:
+def _converted(repo: str, folder: Path) -> dict[str, dict[str, list]]:
     """{config: {split: [(address, place on this machine), …]}} of the hub's parquet files; {} where it has not made any."""
-    url, folder = f"{hub_endpoint()}/api/datasets/{repo}/parquet", cache_dir() / "hub" / "datasets" / repo / ".parquet"
+    url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
     try:
         listing = read_json(fetch(url, folder / "list.json"))
     except NotFound:
@@ -59,10 +61,10 @@ def _converted(repo: str) -> dict[str, dict[str, list]]:
     return found
 
 
-def _by_name(repo: str) -> dict[str, list]:
+def _by_name(repo: str, about: Path) -> dict[str, list]:
     """{split: [name of a file in the repository, …]}, by the names. Where none names a split, all are of "train"."""
-    about = read_json(fetch(f"{hub_endpoint()}/api/datasets/{repo}", cache_dir() / "hub" / "datasets" / repo / ".info.json"))
-    names = sorted(file["rfilename"] for file in about.get("siblings", []))
+    files = read_json(fetch(f"{hub_endpoint()}/api/datasets/{repo}", about)).get("siblings", [])
+    names = sorted(file["rfilename"] for file in files)
     names = [name for name in names if Path(name).name != "dataset_infos.json"]
     ending = next((ending for ending in ENDINGS if any(name.endswith(ending) for name in names)), None)
     if ending is None:

@@ -1,6 +1,7 @@
 """What a stage starts from: its model, its data, and the plan of which examples each step takes."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -70,8 +71,10 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit}
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
-    train = load(cfg.data, cfg.split, cfg.limit)
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
+    if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
+        raise UserError(f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data")
+    train = load(cfg.data, cfg.split, cfg.limit)
     return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len
 
 

@@ -61,6 +61,8 @@ def test_files_by_their_names_where_the_hub_made_none(served):
     assert prompts("hub:a/plain") == ["one", "two"]
     assert prompts("hub:a/plain", "train_prefs") == ["prefs"] and prompts("hub:a/plain", "val") == ["val"]
     assert prompts("hub:a/single") == ["P"]
+    before = len(served.requests)
+    assert prompts("hub:a/plain") == ["one", "two"] and len(served.requests) == before
 
 
 @pytest.mark.parametrize(

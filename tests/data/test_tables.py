@@ -140,7 +140,7 @@ def test_a_huge_row_is_dropped_and_the_others_stay(tmp_path):
         assert [item.number for item in items] == [0, 2]
 
 
-def test_a_stage_trains_on_parquet(tmp_path, call, refused, files):
+def test_stages_take_parquet(tmp_path, call, refused, files, sft_run):
     rows = [json.loads(line) for line in Path(files["sft"]).read_text().splitlines()]
     file = parquet(tmp_path / "x.parquet", [{"q": r["prompt"], "a": r["completion"]} for r in rows])
     args = flags(**SCRATCH, data=file, columns="prompt=q,completion=a", max_steps=1, batch_size=4, out_dir=tmp_path / "run")
@@ -161,3 +161,11 @@ def test_a_stage_trains_on_parquet(tmp_path, call, refused, files):
         "sft", *flags(**SCRATCH, data="toy", split="tset", out_dir=tmp_path / "toy"), says="key split: 'tset': the recipe toy"
     )
     refused("sft", *flags(**SCRATCH, data=files["sft"], split="tset", out_dir=tmp_path / "toy"), says="has no splits")
+    refused(
+        "sft", *flags(**SCRATCH, data=files["sft"], val_split="val", out_dir=tmp_path / "c"), says="key val_split: the file"
+    )
+    model = sft_run / "model"
+    refused("eval_mcq", *flags(model=model, data="toy", columns="prompt=q"), says="key columns: 'prompt=q': the recipe toy")
+    out = tmp_path / "reward.json"
+    both = flags(model=model, ref_model=model, data="toy", columns="prompt=q", out=out)
+    refused("eval_reward", *both, says="key columns: 'prompt=q': the recipe toy")
