@@ -39,6 +39,7 @@ class Encoded:
         return sum(len(c) for c in self.completions)
 
 
+GROUPED = 1 << 40  # more than there are examples
 CHUNK = 1000  # examples tokenized at once: a token in a Python list takes ten times the memory
 KEPT = ("number", "group", "label", "row_tokens", "completion_tokens")  # what the cache keeps of an Encoded, beside its tokens
 
@@ -148,7 +149,8 @@ def _encoded(examples: list[Example], report: LengthReport, tokenizer, max_len, 
         report.cut += over > 0
         report.cut_tokens += over
         arrays = [np.array(ids, dtype=np.int32) for ids in (prompt[over:], *completions)]
-        group = number if example.group is None else example.group
+        # an example without a group is one of its own: its number is no other's
+        group = number if example.group is None else GROUPED + example.group
         kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label))
     report.examples += len(examples)
     return kept
