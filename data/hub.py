@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from base.download import NotFound, cache_dir, fetch, hub_endpoint, hub_file
+from base.download import cache_dir, fetch, hub_endpoint, hub_file
 from base.errors import UserError
 from base.files import read_json
 from data.tables import ENDINGS
@@ -50,11 +50,11 @@ def _converted(repo: str, folder: Path) -> dict[str, dict[str, list]]:
     url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
     try:
         listing = read_json(fetch(url, folder / "list.json"))
-    except NotFound:
+    except UserError:  # if it is the network, or a token is missing, asking for the files' names will say so
         return {}
     found: dict[str, dict[str, list]] = {}
     for config, splits in listing.items():
-        for split, parts in splits.items():
+        for split, parts in splits.items() if isinstance(splits, dict) else ():
             place = f"{quote(config, safe='')}/{quote(split, safe='')}"
             names = [f"{place}/{n}.parquet" for n in range(len(parts))]
             found.setdefault(config, {})[split] = [(f"{url}/{name}", folder / name) for name in names]

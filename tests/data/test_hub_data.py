@@ -115,6 +115,12 @@ def test_a_private_data_set_needs_a_token_that_stays_with_the_hub(served, monkey
     assert stored and not any("Authorization" in request.headers for request in stored)
 
 
+@pytest.mark.parametrize("what", [{"status": 403}, {"status": 400}])
+def test_the_repositorys_files_are_taken_where_the_hub_refuses_to_list_its_own(served, what):
+    served.fault("/api/datasets/a/plain/parquet", **what)
+    assert prompts("hub:a/plain") == ["one", "two"]
+
+
 def test_a_cut_download_goes_on(served):
     served.fault("/store/", cut=700)
     assert len(prompts("hub:a/converted", "train", "preference", AB)) == 6
