@@ -25,7 +25,6 @@ from base.files import write_whole
 
 SMALL = 4_000_000  # bytes of data: to tokenize so little takes about a second
 ABOUT = 1 << 16  # bytes: the most that the last line has
-CHUNK = 1 << 20  # bytes read at once for a checksum
 
 
 def name(files: Iterable[Path], depends_on: dict) -> Path:
@@ -49,16 +48,14 @@ class Records(Sequence):
 
     def __init__(self, path: Path, make: Callable, check: bool = False):
         self.path, self.make = path, make
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - ABOUT))
-            last = file.read().rpartition(b"\n")[2]
-            self.about = json.loads(last)
-            size = self.about["bytes"]
-            if path.stat().st_size != size + 1 + len(last) or (check and _crc32(file, size) != self.about["crc32"]):
-                raise ValueError("other bytes than were written")
-        content = np.asarray(np.memmap(path, np.uint8, "r", shape=(size,)))
+        content = np.asarray(np.memmap(path, np.uint8, "r"))
+        line = content[-ABOUT:].tobytes().rpartition(b"\n")[2]
+        self.about = json.loads(line)
+        content, size = content[: self.about["bytes"]], len(content)
+        if size != len(content) + 1 + len(line) or (check and zlib.crc32(content) != self.about["crc32"]):
+            raise ValueError("other bytes than were written")
         shape = content[-16:].view(np.int64)
-        begin = size - 8 * (2 + shape.prod())
+        begin = len(content) - 16 - 8 * shape.prod()
         table = content[begin:-16].view(np.int64).reshape(shape)
         self.stream, self.begins, self.numbers = content[:begin].view(np.int32), table[0], table[1:]
 
@@ -83,15 +80,6 @@ class Records(Sequence):
 def _shared(path: Path, make: Callable) -> Records | None:
     """What another process has mapped; None where this machine does not see the file."""
     return Records(path, make) if path.is_file() else None
-
-
-def _crc32(file, size: int) -> int:
-    """Of the file's first bytes. They are read and not mapped, so that they do not count as this process's memory."""
-    crc = 0
-    for at in range(0, size, CHUNK):
-        file.seek(at)
-        crc = zlib.crc32(file.read(min(CHUNK, size - at)), crc)
-    return crc
 
 
 def _content(records: Iterable[tuple[list[np.ndarray], list[int]]]) -> Iterator[bytes]:
