@@ -57,7 +57,8 @@ def _converted(repo: str, folder: Path) -> dict[str, dict[str, list]]:
         for split, parts in splits.items() if isinstance(splits, dict) else ():
             place = f"{quote(config, safe='')}/{quote(split, safe='')}"
             names = [f"{place}/{n}.parquet" for n in range(len(parts))]
-            found.setdefault(config, {})[split] = [(f"{url}/{name}", folder / name) for name in names]
+            partial = "partial-" if any(f"/partial-{split}/" in str(part) for part in parts) else ""  # the first 5 GB only
+            found.setdefault(config, {})[partial + split] = [(f"{url}/{name}", folder / name) for name in names]
     return found
 
 

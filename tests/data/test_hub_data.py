@@ -121,6 +121,15 @@ def test_the_repositorys_files_are_taken_where_the_hub_refuses_to_list_its_own(s
     assert prompts("hub:a/plain") == ["one", "two"]
 
 
+def test_a_part_of_a_split_is_taken_only_when_asked_for(served, monkeypatch):
+    """Whether the list calls it so, or only the addresses of its files do."""
+    for name in ("train", "partial-train"):
+        listing = {"default": {name: ["https://huggingface.co/datasets/a/b/resolve/x/default/partial-train/0000.parquet"]}}
+        monkeypatch.setattr(hub, "read_json", lambda path, listing=listing: listing)
+        with pytest.raises(UserError, match=r"no split 'train' in config 'default': name one of partial-train with --split"):
+            hub.files("hub:a/converted", "train")
+
+
 def test_a_cut_download_goes_on(served):
     served.fault("/store/", cut=700)
     assert len(prompts("hub:a/converted", "train", "preference", AB)) == 6
