@@ -32,9 +32,10 @@ class Config(DeviceKeys):
     """Accuracy on multiple-choice questions."""
 
     model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag), a file, or hub:owner/name[:config]")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,choices=a; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    split: str = key("val", "the recipe's split", ["train", "val", "test"])
+    split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     mode: str = key("loglik", "score the options, or write an answer", ["loglik", "generate"])
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
@@ -132,7 +133,8 @@ def main() -> None:
     tokenizer = choose(cfg.tokenizer, cfg.model)
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     view = "loglik" if cfg.mode == "loglik" else "mcq"
-    examples = compute.once(lambda: load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
+    where = {"data_dir": cfg.data_dir, "limit": cfg.limit, "columns": cfg.columns}
+    examples = compute.once(lambda: load(cfg.data, cfg.split, view, **where))
     result, details, seconds = evaluate(model, tokenizer, examples, cfg, compute)
 
     chance = sum(1 / len(e.completions) for e in examples) / len(examples)

@@ -19,7 +19,7 @@ from base.errors import UserError, run, warn
 from base.files import write_whole
 from data.encode import Encoded, data_hash, load_encoded
 from runtime import config, distributed, reference
-from runtime.build import build_model, build_tokenizer
+from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
 from runtime.keys import ChatKeys, ModelKeys
 from runtime.score import score
@@ -32,9 +32,10 @@ class Config(ChatKeys):
     model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model")
     ref_model: str = key("", "the reference model; or give ref")
-    data: str = key(REQUIRED, "a recipe (hh, hellaswag, …) or a .jsonl / .jsonl.gz file of pairs")
+    data: str = key(REQUIRED, "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    split: str = key("val", "the recipe's split", ["train", "val", "test"])
+    split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
@@ -116,8 +117,8 @@ def main() -> None:
     tokenizer = build_tokenizer(cfg, cfg.model, compute)
     model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
     max_len = cfg.max_len or model.config.block_size
-    policy = {"data_dir": cfg.data_dir, "limit": cfg.limit}
-    items = compute.once(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **policy))
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit}
+    items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
     ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
     logps = log_probs(cfg.model, model, items, cfg, compute)
     size = sum(p.numel() for p in model.parameters())

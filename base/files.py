@@ -8,7 +8,7 @@ import json
 import os
 import tomllib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,12 +24,12 @@ def private(path: str | Path, end: str) -> Path:
     return path.with_name(f".{path.name}.nanopref-{end}")
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
+def write_whole(path: str | Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader sees the old content or all of the new one, also if the process or machine dies.
 
-    The content goes to a temporary file beside it, which is synced and renamed. Its name is unique: of two processes that
-    write to one path, the last rename wins whole. What killed processes left there is deleted. Makes the folder where needed.
-    Raises OSError, with nothing left behind.
+    The content (it may come in pieces) goes to a temporary file beside it, which is synced and renamed. Its name is unique: of
+    two processes that write to one path, the last rename wins whole. What killed processes left there is deleted. Makes the
+    folder where needed. Raises OSError, with nothing left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,8 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     temporary = private(path, uuid.uuid4().hex[:16])
     try:
         with claim(temporary, wait=True) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -18,9 +18,10 @@ from runtime.config import REQUIRED, key
 class Config:
     """Write a recipe's examples to a JSONL file."""
 
-    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …) or a file")
+    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    split: str = key("test", "the recipe's split", ["train", "val", "test"])
+    split: str = key("test", "the split of a recipe (train, val, test) or of the hub's data set")
     view: str = key(
         "prompts", "prompts: prompt and chosen, which sample.py and the judge read; else as in training", ["prompts", *VIEWS]
     )
@@ -57,7 +58,7 @@ def to_text(examples: list[Example]) -> list[Example]:
 def main() -> None:
     cfg = config.load(Config, prog="-m data")
     view = "sft" if cfg.view == "prompts" else cfg.view
-    examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
+    examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit, columns=cfg.columns))
     write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
     print(f"wrote {cfg.out}: {len(examples):,} lines")
 

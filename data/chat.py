@@ -48,6 +48,11 @@ class Chat:
         except (ValueError, TypeError):
             raise UserError(f'key chat_template_kwargs: {kwargs!r} is no JSON object: write {{"name": value}}') from None
 
+    def decisive(self) -> list:
+        """All that decides what it renders, as JSON values."""
+        day = self.date.date().isoformat() if "strftime_now" in self.text else ""
+        return [self.text, self.told, self.on_mismatch, day]
+
     def render(self, messages: Messages, where: str, asks: bool = False) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans that the template marks as generated (none in most templates).
 

@@ -1,5 +1,6 @@
 """What a stage starts from: its model, its data, and the plan of which examples each step takes."""
 
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -98,20 +99,30 @@ def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:
         )
 
 
-def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[list[Encoded], list[Encoded], int]:
+def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequence[Encoded], Sequence[Encoded], int]:
     """The training and the validation examples (none where a file has none), and the most tokens that one may have."""
     block_size = model.config.block_size
     if cfg.max_len > block_size:
         raise UserError(f"key max_len: {cfg.max_len} is more than the model's context of {block_size} tokens")
     max_len = cfg.max_len or block_size
 
-    def load(source: str, split: str, limit: int) -> list[Encoded]:
-        how = {"data_dir": cfg.data_dir, "limit": limit}
-        return compute.once(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how))
+    def load(source: str, split: str, limit: int) -> Sequence[Encoded]:
+        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit}
+        return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
-    train = load(cfg.data, "train", cfg.limit)
-    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
-    return train, load(val_source, "val", cfg.val_limit) if val_source else [], max_len
+    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
+    if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
+        raise UserError(f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data")
+    train = load(cfg.data, cfg.split, cfg.limit)
+    return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len
+
+
+def share(load: Callable[[], Sequence[Encoded]], compute) -> Sequence[Encoded]:
+    """What `load` gives on rank 0, on every rank. Tokens in the cache are not sent, each rank maps their file; unless a machine
+    does not see the file."""
+    items = compute.once(load)
+    seen = all(compute.gather(items is not None))
+    return items if seen else compute.once(lambda: list(items))
 
 
 def batch_plan(cfg: TrainKeys, items: list[Encoded], compute, per_group: int = 0) -> BatchPlan:

@@ -37,8 +37,13 @@ class ChatKeys:
 class DataKeys(ChatKeys):
     """Data"""
 
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag, hh, alpaca, human_labels:sentiment, …) or a .jsonl / .jsonl.gz file")
+    data: str = key(
+        REQUIRED, "a recipe (toy, hh, alpaca, …), a file (.jsonl, .json, .csv, .parquet), or hub:owner/name[:config]"
+    )
     val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
+    split: str = key("train", "the split of data to train on")
+    val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     limit: int = key(0, "use only the first so many training problems, 0 = all", least=0)
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
