@@ -78,7 +78,7 @@ ROW = {"prompt": "P", "completion": " C"}
         ([ROW, {**ROW, "completion": None}], "", "row 2: the field 'completion' must be text, not None"),
         ([{**ROW, "completion": 5}], "", "row 1: the field 'completion' must be text, not 5"),
         ([{**ROW, "prompt": b"P"}], "", "row 1: the field 'prompt' must be text, not b'P'"),
-        ([{**ROW, "prompt": ["P"]}], "", "row 1: the field 'prompt' must be text, not ['P']"),
+        ([{**ROW, "prompt": ["P"]}], "", "row 1: message 1 of 'prompt' must be"),
         ([{"text": "P"}], "", "row 1: the field 'prompt' is missing (fields there: text)"),
         ([ROW], "prompt", "key columns: 'prompt' is not of the form"),
         ([ROW], "prompt=a,prompt=b", "key columns: 'prompt=a,prompt=b' is not of the form"),
