@@ -226,6 +226,7 @@ class JsonTokenizer(Tokenizer):
         self.name, self.files = name, {file: path.read_bytes() for file, path in paths.items()}
         try:
             self.package = package = Package.from_buffer(self.files[JSON])
+            framed, plain = (package.encode("a", add_special_tokens=framed).ids[:1] for framed in (True, False))
         except Exception as error:  # the package has no class for what is wrong with a file
             raise UserError(f"{paths[JSON]}: damaged, or too new for the package tokenizers ({error}): get both anew") from None
         package.no_truncation()
@@ -239,10 +240,9 @@ class JsonTokenizer(Tokenizer):
         self.vocab = package.get_vocab()
         self.size = max(self.vocab.values(), default=-1) + 1
         self.bos, self.eot, self.unknown = (self.vocab.get(self.named.get(key)) for key in NAMED[:3])
-        framed, plain = (package.encode("a", add_special_tokens=framed).ids[:1] for framed in (True, False))
         self.start = framed if framed == [self.bos] != plain else []
         ends = generation.get("eos_token_id", [])
-        ends = [self.eot] * (self.eot is not None) + (ends if isinstance(ends, list) else [ends])
+        ends = [id for id in [self.eot, *(ends if isinstance(ends, list) else [ends])] if type(id) is int]
         if not ends:
             raise UserError(f"{paths[JSON]}: no token that ends a text: name it as eos_token in {CONFIG} beside it")
         self.eot, self.stops = ends[0], frozenset(ends)
@@ -268,7 +268,10 @@ class JsonTokenizer(Tokenizer):
         found: list[list[int]] = []
         for at in range(0, len(texts), AT_ONCE):
             part = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts[at : at + AT_ONCE]]
-            found += [made.ids for made in self.package.encode_batch_fast(part, add_special_tokens=False)]
+            try:
+                found += [made.ids for made in self.package.encode_batch_fast(part, add_special_tokens=False)]
+            except Exception as error:  # a vocabulary without a token for what it does not know
+                raise UserError(f"tokenizer {self.name} cannot read a text ({error}): leave that out") from None
         special = self.special - {self.unknown}
         for text, ids in zip(texts, found, strict=True):
             if not special.isdisjoint(ids):

@@ -90,7 +90,9 @@ def _parse(content: bytes) -> tuple[dict, dict[int, list[str]]]:
         match value:
             case dict() if not settings:
                 settings = value
-            case [int(number), [*texts]] if len(texts) == settings.get("n") and all(isinstance(t, str) for t in texts):
+            case [number, [*texts]] if type(number) is int and all(isinstance(t, str) for t in texts):
+                if len(texts) != settings.get("n"):
+                    break
                 done[number] = texts
             case _:
                 break
