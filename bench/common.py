@@ -143,7 +143,7 @@ def record(e: Example) -> dict:
 
 def prepare(cfg: Config, temp: Path, init: str, kind: str, stage: str, n: int) -> Work:
     """Weights, tokenizer and the data file of `n` examples of a `kind` of data for a `stage`, made once in `temp`."""
-    path, tok = Path(cfg.data or SHARED / FILES[kind]), tokenizer.get("gpt2")
+    path, tok = Path(cfg.data or SHARED / FILES[kind]), tokenizer.choose("auto", init)
     if cfg.data or path.is_file():
         examples, source = real(str(path), kind, n, cfg.seed, tok), f"{path.name}, drawn at random"
     else:
