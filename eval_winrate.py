@@ -124,11 +124,9 @@ def judge_all(judge: Judge | LocalJudge, items: list[Item], template: str, cfg: 
     judgements = []
     for (trial, number), stood in ({} if cfg.dry_run else sides).items():
         decisions = tuple(next(decided) for _ in stood or [""])
-        share = share_of(decisions, stood)
-        verdicts = [d.verdict for d in decisions]
-        outcome = outcome_of(verdicts, stood) if share is None else "tie" if share == 0.5 else "win" if share > 0.5 else "loss"
+        outcome = outcome_of([d.verdict for d in decisions], stood)
         lengths = (len(items[number].texts[trial]), len(items[number].others[trial]))
-        judgements.append(Judgement(number, trial, outcome, stood, lengths, decisions, share))
+        judgements.append(Judgement(number, trial, outcome, stood, lengths, decisions, share_of(decisions, stood)))
     return judgements
 
 
@@ -159,6 +157,7 @@ def detail(j: Judgement, source: str) -> dict:
         "outcome": j.outcome,
         **({"side": list(j.sides)} if j.sides else {}),
         "verdicts": [d.verdict for d in j.decisions],
+        **({} if j.share is None else {"share": j.share}),
         "replies": [[r.text for r in d.replies] for d in j.decisions],
         "failed": [d.failed for d in j.decisions if d.failed],
         "characters": j.lengths,
@@ -175,7 +174,8 @@ def main() -> None:
     if "--mode reward" in " ".join(sys.argv).replace("=", " "):
         raise UserError("key mode: reward is a script of its own: run eval_reward.py with the same keys, but no --mode")
     cfg = config.load(Config, prog="eval_winrate.py")
-    template = read_template(cfg.judge_prompt or PROMPTS / f"judge_{cfg.mode}.txt", PLACEHOLDERS[cfg.mode])
+    asks = "local" if (cfg.judge, cfg.mode) == ("local", "pairwise") else "judge"
+    template = read_template(cfg.judge_prompt or PROMPTS / f"{asks}_{cfg.mode}.txt", PLACEHOLDERS[cfg.mode])
     if cfg.calibrate:
         items = known_pairs(cfg.calibrate, cfg.limit, cfg.trials)
     else:
@@ -189,18 +189,8 @@ def main() -> None:
         judgements = judge_all(judge, items, template, cfg)
     if cfg.dry_run:
         return
-    settings = (
-        "mode",
-        "label",
-        "model",
-        "responses",
-        "calibrate",
-        "against",
-        "judge_model",
-        "seed",
-        "both_orders",
-        "temperature",
-    )
+    settings = ("mode", "label", "model", "responses", "calibrate", "against", "judge_model", "seed", "both_orders")
+    settings += () if cfg.judge == "local" else ("temperature",)
     result = {
         **(grade_pairwise if cfg.mode == "pairwise" else grade_score)(judgements),
         "usage": judge.usage(d for j in judgements for d in j.decisions),

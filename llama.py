@@ -91,7 +91,7 @@ class LlamaConfig:
         for key, ours in HF_SIZES.items():
             if type(sizes[ours]) is not int or sizes[ours] <= 0:
                 raise ValueError(f"{key} is {sizes[ours]!r}, not a positive whole number")
-        window = raw.get("sliding_window") if kind == "mistral" else None
+        window = raw.get("sliding_window", 4096) if kind == "mistral" else None
         if window is not None and not (type(window) is int and window >= sizes["block_size"]):
             raise ValueError(f"sliding_window is {window!r}: a window below max_position_embeddings is not computed here")
         if any(layer != "full_attention" for layer in raw.get("layer_types") or ()):

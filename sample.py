@@ -235,7 +235,7 @@ def main() -> None:
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     if cfg.chat or not all(isinstance(prompt, str) for prompt in prompts.values()):
         tokenizer.need_chat("key chat" if cfg.chat else f"key prompts: {cfg.prompts}")
-        tokenizer.stops = tokenizer.turn_stops()
+        tokenizer.stops |= {tokenizer.turn_end()}
     if compute.device.type == "cpu" and compute.dtype == torch.float32:
         lay_out(model, min(cfg.batch_size, cfg.n * len(records)) if cfg.prompts else 1)
     try:

@@ -28,7 +28,11 @@ TIMEOUT = (15, 60)  # seconds to connect, seconds to wait for an answer or a chu
 CHUNK = 64 * 1024  # bytes; small, because a cut connection loses the chunk that was being filled
 
 
-class NotFound(UserError):
+class Refused(UserError):
+    """The server answers, and does not give the file."""
+
+
+class NotFound(Refused):
     """The server has no such file (404)."""
 
 
@@ -199,7 +203,7 @@ def _request(url: str, partial: Path) -> requests.Response:
     if status == 404:
         raise NotFound(f"{url}: no such file there (404); check the name")
     help = "check the name, or, if the file is gated or private, set HF_TOKEN to a token that may read it"
-    raise UserError(f"{url}: the server answers with status {status}; {help}")
+    raise Refused(f"{url}: the server answers with status {status}; {help}")
 
 
 def _on_hub(url: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from base.download import cache_dir, fetch, hub_endpoint, hub_file
+from base.download import Refused, cache_dir, fetch, hub_endpoint, hub_file
 from base.errors import UserError
 from base.files import read_json
 from data.tables import ENDINGS
@@ -50,7 +50,7 @@ def _converted(repo: str, folder: Path) -> dict[str, dict[str, list]]:
     url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
     try:
         listing = read_json(fetch(url, folder / "list.json"))
-    except UserError:  # if it is the network, or a token is missing, asking for the files' names will say so
+    except Refused:  # if a token is missing, asking for the files' names will say so
         return {}
     found: dict[str, dict[str, list]] = {}
     for config, splits in listing.items():

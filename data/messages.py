@@ -54,7 +54,7 @@ def pair(record: dict, where: str) -> tuple[Messages, Messages, Messages]:
         return prompt, *(conversation(record, field, where, prompt) for field in ("chosen", "rejected"))
     chosen, rejected = (conversation(record, field, where) for field in ("chosen", "rejected"))
     both = list(zip(chosen[:-1], rejected[:-1], strict=False))  # equal to the end they are a pair of one answer
-    n = next((i for i, (a, b) in enumerate(both) if a != b), len(both))
+    n = next((i for i, (a, b) in enumerate(both) if (a["role"], a["content"]) != (b["role"], b["content"])), len(both))
     if not n or chosen[n - 1]["role"] != "user":
         raise UserError(
             f"{where}: 'chosen' and 'rejected' part at a turn that is not the assistant's: they answer no common prompt"
@@ -92,7 +92,7 @@ def prompt_of(record: dict, where: str) -> str | Messages:
 
 
 def as_text(prompt: str | Messages) -> str:
-    """A prompt for people and judges to read: its text; of a longer conversation each turn with its role."""
+    """A prompt or an answer for people and judges to read: its text; of several messages each with its role."""
     if isinstance(prompt, str) or len(prompt) == 1:
         return prompt if isinstance(prompt, str) else prompt[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import itertools
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from data import jsonl
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")  # of a hub repository: the first it has
 ROWS = 256  # parquet rows that are Python objects at the same time
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # how a list of messages begins, written as text
 csv.field_size_limit(2**31 - 1)  # characters; Python's own limit of 131,072 is less than a long document has
 
 
@@ -81,6 +83,10 @@ def _csv(path: Path) -> Iterator[tuple[str, dict]]:
                 raise UserError(f"{where}: two columns of one name among {', '.join(names)}: rename one")
             for record in rows:
                 where = f"{path}:{rows.line_num}"
+                if any(isinstance(text, str) and MESSAGES.match(text) for text in record.values()):
+                    raise UserError(
+                        f"{where}: a conversation as JSON text: CSV holds plain texts: save it as .jsonl or .parquet"
+                    )
                 if None in record:  # what stands behind the last column
                     raise UserError(f"{where}: more fields than columns: put a text with a comma in quotes")
                 yield where, record

@@ -92,12 +92,12 @@ class Tokenizer:
             raise UserError(f"{where}: a conversation, and {self.name} has no chat template: give --chat_template FILE")
         return self.chat
 
-    def turn_stops(self) -> frozenset[int]:
-        """`stops`, and the special token with which the chat template ends an answer."""
+    def turn_end(self) -> int:
+        """The special token with which the chat template ends an answer, or `eot` where it writes none."""
         asked, word = {"role": "user", "content": "Say zebra."}, "Zebra!"
         text, _ = self.chat.render((asked, {"role": "assistant", "content": word}), "an example")
         ids, behind = self.encode_rendered(text, [(text.rfind(word) + len(word), len(text))])
-        return self.stops | {*[i for i, it_is in zip(ids, behind, strict=True) if it_is and i in self.special][:1]}
+        return next((i for i, its in zip(ids, behind, strict=True) if its and i in self.special), self.eot)
 
     def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
         config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}

@@ -42,7 +42,7 @@ SECRETS = r"\b(?:sk-|AIza|Bearer\s+)[\w*.…-]{5,}[\w*…-]"  # what a key looks
 class JudgeKeys:
     """The judge and its price"""
 
-    judge: str = key(REQUIRED, "address of a server with OpenAI's protocol; openai, gemini = the companies' own; local = none")
+    judge: str = key(REQUIRED, "address of a server with OpenAI's protocol; openai, gemini = theirs; local = on this machine")
     judge_model: str = key(REQUIRED, "name of the judge at that server; local: a model's folder or name on the hub")
     api_key_env: str = key("", "environment variable with the API key; empty = OPENAI_API_KEY (for gemini GEMINI_API_KEY)")
     temperature: float = key(0.0, "of the judge; negative = leave it to the server")

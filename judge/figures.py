@@ -112,5 +112,6 @@ def say(result: dict) -> str:
     if "win_rate" in result:
         counts = ", ".join(f"{result[name]} {name}" for name in ("wins", "losses", "ties", "failed"))
         interval = f"95% interval {100 * low:.1f} to {100 * high:.1f}, Wilson"
-        return f"win rate {100 * result['win_rate']:.1f}% ({interval}): {counts} of {result['n']}"
+        soft = f", soft {100 * result['soft_win_rate']:.1f}%" if "soft_win_rate" in result else ""
+        return f"win rate {100 * result['win_rate']:.1f}%{soft} ({interval}): {counts} of {result['n']}"
     return f"score {result['mean']:.2f} (95% interval {low:.2f} to {high:.2f}), {result['failed']} failed of {result['n']}"

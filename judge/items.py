@@ -38,6 +38,8 @@ def reference_of(record: dict, field: str, prompt: str, where: str) -> str:
     field = field or next((name for name in REFERENCES if name in record), REFERENCES[0])
     found = record.get(field)
     if isinstance(found, list) and found and isinstance(found[-1], dict):  # messages, of which the last is the answer
+        if found[-1].get("role") != "assistant":
+            raise UserError(f"{where}: {field!r} ends with no answer to compare with: name another in --against")
         record, field = found[-1], "content"
     text = jsonl.get(record, field, str, where)
     return (text.removeprefix(prompt) if prompt.endswith(TURN) else text).strip()
@@ -68,6 +70,6 @@ def known_pairs(source: str, limit: int, trials: int) -> list[Item]:
     """Preference data as items: the chosen text is judged against the rejected one."""
     items = []
     for e in load(source, "test" if source in RECIPES else "train", "preference", limit=limit):
-        chosen, rejected = (c if isinstance(c, str) else c[-1]["content"] for c in e.completions)
+        chosen, rejected = map(messages.as_text, e.completions)
         items.append(Item(messages.as_text(e.prompt), (chosen.strip(),) * trials, (rejected.strip(),) * trials, e.source))
     return items

@@ -28,14 +28,13 @@ class LocalJudge:
         self.tokenizer = build_tokenizer(cfg, cfg.judge_model, compute)
         self.model = build_model(ModelKeys(init_from=cfg.judge_model), self.tokenizer, compute)
         chat = self.tokenizer.chat is not None
-        ends = self.tokenizer.turn_stops() - self.tokenizer.stops if chat else ()
-        self.end = next(iter(ends), self.tokenizer.eot)  # so that 8 is not the beginning of 85
+        self.end = self.tokenizer.turn_end() if chat else self.tokenizer.eot  # so that 8 is not the beginning of 85
 
     def decide(self, questions: Iterable[Question], _parse=None) -> list[Decision]:
         """A decision a question, in their order.
 
         In mode pairwise the likelier of A and B, with `share`, the probability of A among the two. In mode score the expected
-        value over the numbers 0 to 100. Questions that are longer than the model's context have failed.
+        value over the numbers 0 to 100. Questions that are longer than the model's context have failed. A dry run returns [].
         """
         pairwise = self.cfg.mode == "pairwise"
         questions, names = list(questions), SIDES if pairwise else SCORES
@@ -48,6 +47,9 @@ class LocalJudge:
                 failed[n] = Decision(None, failed=f"{len(prompt):,} tokens are more than the judge's context")
             else:
                 items.append(Encoded(prompt, verdicts, n, n))
+        print(f"{len(items):,} questions to {self.url}, {sum(len(item.prompt) for item in items):,} tokens", flush=True)
+        if self.cfg.dry_run:
+            return []
         found = iter(score(self.model, items, self.compute, self.cfg.micro_tokens, "judging"))
         self.calls += len(items)
         return [failed.get(n) or self.decision(next(found), pairwise) for n in range(len(questions))]

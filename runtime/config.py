@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from base.errors import UserError
 from base.files import check_file, lies_in, parse_toml, read_json, read_plain
+from weights import TOKENIZER_FILES
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
@@ -31,7 +32,8 @@ COMMAND_LINE = "command line"
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 # in a folder of a model, of an adapter, or of a recipe
 READ = re.compile(
-    r"(adapter_)?model[\w.-]*|\w*config\.json|tokenizer\.json|vocab\.json|merges\.txt|alpaca_data\.json|\w+/o\w+line_\w+\.json"
+    rf"(adapter_)?model[\w.-]*|\w*config\.json|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
+    r"|alpaca_data\.json|\w+/o\w+line_\w+\.json"
     r"|(h\w+-[\w-]+/|hellaswag_|gsm8k_|math_)?(train|val|test)\.jsonl|(train|test)/\w+/\d+\.json"
 )
 EXPECTED = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str (in a file: in quotes)"}

@@ -158,7 +158,7 @@ def test_samples_of_conversations(folder, model, tmp_path, call):
     theirs, start = transformers.AutoTokenizer.from_pretrained(model), transformers.AutoModelForCausalLM.from_pretrained(model)
     for line, talk in ((found[0], TALK[:3]), (found[2], (ASKED,))):
         ids = theirs.apply_chat_template(list(talk), add_generation_prompt=True)["input_ids"]
-        stops = sorted(tok.get(model).turn_stops())
+        stops = sorted(tok.get(model).stops | {tok.get(model).turn_end()})
         made = start.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=stops, pad_token_id=0)[0]
         written = [i for i in made[len(ids) :].tolist() if i not in (*stops, 0)]
         assert line["completions"] == [theirs.decode(written)]

@@ -167,6 +167,7 @@ def test_lora_sits_on_all_linear_layers():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window is 64"),
+        ({"model_type": "mistral", "sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window is 4096"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),
         ({"attention_bias": 1.5}, "attention_bias is 1.5"),
@@ -174,7 +175,8 @@ def test_lora_sits_on_all_linear_layers():
 )
 def test_refused(change, message, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "llama", **CONFIG.to_hf()} | change))
+    raw = {"model_type": "llama", **CONFIG.to_hf()} | change
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
     with pytest.raises(UserError) as error:
         weights.read_config(path)
     assert str(path) in str(error.value) and message in str(error.value)

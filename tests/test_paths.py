@@ -30,7 +30,7 @@ def here(files, sft_run, reference, tmp_path, monkeypatch) -> Path:
     Path("gsm").mkdir()
     for split in ("train", "test"):
         shutil.copyfile("problems.jsonl", f"gsm/{split}.jsonl")
-    for name in ("c.toml", "a.png"):
+    for name in ("c.toml", "a.png", "X/model/chat_template.jinja"):
         Path(name).touch()
     return tmp_path
 
@@ -52,6 +52,7 @@ CASES = [  # script, its keys, the key that is refused
     ("precompute_ref", {"init_from": "Y/adapter", "data": "pairs.jsonl", "out": "X/model/model.safetensors"}, "out"),
     ("sample", {"model": "X/model", "prompts": "sft.jsonl", "out": "sft.jsonl"}, "out"),
     ("sample", {"model": "X/model", "prompts": "sft.jsonl", "out": "X/model/tokenizer.json"}, "out"),
+    ("sample", {"model": "X/model", "prompts": "sft.jsonl", "out": "X/model/chat_template.jinja"}, "out"),
     ("eval_mcq", {"model": "X/model", "data": "mcq.jsonl", "out": "mcq.jsonl"}, "out"),
     ("eval_mcq", {"model": "X/model", "data": "mcq.jsonl", "out": "X/model/config.json"}, "out"),
     ("eval_mcq", {"model": "X/model", "data": "mcq.jsonl", "out": "r", "details": "r"}, "details"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import data
+from base import download
 from base.errors import UserError
 from data import hub
 from tests.conftest import SCRATCH, flags
@@ -119,6 +120,17 @@ def test_a_private_data_set_needs_a_token_that_stays_with_the_hub(served, monkey
 def test_the_repositorys_files_are_taken_where_the_hub_refuses_to_list_its_own(served, what):
     served.fault("/api/datasets/a/plain/parquet", **what)
     assert prompts("hub:a/plain") == ["one", "two"]
+
+
+def test_a_hub_that_is_busy_gives_no_other_data(served, monkeypatch):
+    """The repository of a/both has files of its own too, of both configs, and they must not be taken for one set."""
+    monkeypatch.setattr(download, "DELAY", 0)
+    both = served.repos["datasets/a/both"] = served.repos["datasets/a/converted"]
+    write(both / "small.jsonl", {"prompt": "another config's", "completion": " x"})
+    served.fault("/api/datasets/a/both/parquet", times=download.TRIES, status=503)
+    with pytest.raises(UserError, match="status 503"):
+        data.load("hub:a/both", "train", "sft", columns=AB)
+    assert prompts("hub:a/both", "train", "preference", AB)[0] == "default/train/0000 0"
 
 
 def test_a_part_of_a_split_is_taken_only_when_asked_for(served, monkeypatch):

@@ -129,6 +129,14 @@ def test_damaged_and_empty_files(tmp_path, monkeypatch):
         data.load(str(tmp_path / "whole.parquet"), "train", "sft")
 
 
+def test_a_conversation_as_text_in_csv_is_refused(tmp_path):
+    """It would be learnt as it is written, brackets and all."""
+    talk = json.dumps([{"role": "user", "content": "Hi, you"}])
+    path = csv_file(tmp_path / "x.csv", [{"prompt": "p", "completion": "c"}, {"prompt": talk, "completion": "c"}])
+    with pytest.raises(UserError, match=r"x.csv:3: a conversation as JSON text: CSV holds plain texts"):
+        data.load(str(path), "train", "sft")
+
+
 def test_a_huge_row_is_dropped_and_the_others_stay(tmp_path):
     """A text of 5 MB, far above the limit that Python's csv sets for a field."""
     from data.encode import load_encoded

@@ -235,7 +235,7 @@ def test_ids_of_smollm2_on_all_texts_at_hand():
     text, _ = ours.chat.render(talk, "")
     assert text == theirs.apply_chat_template(list(talk), tokenize=False)
     assert ours.encode_rendered(text)[0] == theirs.apply_chat_template(list(talk))["input_ids"]
-    assert ours.turn_stops() == {theirs.eos_token_id}
+    assert ours.stops == {theirs.eos_token_id} == {ours.turn_end()}
 
 
 def test_tokenizer_files_are_saved_byte_for_byte(tmp_path):
@@ -274,7 +274,7 @@ def test_where_a_chat_template_comes_from(gpt2, gpt2_folder, tmp_path):
 
 def test_the_end_of_a_turn_is_found_in_the_template(tmp_path):
     ours = tok.get(tokenizer_folder(tmp_path))
-    assert ours.stops == {2} and ours.turn_stops() == {2, ours.vocab["<|done|>"]}
+    assert ours.stops == {2} and ours.turn_end() == ours.vocab["<|done|>"]
 
 
 def test_a_tokenizer_of_the_hub(tmp_path, monkeypatch):

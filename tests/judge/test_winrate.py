@@ -12,7 +12,7 @@ from safetensors import safe_open
 from base.errors import UserError
 from eval_winrate import Config, examples_table, parameters_of, sides_of
 from judge.figures import Judgement, wilson
-from judge.items import Item, read_items
+from judge.items import Item, known_pairs, read_items
 from judge.verdict import read_template
 from runtime import config
 from tests.judge.server import args, lines, responses
@@ -215,3 +215,26 @@ def test_keys_that_do_not_go_together():
 
 def test_the_reward_has_a_script_of_its_own(refused):
     refused("eval_winrate", "--mode", "reward", "--model", "m", "--ref_model", "r", says="run eval_reward.py")
+
+
+def test_what_the_user_said_is_no_answer_to_compare_with(tmp_path, refused):
+    asked = [{"role": "user", "content": "Hi?"}]
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps({"messages": asked, "completions": ["Hello."]}) + "\n")
+    with pytest.raises(UserError, match=r"r.jsonl:1: 'messages' ends with no answer to compare with"):
+        read_items(str(path), "", 1, 0)
+    answered = [*asked, {"role": "assistant", "content": "Yes?"}]
+    path.write_text(json.dumps({"messages": answered, "completions": ["Hello."]}) + "\n")
+    assert read_items(str(path), "", 1, 0)[0].others == ("Yes?",)
+
+
+def test_all_that_two_conversations_do_not_share_is_judged(tmp_path):
+    """Also the user's further turns: the last answers alone would answer other questions."""
+    start = [{"role": "user", "content": "q", "id": 1}]
+    chosen = [*start, *({"role": r, "content": c} for r, c in (("assistant", "good"), ("user", "more"), ("assistant", "well")))]
+    rejected = [{"role": "user", "content": "q", "id": 2}, {"role": "assistant", "content": "bad"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+    (item,) = known_pairs(str(path), 0, 1)
+    assert item.prompt == "q", "a number beside the text makes no other turn"
+    assert item.texts == ("Assistant: good\n\nUser: more\n\nAssistant: well",) and item.others == ("bad",)
