@@ -3,7 +3,7 @@
 import collections
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,9 +91,10 @@ class LengthReport:
         return ", ".join(text for text, count in parts.items() if count)
 
 
-def to_ids(texts: list[str | tuple[int, ...]], tokenizer) -> list[list[int]]:
-    """Token ids of texts. What is ids already stays as it is: such data need GPT-2's tokenizer, else UserError."""
-    found = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+def to_ids(texts: list[str | tuple[int, ...]], tokenizer, encode_batch: Callable) -> list[list[int]]:
+    """Token ids of texts, by a method of the tokenizer. What is ids already stays as it is: such data need GPT-2's tokenizer,
+    else UserError."""
+    found = iter(encode_batch([text for text in texts if isinstance(text, str)]))
     if tokenizer.name != "gpt2" and not all(isinstance(text, str) for text in texts):
         raise UserError(f"these data are token ids of gpt2, and the tokenizer is {tokenizer.name}: start from a GPT-2")
     return [next(found) if isinstance(text, str) else list(text) for text in texts]
@@ -102,8 +103,8 @@ def to_ids(texts: list[str | tuple[int, ...]], tokenizer) -> list[list[int]]:
 def tokenize(examples: list[Example], tokenizer, end: bool) -> Iterator[tuple | None]:
     """(prompt ids, completions' ids, targets as in `Encoded`) of each example; None for a conversation to be dropped."""
     texts = [e for e in examples if not e.is_chat]
-    prompts = iter(to_ids([e.prompt for e in texts], tokenizer))
-    flat = iter(to_ids([c for e in texts for c in e.completions], tokenizer))
+    prompts = iter(to_ids([e.prompt for e in texts], tokenizer, tokenizer.encode_batch))
+    flat = iter(to_ids([c for e in texts for c in e.completions], tokenizer, tokenizer.encode_behind))
     for e in examples:
         if e.is_chat:
             yield tokenize_chat(e, tokenizer)

@@ -40,6 +40,7 @@ JSON, CONFIG, TEMPLATE, GENERATION = "tokenizer.json", "tokenizer_config.json", 
 SPECIAL_MAP = "special_tokens_map.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REAL = f"{secrets.randbelow(10**18):018}"  # behind a special token that is one: no text can hold it
+LEADS = "\n", "a"  # no tokenizer joins the first with a word behind it, nor the second with a newline
 AT_ONCE = 1000  # texts that the package tokenizers is given at once: what it returns takes far more memory than the ids
 
 
@@ -51,7 +52,8 @@ class Tokenizer:
     start: what stands before every text, [bos] where the model wants that, else [].
     chat: the chat template, or None. named: what it is told of special tokens. written: a pattern of special tokens in a text.
     files: what is saved as it came, {name: bytes}.
-    encode(text) -> ids. decode(ids) -> text. encode_batch(texts) -> a list of ids for each text.
+    encode(text) -> ids. decode(ids) -> text, with the space that it begins with. encode_batch(texts) -> a list of ids for each
+    text. encode_behind(texts): the same for texts that stand behind a prompt, so without a mark of a text's beginning.
     vocab: token -> id, the tokens spelled as in the saved files. pieces: the bytes of each id.
     save(folder): write files with which transformers' AutoTokenizer gives the same ids.
     fingerprint(): SHA-256 (hex) of all that decides the ids. A reference file names it.
@@ -64,6 +66,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_behind(self, texts: list[str]) -> list[list[int]]:
+        return self.encode_batch(texts)
 
     def encode_rendered(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], np.ndarray]:
         """The ids of a text that a chat template wrote, and which of them overlap the spans of characters, (ids,) bool.
@@ -259,6 +264,10 @@ class JsonTokenizer(Tokenizer):
         self.real_ids = {package.token_to_id(token.content): id for id, token in real.items()}
         if (text := _template(paths)) is not None:
             self.chat = Chat(text, self)
+        # Llama 2's kind marks a text's beginning as a space. A text behind a prompt is read behind a lead, so without the mark.
+        self.leads = {lead: self.encode(lead) for lead in LEADS}
+        if self.encode("\na") == [*self.leads["\n"], *self.encode("a")]:
+            self.leads = {}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -286,8 +295,19 @@ class JsonTokenizer(Tokenizer):
         ids = [self.real_ids.get(i, i) for i in made.ids]
         return ids, _overlap(spans, *np.array(made.offsets, dtype=np.int64).reshape(-1, 2).T)
 
+    def encode_behind(self, texts: list[str]) -> list[list[int]]:
+        if not self.leads:
+            return self.encode_batch(texts)
+        leads = [LEADS[text.startswith(LEADS[0])] for text in texts]
+        found = self.encode_batch([lead + text for lead, text in zip(leads, texts, strict=True)])
+        behind = [ids[len(self.leads[lead]) :] for lead, ids in zip(leads, found, strict=True)]
+        if any([*self.leads[lead], *own] != ids for lead, own, ids in zip(leads, behind, found, strict=True)):
+            raise UserError(f"tokenizer {self.name} joins a completion with what stands before it: use another tokenizer")
+        return behind
+
     def decode(self, ids: list[int]) -> str:
-        return self.package.decode(ids, skip_special_tokens=False)
+        lead = LEADS[0] if self.leads else ""
+        return self.package.decode([*self.leads.get(lead, ()), *ids], skip_special_tokens=False).removeprefix(lead)
 
     def fingerprint(self) -> str:
         return _sha256([self.files[JSON], repr((self.start, self.eot)).encode()])

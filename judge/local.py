@@ -39,7 +39,8 @@ class LocalJudge:
         pairwise = self.cfg.mode == "pairwise"
         questions, names = list(questions), SIDES if pairwise else SCORES
         end = [] if pairwise else [self.end]
-        verdicts = [np.array([*self.tokenizer.encode(f" {name}"), *end], np.int32) for name in names]
+        spelled = self.tokenizer.encode_behind([f" {name}" for name in names])
+        verdicts = [np.array([*ids, *end], np.int32) for ids in spelled]
         longest, items, failed = max(map(len, verdicts)), [], {}
         for n, question in enumerate(questions):
             prompt = np.array(self.prompt(question.text, "Verdict:" if pairwise else "Score:"), np.int32)
@@ -71,4 +72,4 @@ class LocalJudge:
         if self.tokenizer.chat is None:
             return [*self.tokenizer.start, *self.tokenizer.encode(f"{question}\n\n{asked}")]
         text, _ = self.tokenizer.chat.render(({"role": "user", "content": question},), "the judge's prompt", asks=True)
-        return [*self.tokenizer.encode_rendered(text)[0], *self.tokenizer.encode(asked)]
+        return [*self.tokenizer.encode_rendered(text)[0], *self.tokenizer.encode_behind([asked])[0]]

@@ -16,7 +16,7 @@ from base import download
 from base.errors import UserError
 from data import tokenizer as tok
 from data.toy import VOCAB
-from tests.chats import tokenizer_folder
+from tests.chats import CHATML, spaced_tokenizer_folder, tokenizer_folder
 from tests.conftest import SHARED
 
 TEXTS = [
@@ -318,3 +318,15 @@ def test_a_tokenizer_that_cannot_keep_text_apart(tmp_path):
     assert ours.encode("a b") == [0, 2]
     with pytest.raises(UserError, match="takes a part of 'a </s>' for a special token"):
         ours.encode_batch(["a", "a </s>"])
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "legacy"])
+def test_a_completion_begins_with_no_mark_of_a_texts_beginning(tmp_path, scheme):
+    """Llama 2's kind writes a text's beginning as a space; behind a prompt that would make two of one."""
+    ours = tok.get(spaced_tokenizer_folder(tmp_path, scheme, CHATML))
+    prompt, completions = "the sky is", [" blue, and so on", "blue", "\nblue", " ", "\u00e9 \U0001f600"]
+    for completion, ids in zip(completions, ours.encode_behind(completions), strict=True):
+        assert ours.decode(ids) == completion
+        assert ours.decode([*ours.encode(prompt), *ids]) == f" {prompt}{completion}"
+    plain = tok.get(tokenizer_folder(tmp_path / "plain"))
+    assert plain.encode_behind(completions) == plain.encode_batch(completions)
