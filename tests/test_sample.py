@@ -119,8 +119,10 @@ def test_what_is_printed_is_the_text_up_to_the_first_stop(monkeypatch, capsys):
         def decode(self, ids):
             return b"".join(pieces[i] for i in ids).decode(errors="replace")
 
-        def encode(self, text):
-            return []
+        start = ()
+
+        def encode_batch(self, texts):
+            return [[] for _ in texts]
 
     def drawn(cfg, prompts, batch_size, ended, *_):
         """What `sample.completions` yields: the tokens up to the one that ends the completion."""
