@@ -1,4 +1,4 @@
-"""sample.py --server and the judge against a real server: `transformers serve` with SmolLM2. NANOPREF_SMOLLM2 names its folder."""
+"""sample.py --server and the judge against a real server, `transformers serve`. NANOPREF_SMOLLM2 names SmolLM2's folder."""
 
 import json
 import os
