@@ -3,6 +3,7 @@
     python sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4 --temperature 0.7
     python sample.py --model gpt2
     python sample.py --model runs/dpo/model --chat
+    python sample.py --server http://host:8000/v1 --server_model NAME --prompts prompts.jsonl --out samples.jsonl --n 4
     torchrun --nproc_per_node 2 -- sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4
 
 torchrun needs its -- here: it would take --n for a short form of its own options, and refuse it as an ambiguous one.
@@ -17,11 +18,15 @@ loses its start.
 Finished prompts are kept in FILE.part0, FILE.part1, … (one a process) until FILE is written: the same command goes on where it
 was killed. Without --prompts, a line typed or piped in is a prompt (\n in it a new line), answered as it is drawn;
 Ctrl-C stops the text, Ctrl-D leaves. With --chat it is a turn of a conversation, which the model remembers.
+
+With --server the completions come from a server with OpenAI's protocol (runtime/served.py), and no model is loaded here.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +38,21 @@ from base.progress import Progress
 from data import jsonl, messages
 from data.encode import shorten
 from generate import lay_out, stream
-from runtime import config, distributed
+from runtime import config, distributed, served
 from runtime.build import build_model, build_tokenizer
-from runtime.config import REQUIRED, key
-from runtime.keys import ChatKeys, DeviceKeys, ModelKeys
+from runtime.config import key
+from runtime.keys import ChatKeys, DeviceKeys, ModelKeys, ServerKeys
 from runtime.unfinished import Unfinished
 
 
 @dataclass
-class Config(ChatKeys, DeviceKeys):
+class Config(ServerKeys, ChatKeys, DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
-    model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
+    model: str = key("", "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
+    server: str = key("", "instead: address of a server with OpenAI's protocol (vLLM, SGLang, llama.cpp): http://HOST:8000/v1")
+    server_model: str = key("", "name of the model at that server; empty = model")
+    timeout: float = key(600.0, "seconds to wait for a whole answer of the server", above=0)
     prompts: str = key(
         "", 'a .jsonl / .jsonl.gz file with a "prompt" or "messages" per line; empty = read them from the terminal'
     )
@@ -68,6 +76,7 @@ class Config(ChatKeys, DeviceKeys):
             raise UserError(f"key {missing}: --{given} needs --{missing} too; without both, prompts are typed in")
         if self.chat and self.prompts:
             raise UserError("key chat: it is for the terminal: leave out prompts and out (lines with messages need no --chat)")
+        served.check(self)
         if self.out.endswith(".gz"):
             raise UserError(f"key out: {self.out}: what is written is not compressed: leave out .gz")
 
@@ -122,35 +131,50 @@ def encode(prompts: list, tokenizer, wheres: list[str]) -> list[list[int]]:
 
 
 def sample_file(cfg: Config, records: list[dict], prompts: dict[str, str | tuple], model, tokenizer, compute) -> None:
-    """Complete the prompt {"file:line": text or messages} of every record and write them all to cfg.out."""
+    """Complete the prompt {"file:line": text or messages} of every record by a model."""
     tokens = encode(list(prompts.values()), tokenizer, list(prompts))
     asked = [prompt if isinstance(prompt, str) else ids for prompt, ids in zip(prompts.values(), tokens, strict=True)]
     cut = fit(tokens, model, tokenizer, cfg.max_new_tokens)
     if cut:
         print(f"{cut:,} of {len(prompts):,} prompts lost their start: the model's context is {model.config.block_size} tokens")
-    settings = {
-        "weights_sha256": weights.fingerprint(model),  # the first: see unfinished.FIRST
-        "prompts_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+    source = {
+        "weights_sha256": weights.fingerprint(model),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "dtype": str(compute.dtype).removeprefix("torch."),
-        "max_new_tokens": cfg.max_new_tokens,
-        "stop": cfg.stop,
-        **cfg.how,
     }
+    text = Text(tokenizer, cfg.stop)
+
+    def draw(todo: list[int]) -> Iterator[tuple[int, int, str, int]]:
+        todo = {i: tokens[i] for i in sorted(todo, key=lambda i: -len(tokens[i]))}
+        for i, j, ids in completions(cfg, todo, cfg.batch_size, text.ended, model, tokenizer, compute):
+            yield i, j, text.final(ids), len(ids)
+
+    complete(cfg, records, asked, source, draw, compute)
+
+
+def complete(cfg: Config, records: list[dict], asked: list, source: dict, draw: Callable, compute) -> None:
+    """Write the records with their completions to cfg.out.
+
+    asked, source: what they follow from beside the keys; unfinished.FIRST knows the first of `source`. draw: numbers of
+    prompts -> (prompt number, sample, text, tokens) as completions are finished.
+    """
+    prompts = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    own = {"prompts_sha256": prompts, "max_new_tokens": cfg.max_new_tokens, "stop": cfg.stop}
+    settings = source | own | cfg.how
     with Unfinished(cfg.out, settings, cfg.overwrite, compute) as unfinished:
         done = unfinished.done
-        todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
-        todo = todo[compute.rank :: compute.world]
-        print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
+        todo = [i for i in range(len(records)) if i not in done][compute.rank :: compute.world]
+        print(f"{len(records):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
         progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
-        text, found, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, 0
-        for i, j, ids in completions(cfg, {i: tokens[i] for i in todo}, cfg.batch_size, text.ended, model, tokenizer, compute):
-            found[i][j] = text.final(ids)
-            if len(found[i]) == cfg.n:
-                found[i] = [found[i][j] for j in range(cfg.n)]
-                unfinished.add(i, found[i])
-            written += len(ids)
-            progress.add(1)
+        found, written = {i: {} for i in todo}, 0
+        with contextlib.closing(draw(todo)) as drawn:
+            for i, j, text, n_tokens in drawn:
+                found[i][j] = text
+                if len(found[i]) == cfg.n:
+                    found[i] = [found[i][j] for j in range(cfg.n)]
+                    unfinished.add(i, found[i])
+                written += n_tokens
+                progress.add(1)
         seconds = progress.close()
         print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
 
@@ -231,6 +255,9 @@ def main() -> None:
     print(compute, file=sys.stdout if cfg.prompts else sys.stderr)
     found = compute.once(lambda: list(jsonl.read(cfg.prompts, cfg.limit))) if cfg.prompts else []
     records, prompts = [r for _, r in found], {where: messages.prompt_of(record, where) for where, record in found}
+    if cfg.server:
+        server = served.Sampler(cfg, prompts)
+        return complete(cfg, records, list(prompts.values()), server.source, server.draw, compute)
     tokenizer = build_tokenizer(cfg, cfg.model, compute)
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     if cfg.chat or not all(isinstance(prompt, str) for prompt in prompts.values()):

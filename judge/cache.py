@@ -9,12 +9,9 @@ from pathlib import Path
 
 from base.errors import UserError, warn
 from base.files import held, read_plain
+from base.openai import is_count
 
 START = '{"key": "'  # of each line
-
-
-def is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**53
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,17 @@ class LoRAKeys:
 
 
 @dataclass
+class ServerKeys:
+    """Server"""
+
+    api_key_env: str = key("", "environment variable with the API key; empty = OPENAI_API_KEY (for gemini GEMINI_API_KEY)")
+    tries: int = key(6, "times that a request is sent until it is answered", least=1)
+    timeout: float = key(60.0, "seconds to wait for a whole answer", above=0)
+    workers: int = key(8, "requests at a time", least=1)
+    max_calls: int = key(0, "most answers to pay for, 0 = no limit", least=0)
+
+
+@dataclass
 class DeviceKeys:
     """Machine"""
 

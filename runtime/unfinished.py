@@ -9,7 +9,7 @@ from base.errors import UserError
 from base.files import held, read_plain, write_whole
 from runtime.run import restarted
 
-FIRST = b'{"weights_sha256": "'  # how a part file begins
+FIRST = (b'{"weights_sha256": "', b'{"server": "')  # how a part file begins
 
 
 class Unfinished:
@@ -48,7 +48,7 @@ class Unfinished:
         done = {}
         for path in self._paths():
             content = read_plain(path)
-            if not FIRST.startswith(content[: len(FIRST)]):  # not with --overwrite either
+            if not any(first.startswith(content[: len(first)]) for first in FIRST):  # not with --overwrite either
                 raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
             if self.overwrite:
                 continue

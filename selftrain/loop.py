@@ -52,7 +52,7 @@ class Config:
     eval_problems: int = key(500, "use only the first so many of them, 0 = all", least=0)
     rounds: int = key(3, "rounds", least=1, free=True)
     prompt: str = key("", "flags of selftrain.problems, for both: --few_shot --suffix --level")
-    sample: str = key("--n 8", "flags of sample.py: --n --temperature --top_k --top_p --max_new_tokens --stop --batch_size")
+    sample: str = key("--n 8", "flags of sample.py: --n --temperature --top_p --max_new_tokens --stop --batch_size --server …")
     eval_sample: str = key("", "flags of sample.py for evaluation where they differ")
     grade: str = key("", "flags of selftrain.eval_math: --grader --programs --program_seconds")
     pairs: str = key("", "flags of selftrain.pairs: --max_pairs --balanced --partner --shuffle")
@@ -264,6 +264,8 @@ def main() -> None:
     rows: list[dict] = []
     for r in range(cfg.rounds + 1):
         for script, keys in steps(cfg, r):
+            if keys.get("server_model") and keys["model"] != cfg.init_from:
+                warn(f"round {r}: the server must have {keys['model']} under the name {keys['server_model']} by now")
             run_step(script, keys, compute)
         rows.append(compute.once(lambda r=r: figures(cfg, r)))
         compute.once(lambda: write_rounds(cfg, rows))

@@ -35,10 +35,9 @@ import data
 import dpo
 import sft
 import weights
-from base import errors
+from base import errors, openai
 from data import jsonl, math_problems
 from data.tokenizer import choose, get
-from judge import client
 from judge.cache import Cache, Reply
 from report import plot, tables
 from report.runs import read_run
@@ -584,7 +583,7 @@ def given(files, sft_run, reference, tmp_path_factory):
 @pytest.mark.parametrize("name", KINDS)
 def test_damaged_copies(name, given, tmp_path, request, monkeypatch, capsys):
     pytest.importorskip("peft")
-    monkeypatch.setattr(client, "DELAY", 0.01)
+    monkeypatch.setattr(openai, "DELAY", 0.01)
     whole, at = tmp_path / "whole", tmp_path / "at"
     whole.mkdir()
     how = KINDS[name](given, whole)

@@ -1,12 +1,12 @@
 import pytest
 
-from judge import client
+from base import openai
 from tests.judge.server import Server
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(client, "DELAY", 0.01)
+    monkeypatch.setattr(openai, "DELAY", 0.01)
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with Server() as server:

@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from base import openai
 from base.errors import UserError
 from base.http import is_local, retry_after
-from judge import client
+from base.openai import address, api_key
 from judge.cache import Reply, open_cache
-from judge.client import address, api_key
 from tests.judge.server import Server, args, responses
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def chat(content: object, **usage) -> tuple[int, dict, bytes]:
 
 def test_odd_answers_are_asked_again_or_counted_as_they_can_be(server, call, tmp_path, monkeypatch):
     """And never kept: what is kept answers the same command the next time."""
-    monkeypatch.setattr(client, "DELAY", 0)
+    monkeypatch.setattr(openai, "DELAY", 0)
     right = "Verdict: " + "AB"[Random("0 0 0").choice("AB") == "B"]
     odd = [{"verdict": "A"}, 5, True, [["Verdict: A"]], [{"text": 3}], [{"text": {"verdict": "A"}}]]
     bodies = [
@@ -302,13 +302,14 @@ def test_addresses():
         "http://h:1/v1/": "http://h:1/v1",
         "http://[::1]:8000/api": "http://[::1]:8000/api",
         "https://h/api/v1/chat/completions": "https://h/api/v1",
+        "http://h:1/v1/completions": "http://h:1/v1",
         "openai": "https://api.openai.com/v1",
         "gemini": "https://generativelanguage.googleapis.com/v1beta/openai",
     }.items():
-        assert address(given) == posted + "/chat/completions"
+        assert address(given, "judge") == posted
     for wrong in ("ftp://x", "h", "https://", "https://h/v1?key=SECRET", "https://me:SECRET@h/v1"):
         with pytest.raises(UserError, match="key judge: not openai, gemini or an address") as caught:
-            address(wrong)
+            address(wrong, "judge")
         assert "SECRET" not in str(caught.value)
 
 
@@ -320,8 +321,8 @@ def test_which_key_is_sent_where(monkeypatch, capsys):
 
     for value, variable, url, named, says in (
         ("", "SECRET", "https://h/v1", True, "no environment variable of that name"),
-        ("", "OPENAI_API_KEY", address("openai"), False, "environment variable OPENAI_API_KEY: not set"),
-        ("", "GEMINI_API_KEY", address("gemini"), False, "environment variable GEMINI_API_KEY: not set"),
+        ("", "OPENAI_API_KEY", address("openai", "judge"), False, "environment variable OPENAI_API_KEY: not set"),
+        ("", "GEMINI_API_KEY", address("gemini", "judge"), False, "environment variable GEMINI_API_KEY: not set"),
         ("SECRET\ncd", "OPENAI_API_KEY", "https://h", False, "holds a character that no API key has"),
     ):
         monkeypatch.setenv("OPENAI_API_KEY", value)

@@ -15,6 +15,7 @@ from data import toy_math
 from runtime import config
 from selftrain import loop
 from tests.conftest import flags, script
+from tests.runtime.test_served import Server
 
 pytestmark = pytest.mark.slow
 
@@ -180,6 +181,34 @@ def test_a_user_s_problems_from_a_folder_of_theirs(start, tmp_path, call, monkey
     commands = re.findall(r"^\$ python (-m selftrain\.\w+|\S+\.py) --", said, re.M)
     assert len(commands) == said.count("$ python") > 15
     assert all(c.startswith("-m ") or Path(c).resolve() == Path(loop.__file__).parents[1] / Path(c).name for c in commands)
+
+
+def test_samples_of_a_server_that_is_asked_for_each_round_s_model(start, tmp_path, call, refused, monkeypatch):
+    """By its folder. A name that stays the same is warned of; a server that does not have the new model ends the loop."""
+
+    class Sums(Server):
+        def text(self, body: dict, k: int) -> str:
+            total = eval(re.findall(r"Question: ([\d+-]+)", body["prompt"])[-1])
+            return f"####{total + k % 2}"  # every second answer is wrong
+
+    monkeypatch.chdir(tmp_path)
+    with Sums() as server:
+        served = {"rounds": 1, "sample": f"--n 4 --max_new_tokens 30 --server {server.url}"}
+        status, _, err = call("selftrain.loop", *keys(start, "out", **served))
+        assert status == 0 and "the server must have" not in err, err
+        assert {body["model"] for _, body, _ in server.asked} == {str(start), "out/round_1/dpo/model"}
+        assert json.loads(Path("out/rounds.json").read_text())[1]["pairs"] == 24
+        named = served | {"sample": f"{served['sample']} --server_model wise"}
+        status, _, err = call("selftrain.loop", *keys(start, "named", **named))
+        assert status == 0 and "round 1: the server must have named/round_1/dpo/model under the name wise by now" in err
+        evaluated = next(p for p in lines(Path("out/eval_prompts.jsonl")))["prompt"]
+        asked = [body for _, body, _ in server.asked if body["prompt"] == evaluated]
+        assert len(asked) == 4 and {body["n"] for body in asked} == {4}
+        server.plan = {evaluated: [None, (404, {"error": "no such model"})]}
+        refused("selftrain.loop", *keys(start, "gone", **served), says="no such model")
+        assert (tmp_path / "gone/round_1/dpo/model").exists() and not (tmp_path / "gone/round_1/eval.json").exists()
+        assert call("selftrain.loop", *keys(start, "gone", **served))[0] == 0
+    assert json.loads(Path("gone/rounds.json").read_text())[1]["pairs"] == 24
 
 
 LOOPS = [
