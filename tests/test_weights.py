@@ -247,9 +247,9 @@ def test_what_is_no_file_is_not_waited_for(make, folder, tmp_path):
     for name, read, says in (
         ("config.json", weights.load, "no config.json in"),
         ("model.safetensors", weights.load, "no weights for"),
-        ("tokenizer_config.json", get, "tokenizer_config.json is no file|does not have the .* tokens"),
-        ("vocab.json", get, "vocab.json is no file|does not have the .* tokens"),
-        ("tokenizer.json", get, "tokenizer.json is no file|does not have the .* tokens"),
+        ("tokenizer_config.json", get, "has no tokenizer.json"),
+        ("vocab.json", get, "has no tokenizer.json"),
+        ("tokenizer.json", get, "has no tokenizer.json"),
     ):
         copy = shutil.copytree(folder, tmp_path / name)
         (copy / name).unlink(missing_ok=True)
