@@ -11,7 +11,6 @@ from functools import partial
 from hashlib import blake2b
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from logprobs import LanguageModel, attend
@@ -223,46 +222,23 @@ def decode(model: LanguageModel, live: list[Draft], cache: KVCache) -> Tensor:
 
 # --- a CPU's layout of the weights -----------------------------------------------------------------------------------
 
-SHARES = 32  # of a matrix, for at most so many threads to read
-
 
 @torch.no_grad()
 def lay_out(model: LanguageModel, rows: int) -> None:
-    """Ready the matrices for decoding `rows` rows at once on a CPU in float32. The model is good for nothing else afterwards.
+    """Put the matrices into oneDNN's own order of blocks, for decoding `rows` rows at once on a CPU in float32.
 
-    Of one row torch's product with a vector leaves most to one thread: here each thread reads a share of the matrix. For more
-    rows the weights are put into oneDNN's own order of blocks.
+    The model is good for nothing else afterwards.
     """
-    shared, reordered = rows == 1, rows > 1 and torch.backends.mkldnn.is_available()
     for layer in model.modules():
-        if isinstance(layer, Linear) and (shared or reordered):
+        if isinstance(layer, Linear) and torch.backends.mkldnn.is_available():
             weight = model.head_weight if layer is model.head else layer.weight
-            bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias
-            if shared:
-                layer.product = partial(_shared_product, *_shares(weight, bias))
-            else:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-                layer.product = partial(_blocked_product, weight, layer.bias)
-                layer.weight = None
-
-
-def _shares(weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    even = len(weight) - len(weight) % SHARES
-    w, b = weight[:even].view(SHARES, -1, weight.size(1)).mT, bias[:even].view(SHARES, 1, -1)
-    return w, b, weight[even:], bias[even:]
-
-
-def _shared_product(w: Tensor, bias: Tensor, rest: Tensor, rest_bias: Tensor, x: Tensor) -> Tensor:
-    """x (…, n_in) -> (…, n_out); of one row the threads share the work."""
-    n_in = x.size(-1)
-    if x.numel() == n_in:
-        y = torch.baddbmm(bias, x.expand(SHARES, 1, n_in), w).view(*x.shape[:-1], bias.numel())
-    else:  # a prompt
-        y = F.linear(x, w.mT.reshape(-1, n_in), bias.flatten())
-    return y if not len(rest) else torch.cat([y, F.linear(x, rest, rest_bias)], -1)
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            layer.product = partial(_blocked_product, weight, layer.bias)
+            layer.weight = None
 
 
 def _blocked_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x (…, n_in) -> (…, n_out)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
