@@ -52,24 +52,17 @@ class Prefill:
 
 
 class Decode:
-    """Attention of one new token a row over the cache's first rows, which hold `lengths` tokens each; it adds the new token.
-
-    A few rows at a time look no further than the longest of them. On a GPU more calls would cost more than that saves.
-    """
+    """Attention of one new token a row over the cache's first rows, which hold `lengths` tokens each; it adds the new token."""
 
     def __init__(self, cache: KVCache, lengths: list[int]):
         self.cache, device = cache, cache.kv.device
         self.position = torch.tensor(lengths, device=device)
         # for a single row plain numbers: no kernel that scatters
         self.at = (torch.arange(len(lengths), device=device), self.position) if len(lengths) > 1 else (0, lengths[0])
-        few = 4 if device.type == "cpu" else len(lengths)
-        self.parts = []  # (rows, positions that they look at, mask)
-        for rows in (slice(i, i + few) for i in range(0, len(lengths), few)):
-            window, mask = max(lengths[rows]) + 1, None
-            if min(lengths[rows]) + 1 < window:  # 0 or -inf, (few rows, 1, 1, window): from booleans every layer would make it
-                beyond = torch.arange(window, device=device).gt(self.position[rows, None])[:, None, None]
-                mask = cache.kv.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
-            self.parts.append((rows, window, mask))
+        self.window, self.mask = max(lengths) + 1, None  # positions that the rows look at
+        if min(lengths) + 1 < self.window:  # 0 or -inf, (rows, 1, 1, window): from booleans every layer would make it
+            beyond = torch.arange(self.window, device=device).gt(self.position[:, None])[:, None, None]
+            self.mask = cache.kv.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
 
     def layer(self, number: int) -> "Decode":
         self.keys, self.values = self.cache.kv[number]
@@ -79,9 +72,8 @@ class Decode:
         row, position = self.at
         self.keys[row, :, position] = k[:, :, 0]
         self.values[row, :, position] = v[:, :, 0]
-        keys, values = self.keys[: len(q)], self.values[: len(q)]
-        out = [attend(q[rows], keys[rows, :, :window], values[rows, :, :window], mask) for rows, window, mask in self.parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        keys, values = (cached[: len(q), :, : self.window] for cached in (self.keys, self.values))
+        return attend(q, keys, values, self.mask)
 
 
 @dataclass

@@ -209,7 +209,7 @@ class Llama(LanguageModel):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.eps)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)

@@ -136,8 +136,8 @@ class GPT(LanguageModel):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        sizes = (config.vocab_size, config.n_embd), (config.block_size, config.n_embd)
+        self.wte, self.wpe = (nn.Embedding.from_pretrained(torch.empty(size), freeze=False) for size in sizes)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd)

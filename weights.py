@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from base.download import hub_endpoint, hub_find
 from base.errors import UserError
@@ -137,21 +136,9 @@ def family(model_type: str):
     return importlib.import_module(FAMILIES[model_type])
 
 
-class _NoInit(TorchFunctionMode):
-    """Modules made under it keep their parameters as allocated.
-
-    Filling them twice costs a second, and random numbers on the meta device make torch import its compiler: another.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def empty(config) -> LanguageModel:
     """A model on the meta device: shapes without memory."""
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         return family(config.model_type).Model(config)
 
 
