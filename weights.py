@@ -200,7 +200,7 @@ def _ours(headers: list[tuple[Path, str, tuple, str]], model: LanguageModel) -> 
     """(name, tensor) of every parameter of `model`, read one at a time, out of weights with these `_headers`. They are checked
     first: nothing is allocated for a model that they are not the weights of. A tied head may be there as well: then the
     embedding comes twice."""
-    prefix, layout, path = model.PREFIX, _layout(model), ""
+    prefix, layout, path = model.PREFIX, _layout(model), "the weights"
     head, embedding = model.hf_name("head.weight"), next(n for n, p in model.named_parameters() if p is model.embedding.weight)
     layout.setdefault(head, layout[model.hf_name(embedding)])
     files: dict[Path, dict[str, str]] = {}  # the name there of each tensor -> ours
@@ -256,8 +256,6 @@ def _headers(find: Find, name: str) -> list[tuple[Path, str, tuple, str]]:
         with _opened_file(path) as file:
             slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 (it is no mapping)
             found += [(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices]
-    if not found:
-        raise UserError(f"{path}: no tensors in it: copy it again")
     return found
 
 

@@ -116,6 +116,11 @@ def test_names_without_prefix_and_with_buffers_and_head(folder, logits):
     close(ours(folder), logits)
 
 
+def test_a_tied_embedding_may_stand_under_the_heads_name(folder, logits):
+    replace(folder, **{"lm_head.weight": tensors(folder)["transformer.wte.weight"], "transformer.wte.weight": None})
+    close(ours(folder), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_read_as_float32(folder, dtype):
     state = {key: tensor.to(dtype) for key, tensor in tensors(folder).items()}
