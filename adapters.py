@@ -18,17 +18,24 @@ from torch import Tensor
 import weights
 from base.errors import UserError
 from base.files import expand, read_json, read_safetensors, write_json
-from logprobs import LanguageModel
-from lora import Linear, LoRAConfig, is_target, lora_delta
+from logprobs import LanguageModel, computed
+from lora import Linear, LoRAConfig, add_lora, is_target, lora_delta
 from weights import Source, on_hub, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT = "base_model.model."  # in front of every name in a file of peft's
-# what peft can add to LoRA and is not computed here: a config that sets one of these is refused
+# What peft's plain LoRA is: key -> the values computed here, see logprobs.computed. Other beginnings than these of
+# init_lora_weights change the base's own weights, and the adapter means those.
 BEYOND = (
     "use_dora lora_bias modules_to_save trainable_token_indices layer_replication target_parameters use_qalora use_bdlora "
     "alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config"
 )
+FIXED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    **dict.fromkeys(BEYOND.split(), (None, False, [], {})),
+}
 
 
 @dataclass(frozen=True)
@@ -122,14 +129,6 @@ def source(init_from: str, *, merge: bool = True, **options) -> Source:
     return Source(config, tensors, name, found.digests, adapter)
 
 
-def load(init_from: str, **options) -> LanguageModel:
-    """`weights.load`, which also takes an adapter's folder. All of it float32, on the CPU."""
-    found = source(init_from, **options)
-    model = weights.empty(found.config)
-    model.load_state_dict(dict(found.tensors), assign=True)
-    return model
-
-
 def lora_config(cfg, found: Source) -> LoRAConfig:
     """What the keys `lora_…` ask for. Where the run goes on from an adapter they must agree with it (UserError)."""
     if cfg.lora_rank > found.config.n_embd:
@@ -143,22 +142,15 @@ def lora_config(cfg, found: Source) -> LoRAConfig:
             f"{found.adapter.folder}: its layers differ in rank, scale or targets: it can be used, but not trained further; "
             "train without lora_rank (it is merged then), or from a merged model"
         )
-    asked = {
-        "lora_rank": cfg.lora_rank,
-        "lora_alpha": cfg.lora_alpha or there.alpha,
-        "lora_targets": " ".join(targets if cfg.lora_targets else there.targets),
-        "lora_rslora": cfg.lora_rslora or there.stabilised,
-    }
-    held = {
-        "lora_rank": there.rank,
-        "lora_alpha": there.alpha,
-        "lora_targets": " ".join(there.targets),
-        "lora_rslora": there.stabilised,
-    }
-    for name, here in asked.items():
-        if here != held[name]:
+    for name, asked, held in (
+        ("lora_rank", cfg.lora_rank, there.rank),
+        ("lora_alpha", cfg.lora_alpha, there.alpha),
+        ("lora_targets", cfg.lora_targets and " ".join(targets), " ".join(there.targets)),
+        ("lora_rslora", cfg.lora_rslora, there.stabilised),
+    ):
+        if asked and asked != held:  # what is not given is the adapter's
             raise UserError(
-                f"key {name}: {here}, but init_from {cfg.init_from} is an adapter with {held[name]}: give that, or start a new "
+                f"key {name}: {asked}, but init_from {cfg.init_from} is an adapter with {held}: give that, or start a new "
                 "adapter from a merged model (the run's model/)"
             )
     return replace(there, dropout=cfg.lora_dropout)
@@ -281,17 +273,12 @@ def _split(a: Tensor, b: Tensor, scale: float, parts: int) -> Part:
 
 def _read_config(path: Path) -> dict:
     raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type must be LORA: other adapters are not known here")
+    try:
+        computed(raw, FIXED)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: only plain LoRA is read; merge it with peft and load the model") from None
     if not isinstance(raw.get("base_model_name_or_path"), str) or not raw["base_model_name_or_path"]:
         raise UserError(f"{path}: base_model_name_or_path is missing: name the model that the adapter belongs to")
-    if set_ := [name for name in BEYOND.split() if raw.get(name)]:
-        raise UserError(f"{path}: {set_[0]} is set: only plain LoRA is computed here; merge it with peft and load the model")
-    if raw.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias is {raw['bias']!r}: trained biases are not read; merge it with peft and load the model")
-    # these begin with the base's own weights changed, and the adapter means those
-    if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise UserError(f"{path}: init_lora_weights is {start!r}: save it converted to plain LoRA, or merge it with peft")
     patterns = [raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     if not all(isinstance(p, dict) and len(p) < 10_000 and all(re.fullmatch(r"[\w.]+", k) for k in p) for p in patterns):
         raise UserError(f"{path}: rank_pattern and alpha_pattern must map names of layers to numbers")
@@ -308,15 +295,14 @@ def _pattern(raw: dict, pattern: str, layer: str, default: float) -> float:
 
 
 def _uniform(parts: dict[str, Part], raw: dict, model: LanguageModel) -> LoRAConfig | None:
-    """The config that makes adapters of these shapes and scales, if there is one."""
+    """The config that makes adapters of these shapes and scales, if there is one. `model` gets them."""
     targets = tuple(kind for kind in model.LINEAR if any(is_target(name, (kind,)) for name in parts))
     split = all(part.parts == model.get_submodule(name).parts for name, part in parts.items())
     config = LoRAConfig(raw["r"], float(raw["lora_alpha"]), targets, stabilised=bool(raw.get("use_rslora")), split=split)
-    layers = {name for name, layer in model.named_modules() if isinstance(layer, Linear) and is_target(name, targets)}
-    same = all(
-        part.b.shape[1] == config.rank
-        and math.isclose(part.scale, config.scale)
-        and part.parts == (model.get_submodule(name).parts if split else 1)
+    add_lora(model, config)
+    made = {name: layer.lora for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.lora}
+    same = made.keys() == parts.keys() and all(
+        (made[name].b.shape, made[name].parts) == (part.b.shape, part.parts) and math.isclose(part.scale, config.scale)
         for name, part in parts.items()
     )
-    return config if same and layers == parts.keys() else None
+    return config if same else None

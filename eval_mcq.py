@@ -17,7 +17,7 @@ from base.errors import UserError, run
 from base.files import write_whole
 from base.progress import Progress
 from data import Example, load
-from data.encode import Encoded, encode
+from data.encode import CUT, Encoded, encode
 from data.tokenizer import choose
 from runtime import config, distributed
 from runtime.build import build_model
@@ -114,7 +114,7 @@ def evaluate(model, tokenizer, examples: list[Example], cfg: Config, compute) ->
     """(result, details, seconds) of `examples` in the mode's view. Prompts too long for the model lose their start."""
     room = model.config.block_size
     items, report = encode(examples, tokenizer, room, "left", end=cfg.mode == "generate")
-    if report.cut:
+    if CUT in report:
         print(f"{report}: the model has room for {room}")
     seconds = Timer(compute.device)
     if cfg.mode == "loglik":

@@ -11,7 +11,6 @@ from functools import partial
 from hashlib import blake2b
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from logprobs import LanguageModel, attend
@@ -53,24 +52,17 @@ class Prefill:
 
 
 class Decode:
-    """Attention of one new token a row over the cache's first rows, which hold `lengths` tokens each; it adds the new token.
-
-    A few rows at a time look no further than the longest of them. On a GPU more calls would cost more than that saves.
-    """
+    """Attention of one new token a row over the cache's first rows, which hold `lengths` tokens each; it adds the new token."""
 
     def __init__(self, cache: KVCache, lengths: list[int]):
         self.cache, device = cache, cache.kv.device
         self.position = torch.tensor(lengths, device=device)
         # for a single row plain numbers: no kernel that scatters
         self.at = (torch.arange(len(lengths), device=device), self.position) if len(lengths) > 1 else (0, lengths[0])
-        few = 4 if device.type == "cpu" else len(lengths)
-        self.parts = []  # (rows, positions that they look at, mask)
-        for rows in (slice(i, i + few) for i in range(0, len(lengths), few)):
-            window, mask = max(lengths[rows]) + 1, None
-            if min(lengths[rows]) + 1 < window:  # 0 or -inf, (few rows, 1, 1, window): from booleans every layer would make it
-                beyond = torch.arange(window, device=device).gt(self.position[rows, None])[:, None, None]
-                mask = cache.kv.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
-            self.parts.append((rows, window, mask))
+        self.window, self.mask = max(lengths) + 1, None  # positions that the rows look at
+        if min(lengths) + 1 < self.window:  # 0 or -inf, (rows, 1, 1, window): from booleans every layer would make it
+            beyond = torch.arange(self.window, device=device).gt(self.position[:, None])[:, None, None]
+            self.mask = cache.kv.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
 
     def layer(self, number: int) -> "Decode":
         self.keys, self.values = self.cache.kv[number]
@@ -80,9 +72,8 @@ class Decode:
         row, position = self.at
         self.keys[row, :, position] = k[:, :, 0]
         self.values[row, :, position] = v[:, :, 0]
-        keys, values = self.keys[: len(q)], self.values[: len(q)]
-        out = [attend(q[rows], keys[rows, :, :window], values[rows, :, :window], mask) for rows, window, mask in self.parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        keys, values = (cached[: len(q), :, : self.window] for cached in (self.keys, self.values))
+        return attend(q, keys, values, self.mask)
 
 
 @dataclass
@@ -223,46 +214,23 @@ def decode(model: LanguageModel, live: list[Draft], cache: KVCache) -> Tensor:
 
 # --- a CPU's layout of the weights -----------------------------------------------------------------------------------
 
-SHARES = 32  # of a matrix, for at most so many threads to read
-
 
 @torch.no_grad()
 def lay_out(model: LanguageModel, rows: int) -> None:
-    """Ready the matrices for decoding `rows` rows at once on a CPU in float32. The model is good for nothing else afterwards.
+    """Put the matrices into oneDNN's own order of blocks, for decoding `rows` rows at once on a CPU in float32.
 
-    Of one row torch's product with a vector leaves most to one thread: here each thread reads a share of the matrix. For more
-    rows the weights are put into oneDNN's own order of blocks.
+    The model is good for nothing else afterwards.
     """
-    shared, reordered = rows == 1, rows > 1 and torch.backends.mkldnn.is_available()
     for layer in model.modules():
-        if isinstance(layer, Linear) and (shared or reordered):
+        if isinstance(layer, Linear) and torch.backends.mkldnn.is_available():
             weight = model.head_weight if layer is model.head else layer.weight
-            bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias
-            if shared:
-                layer.product = partial(_shared_product, *_shares(weight, bias))
-            else:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-                layer.product = partial(_blocked_product, weight, layer.bias)
-                layer.weight = None
-
-
-def _shares(weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    even = len(weight) - len(weight) % SHARES
-    w, b = weight[:even].view(SHARES, -1, weight.size(1)).mT, bias[:even].view(SHARES, 1, -1)
-    return w, b, weight[even:], bias[even:]
-
-
-def _shared_product(w: Tensor, bias: Tensor, rest: Tensor, rest_bias: Tensor, x: Tensor) -> Tensor:
-    """x (…, n_in) -> (…, n_out); of one row the threads share the work."""
-    n_in = x.size(-1)
-    if x.numel() == n_in:
-        y = torch.baddbmm(bias, x.expand(SHARES, 1, n_in), w).view(*x.shape[:-1], bias.numel())
-    else:  # a prompt
-        y = F.linear(x, w.mT.reshape(-1, n_in), bias.flatten())
-    return y if not len(rest) else torch.cat([y, F.linear(x, rest, rest_bias)], -1)
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            layer.product = partial(_blocked_product, weight, layer.bias)
+            layer.weight = None
 
 
 def _blocked_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x (…, n_in) -> (…, n_out)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

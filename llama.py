@@ -5,14 +5,13 @@ of queries. Layers have transformers' names (q_proj … down_proj). What it shar
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logprobs import LanguageModel
+from logprobs import LanguageModel, computed
 from lora import Linear
 
 # In config.json's words: key -> the values computed here. A config without the key means the first.
@@ -78,19 +77,12 @@ class LlamaConfig:
     def from_hf(cls, raw: dict, dropout: float = 0.0) -> "LlamaConfig":
         """config.json as transformers writes it. Raises ValueError, naming the key, for what is not computed here."""
         kind = raw["model_type"]
-        for key, allowed in FIXED.items():
-            if raw.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{key} is {raw[key]!r}, a {kind} here has {' or '.join(map(repr, allowed))}")
-        sizes = {ours: raw.get(key) for key, ours in HF_SIZES.items()}
-        if sizes["n_kv_head"] is None:
-            sizes["n_kv_head"] = sizes["n_head"]
-        if sizes["head_dim"] is None:
-            width, heads = sizes["n_embd"], sizes["n_head"]
-            divides = type(width) is type(heads) is int and heads > 0 and width % heads == 0
-            sizes["head_dim"] = 128 if kind == "qwen3" else width // heads if divides else None
-        for key, ours in HF_SIZES.items():
-            if type(sizes[ours]) is not int or sizes[ours] <= 0:
-                raise ValueError(f"{key} is {sizes[ours]!r}, not a positive whole number")
+        heads, width = raw.get("num_attention_heads"), raw.get("hidden_size")
+        divides = type(width) is type(heads) is int and heads > 0 and width % heads == 0
+        head_dim = 128 if kind == "qwen3" else width // heads if divides else None
+        follow = {"num_key_value_heads": heads, "head_dim": head_dim}  # from the others, where they are not there
+        raw = raw | {key: size for key, size in follow.items() if raw.get(key) is None}
+        sizes = computed(raw, FIXED, HF_SIZES)
         window = raw.get("sliding_window", 4096) if kind == "mistral" else None
         if window is not None and not (type(window) is int and window >= sizes["block_size"]):
             raise ValueError(f"sliding_window is {window!r}: a window below max_position_embeddings is not computed here")
@@ -217,7 +209,7 @@ class Llama(LanguageModel):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.eps)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -244,15 +236,6 @@ class Llama(LanguageModel):
         low, high, context = rest
         kept = ((context * rate / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         return rate * (kept + (1 - kept) / factor)
-
-    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """N(0, 0.02), biases 0, norms 1. (name, tensor) of every parameter, made one at a time, on the CPU."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                yield name, torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
-            else:
-                yield name, torch.empty(p.shape).normal_(0.0, 0.02, generator=generator)
 
 
 Config, Model = LlamaConfig, Llama  # by these names weights.py takes them

@@ -39,7 +39,7 @@ class LanguageModel(nn.Module):
                         the positions, or None
         embedding, norm the token embedding, and the norm behind the last block
         head            lora.Linear without bias; its weight is None where it is tied
-        initial_weights(seed)       (name, tensor) of every parameter of a model trained from scratch
+        initial_weights(seed)       GPT-2 only, which `scratch` makes: (name, tensor) of every parameter
         PREFIX, HF_PARTS, IGNORED, transposed(name)
                         its parameters in transformers' files: a prefix that may be missing there, what parts of a name are
                         called there, a pattern of names to pass over, and whether the matrix is stored as (in, out)
@@ -116,6 +116,20 @@ class LanguageModel(nn.Module):
         """Run `work(self, …)`. FSDP treats it as a forward pass: until it returns, a sharded model's parameters outside
         of the blocks are gathered."""
         return work(self, *args, **kwargs)
+
+
+def computed(raw: dict, fixed: dict[str, tuple], sizes: dict[str, str] | None = None) -> dict[str, int]:
+    """Check a config file's content, and read the sizes in it. ValueError, naming the key, for what is not computed here.
+
+    fixed: key -> the values that are computed; a config without the key means the first. sizes: key -> our name of a size.
+    """
+    for key, allowed in fixed.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{key} is {raw[key]!r}, computed here is {' or '.join(map(repr, allowed))}")
+    for key in sizes or ():
+        if type(raw.get(key)) is not int or raw[key] <= 0:
+            raise ValueError(f"{key} is {raw.get(key)!r}, not a positive whole number")
+    return {ours: raw[key] for key, ours in (sizes or {}).items()}
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

@@ -75,6 +75,9 @@ class Linear(nn.Linear):
         self.lora: LoRA | None = None
         self.product: Callable[[Tensor], Tensor] | None = None  # a faster x W^T + b, see generate.lay_out
 
+    def reset_parameters(self) -> None:
+        """Leave them undefined: weights.py brings the values. To draw random ones first takes a second."""
+
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x) if self.product is None else self.product(x)
         return y if self.lora is None else self.lora.add_to(y, x)

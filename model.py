@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logprobs import LanguageModel
+from logprobs import LanguageModel, computed
 from lora import Linear
 
 SIZES = {  # name on the hub -> (n_layer, n_head, n_embd); 124M, 355M, 774M, 1558M parameters
@@ -63,13 +63,7 @@ class GPTConfig:
     @classmethod
     def from_hf(cls, raw: dict, dropout: float = 0.0) -> "GPTConfig":
         """config.json as transformers writes it. Raises ValueError, naming the key, for what is not computed here."""
-        for key, allowed in FIXED.items():
-            if raw.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{key} is {raw[key]!r}, GPT-2 here has {' or '.join(map(repr, allowed))}")
-        sizes = {ours: raw.get(key) for key, ours in HF_SIZES.items()}
-        for key, ours in HF_SIZES.items():
-            if type(sizes[ours]) is not int or sizes[ours] <= 0:
-                raise ValueError(f"{key} is {sizes[ours]!r}, not a positive whole number")
+        sizes = computed(raw, FIXED, HF_SIZES)
         if raw.get("n_inner") not in (None, 4 * sizes["n_embd"]):
             raise ValueError(f"n_inner is {raw['n_inner']!r}, GPT-2 here has 4 * n_embd = {4 * sizes['n_embd']}")
         return cls(**sizes, dropout=dropout, tied=raw.get("tie_word_embeddings", True))
@@ -142,8 +136,8 @@ class GPT(LanguageModel):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        sizes = (config.vocab_size, config.n_embd), (config.block_size, config.n_embd)
+        self.wte, self.wpe = (nn.Embedding.from_pretrained(torch.empty(size), freeze=False) for size in sizes)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd)

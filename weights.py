@@ -8,21 +8,18 @@ import difflib
 import hashlib
 import importlib
 import io
-import itertools
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from base.download import hub_endpoint, hub_find
 from base.errors import UserError
@@ -79,9 +76,9 @@ class Source:
         return Origin(base, found, self.adapter.fingerprint(self.digests) if self.adapter else found)
 
 
-def load(init_from: str | Path, **options) -> LanguageModel:
-    """The model that `init_from` names, float32, on the CPU. Options and errors are those of `source`."""
-    found = source(init_from, **options)
+def load(init_from: str | Path | Source, **options) -> LanguageModel:
+    """The model that `init_from` names, or that of an opened source, float32, on the CPU. Options and errors: see `source`."""
+    found = init_from if isinstance(init_from, Source) else source(init_from, **options)
     model = empty(found.config)
     model.load_state_dict(dict(found.tensors), assign=True)
     return model
@@ -124,8 +121,12 @@ def _opened(config, tensors: Iterator[tuple[str, Tensor]], base: str) -> Source:
 
     def read() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            digests[name] = digest(tensor)
-            yield name, tensor
+            found = digest(tensor)
+            if name not in digests:
+                digests[name] = found
+                yield name, tensor
+            elif found != digests[name]:
+                raise UserError(f"{base}: the head differs from the embedding, though {CONFIG} says that the two are tied")
 
     return Source(config, read(), base, digests)
 
@@ -135,21 +136,9 @@ def family(model_type: str):
     return importlib.import_module(FAMILIES[model_type])
 
 
-class _NoInit(TorchFunctionMode):
-    """Modules made under it keep their parameters as allocated.
-
-    Filling them twice costs a second, and random numbers on the meta device make torch import its compiler: another.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def empty(config) -> LanguageModel:
     """A model on the meta device: shapes without memory."""
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         return family(config.model_type).Model(config)
 
 
@@ -168,19 +157,13 @@ def _hub(name: str) -> Find:
 
 def _folder(name: str) -> Find:
     folder = expand(name)
-    if name.startswith("openai:"):
-        size = name.removeprefix("openai:")
-        made = f"python -m tools.convert_openai --size {size} --out FOLDER"
-        raise UserError(f"{name} (init_from): make a folder of it with {made}, and name that")
     if not folder.exists():
         near = difflib.get_close_matches(name, [*HUB_NAMES, "scratch"], 1)
         known = f"known are {', '.join(HUB_NAMES)}, owner/name on the hub, scratch, or a model's folder"
         hint = f"did you mean {near[0]}?" if near else known
         raise UserError(f"{name} is no folder and no known model (init_from): {hint}")
-    if not folder.is_dir():
-        raise UserError(f"{name} is a file (init_from): name the folder that holds it and its {CONFIG}")
     if not (folder / CONFIG).is_file():
-        hint = f"did you mean {folder / 'model'}?" if (folder / "model" / CONFIG).is_file() else "is it a saved model?"
+        hint = f"did you mean {folder / 'model'}?" if (folder / "model" / CONFIG).is_file() else "name a saved model's folder"
         raise UserError(f"no {CONFIG} in {name} (init_from): {hint}")
     return lambda names: next((folder / n for n in names if (folder / n).is_file()), None)
 
@@ -205,48 +188,47 @@ def bounded(config):
     return config
 
 
+def _layout(model: LanguageModel) -> dict[str, tuple[str, tuple]]:
+    """transformers' name of each parameter -> (our name, its shape in their files)."""
+    return {
+        model.hf_name(name): (name, tuple(p.shape)[::-1] if model.transposed(name) else tuple(p.shape))
+        for name, p in model.named_parameters()
+    }
+
+
 def _ours(headers: list[tuple[Path, str, tuple, str]], model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of `model`, read one at a time, out of weights with these `_headers`. They are checked
-    first: nothing is allocated for a model that they are not the weights of."""
-    prefix, embedding = model.PREFIX, next(n for n, p in model.named_parameters() if p is model.embedding.weight)
-    head = model.hf_name("head.weight")
-    ours = {model.hf_name(name).removeprefix(prefix): name for name, _ in model.named_parameters()}
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wanted = []  # (file, transformers' name, our name, whether it is a copy: a tied output projection)
-    for path, theirs, found, dtype in headers:
-        short = theirs.removeprefix(prefix)
-        if re.fullmatch(model.IGNORED, short):
+    first: nothing is allocated for a model that they are not the weights of. A tied head may be there as well: then the
+    embedding comes twice."""
+    prefix, layout, path = model.PREFIX, _layout(model), "the weights"
+    head, embedding = model.hf_name("head.weight"), next(n for n, p in model.named_parameters() if p is model.embedding.weight)
+    layout.setdefault(head, layout[model.hf_name(embedding)])
+    files: dict[Path, dict[str, str]] = {}  # the name there of each tensor -> ours
+    for path, there, shape, dtype in headers:
+        if re.fullmatch(model.IGNORED, there.removeprefix(prefix)):
             continue
-        copy = short == head.removeprefix(prefix) and short not in ours
-        name = embedding if copy else ours.get(short)
-        if name is None:
-            raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer {model.config.model_type}'s")
-        shape = shapes[name][::-1] if model.transposed(name) else shapes[name]
-        if found != shape:
-            raise UserError(f"{path}: tensor {theirs} has shape {found}, not {shape} as {CONFIG} says")
+        name, wanted = layout.get(there if there == head else prefix + there.removeprefix(prefix), ("", ()))
+        if not name:
+            raise UserError(f"{path}: tensor {there} is none of a {len(model.blocks)}-layer {model.config.model_type}'s")
+        if shape != wanted:
+            raise UserError(f"{path}: tensor {there} has shape {shape}, not {wanted} as {CONFIG} says")
         if dtype not in ("F32", "F16", "BF16"):
-            raise UserError(f"{path}: tensor {theirs} is {dtype}, not F32, F16 or BF16")
-        wanted.append((path, theirs, name, copy))
-    there = {name for _, _, name, copy in wanted if not copy}
-    if missing := [model.hf_name(name) for name in shapes if name not in there]:
+            raise UserError(f"{path}: tensor {there} is {dtype}, not F32, F16 or BF16")
+        files.setdefault(path, {})[there] = name
+    found = {name for names in files.values() for name in names.values()}
+    if missing := [theirs for theirs, (name, _) in layout.items() if name not in found]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = f"set tie_word_embeddings to true in {CONFIG}" if missing == [head] else "copy the weights again"
-        raise UserError(f"{headers[-1][0]}: tensor {missing[0]}{more} missing: {hint}")
+        raise UserError(f"{path}: tensor {missing[0]}{more} missing: {hint}")
 
     def read() -> Iterator[tuple[str, Tensor]]:
-        tied: dict[bool, Tensor] = {}  # the embedding, and the output projection where the file has it too
-        for path, group in itertools.groupby(wanted, itemgetter(0)):
+        for path, names in files.items():
             with _opened_file(path) as file:
-                for _, theirs, name, copy in group:
-                    tensor = file.get_tensor(theirs)
+                for there, name in names.items():
+                    tensor = file.get_tensor(there)
                     # A copy of our own in any case: what the file gives may be a view of the file.
-                    value = torch.empty(shapes[name]).copy_(tensor.t() if model.transposed(name) else tensor)
-                    if name == embedding:
-                        tied[copy] = value
-                    if not copy:
-                        yield name, value
-        if len(tied) == 2 and not torch.equal(*tied.values()):
-            raise UserError(f"{path}: {head} differs from the embedding, though {CONFIG} says that the two are tied")
+                    shape = model.get_parameter(name).shape
+                    yield name, torch.empty(shape).copy_(tensor.t() if model.transposed(name) else tensor)
 
     return read()
 
@@ -274,8 +256,6 @@ def _headers(find: Find, name: str) -> list[tuple[Path, str, tuple, str]]:
         with _opened_file(path) as file:
             slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 (it is no mapping)
             found += [(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices]
-    if not found:
-        raise UserError(f"{path}: no tensors in it: copy it again")
     return found
 
 
@@ -310,10 +290,7 @@ def save_tensors(config, tensors: Iterator[tuple[str, Tensor]], tokenizer, folde
 
     def write(new: Path) -> None:
         model = empty(config)
-        shapes = {
-            model.hf_name(name): tuple(p.shape)[::-1] if model.transposed(name) else tuple(p.shape)
-            for name, p in model.named_parameters()
-        }
+        shapes = {theirs: shape for theirs, (_, shape) in _layout(model).items()}
         theirs = ((model.hf_name(name), p.t() if model.transposed(name) else p) for name, p in tensors)
         with open(new / "model.safetensors", "wb") as file:
             write_safetensors(file, shapes, theirs, {"format": "pt"})

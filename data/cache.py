@@ -3,9 +3,9 @@
 A file holds records. A record is a list of int32 arrays (the parts) and a few whole numbers. In the file stand
 
     stream   int32: for each record the number of its parts, their lengths, and the parts themselves
-    table    int64 (1 + numbers, records): where each record begins in the stream; then its numbers, a row for each kind
-    shape    int64 (2,): of the table
-    about    a line of JSON: the size and CRC-32 of all before it, and what the maker has to say
+    table    int64, a row for each record: where it begins in the stream; then its numbers
+    about    a line of JSON: where the table begins, its columns, the size and CRC-32 of all before this line, and what the
+             maker has to say
 
 The file's name is the SHA-256 of all that its content depends on (`name`). So it is never out of date, only unused.
 """
@@ -42,7 +42,7 @@ def name(files: Iterable[Path], depends_on: dict) -> Path:
 class Records(Sequence):
     """The records of a cache file, each made by `make(parts, numbers)` when it is asked for. Pickled as its path.
 
-    about: what the maker of the file had to say. numbers: int64 (kinds, records). OSError where there is no such file,
+    about: what the maker of the file had to say. numbers: int64 (records, kinds). OSError where there is no such file,
     ValueError where it is damaged; `check` compares the checksum too, which reads all of it.
     """
 
@@ -54,10 +54,9 @@ class Records(Sequence):
         content, size = content[: self.about["bytes"]], len(content)
         if size != len(content) + 1 + len(line) or (check and zlib.crc32(content) != self.about["crc32"]):
             raise ValueError("other bytes than were written")
-        shape = content[-16:].view(np.int64)
-        begin = len(content) - 16 - 8 * shape.prod()
-        table = content[begin:-16].view(np.int64).reshape(shape)
-        self.stream, self.begins, self.numbers = content[:begin].view(np.int32), table[0], table[1:]
+        begin = self.about["table"]
+        table = content[begin:].view(np.int64).reshape(-1, self.about["columns"])
+        self.stream, self.begins, self.numbers = content[:begin].view(np.int32), table[:, 0], table[:, 1:]
 
     def __reduce__(self):
         return _shared, (self.path, self.make)
@@ -74,7 +73,7 @@ class Records(Sequence):
         for length in self.stream[at + 1 : begin].tolist():
             parts.append(self.stream[begin : begin + length])
             begin += length
-        return self.make(parts, self.numbers[:, i].tolist())
+        return self.make(parts, self.numbers[i].tolist())
 
 
 def _shared(path: Path, make: Callable) -> Records | None:
@@ -82,28 +81,21 @@ def _shared(path: Path, make: Callable) -> Records | None:
     return Records(path, make) if path.is_file() else None
 
 
-def _content(records: Iterable[tuple[list[np.ndarray], list[int]]]) -> Iterator[bytes]:
-    """Stream and table, piece by piece: of the parts no more than one record is held. There must be a record."""
-    columns, at = [], 0
+def _content(records: Iterable[tuple[list[np.ndarray], list[int]]], about: Callable[[], dict]) -> Iterator[bytes]:
+    """The file, piece by piece: of the parts no more than one record is held. There must be a record."""
+    table, columns, at, crc = array("q"), 0, 0, 0
     for parts, numbers in records:
-        columns = columns or [array("q") for _ in (at, *numbers)]
-        for column, number in zip(columns, (at, *numbers), strict=True):
-            column.append(number)
+        columns = 1 + len(numbers)
+        table.extend((at, *numbers))
         head = np.array([len(parts), *map(len, parts)], np.int32)
-        at += len(head) + sum(map(len, parts))
-        yield b"".join(part.tobytes() for part in (head, *parts))
-    yield bytes(4 * (at % 2))  # so that the int64 behind it begin at a multiple of 8
-    yield from (column.tobytes() for column in columns)
-    yield np.array([len(columns), len(columns[0])]).tobytes()
-
-
-def _sealed(pieces: Iterable[bytes], about: Callable[[], dict]) -> Iterator[bytes]:
-    """The pieces, and the last line behind them."""
-    size = crc = 0
-    for piece in pieces:
-        size, crc = size + len(piece), zlib.crc32(piece, crc)
+        piece = b"".join(part.tobytes() for part in (head, *parts))
+        at, crc = at + len(piece) // 4, zlib.crc32(piece, crc)
         yield piece
-    yield b"\n" + json.dumps({"bytes": size, "crc32": crc, **about()}).encode()
+    piece = bytes(4 * (at % 2)) + table.tobytes()  # the table begins at a multiple of 8
+    yield piece
+    size = 4 * at + len(piece)
+    said = {"table": size - 8 * len(table), "columns": columns, "bytes": size, "crc32": zlib.crc32(piece, crc)}
+    yield b"\n" + json.dumps(said | about()).encode()
 
 
 def kept(path: Path, records: Callable[[], Iterable], about: Callable[[], dict], make: Callable) -> Records:
@@ -113,13 +105,12 @@ def kept(path: Path, records: Callable[[], Iterable], about: Callable[[], dict],
     records: gives (parts, numbers) for each. UserError where the file cannot be written.
     """
     try:
-        return Records(path, make, check=True)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        if path.exists():
+            return Records(path, make, check=True)
     except (ValueError, KeyError, TypeError) as error:
         warn(f"{path} is damaged ({error}): made anew")
     try:
-        write_whole(path, _sealed(_content(records()), about))
+        write_whole(path, _content(records(), about))
     except OSError as error:
         what = f"{path}: the tokens cannot be kept there ({error.strerror})"
         raise UserError(f"{what}: make room, or name another folder with NANOPREF_CACHE") from None

@@ -20,6 +20,7 @@ from data.examples import Example, Messages
 
 SECONDS, MEMORY = 10, 2**30  # what one rendering may take, in seconds and bytes
 MARK = f"{secrets.randbelow(10**18):018}"  # stands in every special token that a message writes out: no data can hold it
+GENERATED = f"{secrets.randbelow(10**18):018}"  # stands before and behind what the template marks as generated
 Span = tuple[int, int]  # characters of a text, from and to
 
 
@@ -60,12 +61,13 @@ class Chat:
         UserError, which begins with `where`, for whatever the template does wrong, or does not accept.
         """
         given = [{name: self.mark(value) for name, value in m.items() if value is not None} for m in messages]
-        template = self.template
+        template, text, spans = self.template, "", []
         with _guarded(f"{where}: the chat template of {self.name} does not render it"):
-            pieces, spans = template.environment.begin()
-            for piece in template.generate(messages=given, add_generation_prompt=asks, **self.told):
-                pieces.append(piece)
-            return "".join(pieces), spans
+            written = template.render(messages=given, add_generation_prompt=asks, **self.told)
+        for n, piece in enumerate(written.split(GENERATED)):
+            spans += [(len(text), len(text) + len(piece))] * (n % 2)
+            text += piece
+        return text, spans
 
     def mark(self, value):
         """A value without special tokens: each one written out in it gets a MARK behind its first character."""
@@ -132,16 +134,7 @@ class Chat:
                 return jinja2.nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
 
             def _generated(self, caller) -> str:
-                text, begin = caller(), sum(map(len, self.environment.pieces))
-                self.environment.spans.append((begin, begin + len(text)))
-                return text
-
-        class Environment(ImmutableSandboxedEnvironment):
-            """A sandbox that knows what has been rendered so far."""
-
-            def begin(self) -> tuple[list[str], list[Span]]:
-                self.pieces, self.spans = [], []
-                return self.pieces, self.spans
+                return GENERATED + caller() + GENERATED
 
         def raise_exception(message):
             raise jinja2.TemplateError(message)
@@ -149,7 +142,8 @@ class Chat:
         def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
             return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-        sandbox = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+        extensions = [Generation, "jinja2.ext.loopcontrols"]
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         sandbox.filters["tojson"] = tojson
         sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": self.date.strftime}
         with _guarded(f"the chat template of {self.name} cannot be read"):

@@ -65,30 +65,18 @@ def unpacked(parts: list[np.ndarray], numbers: list[int]) -> Encoded:
 def column(items: Sequence[Encoded], name: str) -> Sequence[int]:
     """What one of KEPT is for every item; where they are in the cache, none of them is made for it."""
     if isinstance(items, cache.Records):
-        return items.numbers[KEPT.index(name)]
+        return items.numbers[:, KEPT.index(name)]
     return [getattr(item, name) for item in items]
 
 
-@dataclass
-class LengthReport:
-    """How many examples there were, and what `encode` did to them."""
+CUT = "prompts cut from the left"
 
-    examples: int = 0
-    dropped: int = 0
-    cut: int = 0
-    cut_tokens: int = 0
-    identical: int = 0
-    mismatched: int = 0
+
+class Report(collections.Counter):
+    """What `encode` did: of what in words, how many."""
 
     def __str__(self) -> str:
-        parts = {
-            f"{self.examples:,} examples": True,
-            f"{self.dropped:,} dropped as too long": self.dropped,
-            f"{self.cut:,} prompts cut from the left by {self.cut_tokens:,} tokens in all": self.cut,
-            f"{self.mismatched:,} conversations dropped, which do not begin with what asks for their answer": self.mismatched,
-            f"{self.identical:,} pairs dropped, chosen and rejected being the same tokens": self.identical,
-        }
-        return ", ".join(text for text, count in parts.items() if count)
+        return ", ".join(f"{n:,} {what}" for what, n in self.items())
 
 
 def to_ids(texts: list[str | tuple[int, ...]], tokenizer, encode_batch: Callable) -> list[list[int]]:
@@ -100,21 +88,24 @@ def to_ids(texts: list[str | tuple[int, ...]], tokenizer, encode_batch: Callable
     return [next(found) if isinstance(text, str) else list(text) for text in texts]
 
 
-def tokenize(examples: list[Example], tokenizer, end: bool) -> Iterator[tuple | None]:
-    """(prompt ids, completions' ids, targets as in `Encoded`) of each example; None for a conversation to be dropped."""
-    texts = [e for e in examples if not e.is_chat]
-    prompts = iter(to_ids([e.prompt for e in texts], tokenizer, tokenizer.encode_batch))
-    flat = iter(to_ids([c for e in texts for c in e.completions], tokenizer, tokenizer.encode_behind))
-    for e in examples:
-        if e.is_chat:
-            yield tokenize_chat(e, tokenizer)
-            continue
-        prompt, completions = next(prompts), [next(flat) for _ in e.completions]
-        if not all(completions):
-            raise UserError(f"{e.source}: an empty completion: every completion needs at least one token")
-        if end and isinstance(e.completions[0], str):
-            completions = [[*ids, tokenizer.eot] for ids in completions]
-        yield [*tokenizer.start, *prompt] if isinstance(e.prompt, str) else prompt, completions, None
+def tokenize(examples: Iterable[Example], tokenizer, end: bool) -> Iterator[tuple[Example, tuple | None]]:
+    """Each example with (prompt ids, completions' ids, targets as in `Encoded`), or with None for a conversation to be dropped.
+    CHUNK examples are tokenized at a time."""
+    examples = iter(examples)
+    while chunk := list(itertools.islice(examples, CHUNK)):
+        texts = [e for e in chunk if not e.is_chat]
+        prompts = iter(to_ids([e.prompt for e in texts], tokenizer, tokenizer.encode_batch))
+        flat = iter(to_ids([c for e in texts for c in e.completions], tokenizer, tokenizer.encode_behind))
+        for e in chunk:
+            if e.is_chat:
+                yield e, tokenize_chat(e, tokenizer)
+                continue
+            prompt, completions = next(prompts), [next(flat) for _ in e.completions]
+            if not all(completions):
+                raise UserError(f"{e.source}: an empty completion: every completion needs at least one token")
+            if end and isinstance(e.completions[0], str):
+                completions = [[*ids, tokenizer.eot] for ids in completions]
+            yield e, ([*tokenizer.start, *prompt] if isinstance(e.prompt, str) else prompt, completions, None)
 
 
 def tokenize_chat(example: Example, tokenizer) -> tuple | None:
@@ -150,18 +141,16 @@ def shorten(prompt: list[int], over: int, tokenizer) -> list[int]:
     return prompt[:start] + prompt[start + over :] if over else prompt
 
 
-def encode(
-    examples: list[Example], tokenizer, max_len: int, truncation: str, *, end: bool = True
-) -> tuple[list[Encoded], LengthReport]:
+def encode(examples: list[Example], tokenizer, max_len: int, truncation: str, *, end=True) -> tuple[list[Encoded], Report]:
     """`encoded` as a list, with what it did."""
-    report = LengthReport()
+    report = Report()
     return list(encoded(examples, report, tokenizer, max_len, truncation, end)), report
 
 
 def encoded(
-    examples: Iterable[Example], report: LengthReport, tokenizer, max_len: int, truncation: str, end: bool
+    examples: Iterable[Example], report: Report, tokenizer, max_len: int, truncation: str, end: bool
 ) -> Iterator[Encoded]:
-    """Tokenize prompts and completions, each on its own, and apply the length policy; CHUNK examples at a time.
+    """Tokenize prompts and completions, each on its own, and apply the length policy.
 
     max_len: most tokens of prompt + one completion. truncation: what to do with longer examples, "drop" them or cut the
     prompt's start ("left"). end: put end-of-text behind each completion that is text.
@@ -170,47 +159,39 @@ def encoded(
     Counts in `report`. Raises UserError for an empty completion, for a completion that fits with no cut, and when no example is
     left.
     """
-    examples, first, kept = iter(examples), None, 0
-    while chunk := list(itertools.islice(examples, CHUNK)):
-        items = _encoded(chunk, report, tokenizer, max_len, truncation, end)
-        first = first or chunk[0].source
-        kept += len(items)
-        yield from items
-    if not kept:
-        raise UserError(
-            f"no example is left of {report.examples}: {report}; max_len is {max_len}, the first is at {first}: "
-            "raise max_len (up to the model's context) or set truncation left"
-        )
-
-
-def _encoded(examples: list[Example], report: LengthReport, tokenizer, max_len, truncation, end) -> list[Encoded]:
-    kept = []
-    for number, (example, ids) in enumerate(zip(examples, tokenize(examples, tokenizer, end), strict=True), report.examples):
+    first, kept = "", 0
+    for number, (example, ids) in enumerate(tokenize(examples, tokenizer, end)):
+        first = first or example.source
+        report["examples"] += 1
         if ids is None:
-            report.mismatched += 1
+            report["conversations dropped, which do not begin with what asks for their answer"] += 1
             continue
         prompt, completions, targets = ids
         prompt, longest = prompt or [tokenizer.eot], max(map(len, completions))
         over = max(0, len(prompt) + longest - max_len)
         if example.label is None and len(completions) == 2 and completions[0] == completions[1]:
-            report.identical += 1
+            report["pairs dropped, chosen and rejected being the same tokens"] += 1
             continue
         if over and truncation == "drop":
-            report.dropped += 1
+            report["dropped as too long"] += 1
             continue
         if over and longest >= max_len:
             raise UserError(
                 f"{example.source}: a completion of {longest} tokens does not fit max_len {max_len} even with the "
                 "prompt cut to one token: raise max_len, shorten it, or leave such examples out with truncation drop"
             )
-        report.cut += over > 0
-        report.cut_tokens += over
+        if over:
+            report.update({CUT: 1, "tokens cut off them": over})
         arrays = [np.array(ids, dtype=np.int32) for ids in (shorten(prompt, over, tokenizer), *completions)]
         # an example without a group is one of its own: its number is no other's
         group = number if example.group is None else GROUPED + example.group
-        kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label, targets))
-    report.examples += len(examples)
-    return kept
+        kept += 1
+        yield Encoded(arrays[0], arrays[1:], number, group, example.label, targets)
+    if not kept:
+        raise UserError(
+            f"no example is left of {report['examples']}: {report}; max_len is {max_len}, the first is at {first}: "
+            "raise max_len (up to the model's context) or set truncation left"
+        )
 
 
 def load_encoded(
@@ -221,7 +202,7 @@ def load_encoded(
     A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
     disk, and what is returned then holds none of them in memory.
     """
-    report, digest = LengthReport(), hashlib.sha256()
+    report, digest = Report(), hashlib.sha256()
     how = {"max_len": max_len, "truncation": truncation, "end": end}
     paths = [] if source in RECIPES else files(source, split)
     if 0 < limit < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
@@ -237,7 +218,7 @@ def load_encoded(
             lambda: {"report": str(report), "sha256": digest.hexdigest()},
             unpacked,
         )
-    said = report if report.examples else f"{items.about['report']} (tokens of an earlier start)"
+    said = report or f"{items.about['report']} (tokens of an earlier start)"
     fed, predicted = (int(np.sum(column(items, name))) for name in ("row_tokens", "completion_tokens"))
     print(f"{split} data {source}: {said}; {fed:,} tokens in rows, {predicted:,} of them to predict")
     names = ("chosen", "rejected") if view == "preference" else itertools.repeat("completion")
@@ -269,5 +250,6 @@ def data_hash(items: Sequence[Encoded]) -> str:
     if isinstance(items, cache.Records):
         return items.about["sha256"]
     digest = hashlib.sha256()
-    collections.deque(hashed(items, digest), maxlen=0)
+    for _ in hashed(items, digest):
+        pass
     return digest.hexdigest()

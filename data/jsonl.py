@@ -1,9 +1,9 @@
 """Reading JSON files: one object a line, or, unless named .jsonl, one list of objects; plain or gzipped. And reading fields."""
 
+import csv
 import gzip
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,62 +15,43 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 KINDS = {str: "text", int: "a whole number", list: "a list"}
 
 
-def read(path: str | Path, limit: int = 0) -> Iterator[tuple[str, dict]]:
+def read(path: str | Path, limit: int = 0, rows: Callable | None = None) -> Iterator[tuple[str, dict]]:
     """("file:line", object) for every line that is not empty; ("file entry N", object) where the file is one list.
 
-    `limit` above 0 stops after so many objects. Raises UserError for a file that is missing, damaged or empty, and for what
-    is no JSON object.
+    `limit` above 0 stops after so many objects. rows(path, open file) gives such pairs, where the file is no JSON. Raises
+    UserError for a file that is missing, damaged or empty, and for what is no JSON object.
     """
     where = path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            begins_list = file.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
-            is_list = begins_list and not path.name.endswith((".jsonl", ".jsonl.gz"))
-            found = (_entries if is_list else _lines)(path, file)
-            for where, record in itertools.islice(found, limit or None):
+            for where, record in itertools.islice((rows or _objects)(path, file), limit or None):
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: a {type(record).__name__} where a JSON object {{…}} was expected")
                 yield where, record
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged or cut-off gzip file, read up to {where} ({error}): get it anew") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged, or not what its name says, read up to {where} ({error}): get it anew") from None
     if where == path:
-        raise UserError(f"{path}: an empty file or list: it needs at least one JSON object")
+        raise UserError(f"{path}: an empty file or list: it needs at least one row")
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+def _objects(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    is_list = file.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    if is_list and not path.name.endswith((".jsonl", ".jsonl.gz")):
+        for number, record in enumerate(_parsed(str(path), file.read()), start=1):
+            yield f"{path} entry {number}", record
+        return
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield f"{path}:{number}", _parsed(json.loads, f"{path}:{number}", line)
+            yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
 
 
-def _entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
-    """The entries of a list, one by one: the whole list as Python objects would take far more memory than its text."""
-    text = _parsed(lambda content: content.decode("utf-8-sig"), str(path), file.read())
-    at = re.compile(r"\s*\[\s*").match(text).end()
-    for number in itertools.count(1) if text[at : at + 1] != "]" else ():
-        where = f"{path} entry {number}"
-        record, at = _parsed(json.JSONDecoder().raw_decode, where, text, at)
-        yield where, record
-        behind = re.compile(r"\s*([],])\s*").match(text, at)
-        if not behind:
-            raise UserError(f"{where}: neither a comma nor the list's end behind it: damaged or cut off")
-        if behind[1] == "]":
-            return
-        at = behind.end()
-
-
-def _parsed(parse: Callable, where: str, *given):
-    """`parse(*given)`, or a UserError that says what is wrong with the text."""
+def _parsed(where: str, text: bytes):
     try:
-        return parse(*given)
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at character {error.pos:,}") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+        raise UserError(f"{where}: not JSON in UTF-8: {error}") from None
 
 
 def get(record: dict, field: str, kind: type, where: str):

@@ -40,7 +40,7 @@ def load(files: list[Path], view: str, limit: int = 0, columns: str = "") -> Ite
 
     columns: see `tables.read`. Prints what the first row is taken as.
     """
-    found, number, dropped = 0, -1, {}
+    found, dropped = 0, {}
     rows = (row for path in files for row in tables.read(path, limit, columns))
     for number, (where, record) in enumerate(itertools.islice(rows, limit or None)):
         published = next((recipe for recipe in PUBLISHED if recipe.is_record(record)), None)
@@ -53,7 +53,5 @@ def load(files: list[Path], view: str, limit: int = 0, columns: str = "") -> Ite
             dropped[published.DROPPED] = dropped.get(published.DROPPED, 0) + 1
         found += len(made)
         yield from made
-    if number < 0:
-        raise UserError(f"{files[0]}: no row there: it needs at least one")
     if dropped:
         report(str(files[0]), found, dropped)

@@ -1,12 +1,12 @@
 """Rows of a file as records, whatever the file: parquet (by pyarrow), CSV, or what data/jsonl.py reads."""
 
 import csv
-import gzip
-import itertools
+import io
 import re
-import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from base.errors import UserError
 from data import jsonl
@@ -24,13 +24,9 @@ def read(path: Path, limit: int = 0, columns: str = "") -> Iterator[tuple[str, d
     them. Raises UserError for a file that is damaged or lacks a column, and for what `jsonl.read` refuses.
     """
     wanted = parse(columns)
-    if path.name.endswith(".parquet"):
-        rows = _parquet(path, wanted)
-    elif path.name.endswith((".csv", ".csv.gz")):
-        rows = _csv(path)
-    else:
-        rows = jsonl.read(path, limit)
-    for where, record in itertools.islice(rows, limit or None):
+    parquet, text = path.name.endswith(".parquet"), path.name.endswith((".csv", ".csv.gz"))
+    rows = partial(_parquet, wanted) if parquet else _csv if text else None
+    for where, record in jsonl.read(path, limit, rows):
         if wanted:
             _check(wanted, record, where)
             record = {name: record[column] for name, column in wanted.items()}
@@ -53,42 +49,35 @@ def _check(wanted: dict[str, str], there, where: str) -> None:
             )
 
 
-def _parquet(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict]]:
+def _parquet(wanted: dict[str, str], path: Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: parquet files need the package pyarrow, which is not here: pip install pyarrow") from None
     number = 0
-    with open(path, "rb") as file:
-        try:
-            table = parquet.ParquetFile(file)
-            _check(wanted, table.schema_arrow.names, str(path))
-            for batch in table.iter_batches(ROWS, columns=list(wanted.values()) or None):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", record
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            why = str(error).splitlines()[0]
-            raise UserError(f"{path}: damaged or no parquet file, read up to row {number} ({why}): get it anew") from None
-
-
-def _csv(path: Path) -> Iterator[tuple[str, dict]]:
-    where = f"{path}:1"
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, strict=True)
-            names = rows.fieldnames or []
-            if len(set(names)) < len(names):
-                raise UserError(f"{where}: two columns of one name among {', '.join(names)}: rename one")
-            for record in rows:
-                where = f"{path}:{rows.line_num}"
-                if any(isinstance(text, str) and MESSAGES.match(text) for text in record.values()):
-                    raise UserError(
-                        f"{where}: a conversation as JSON text: CSV holds plain texts: save it as .jsonl or .parquet"
-                    )
-                if None in record:  # what stands behind the last column
-                    raise UserError(f"{where}: more fields than columns: put a text with a comma in quotes")
-                yield where, record
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged, or no CSV text in UTF-8, read up to {where} ({error}): mend the file") from None
+        table = parquet.ParquetFile(file)
+        _check(wanted, table.schema_arrow.names, str(path))
+        for batch in table.iter_batches(ROWS, columns=list(wanted.values()) or None):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", record
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: damaged or no parquet file, read up to row {number} ({why}): get it anew") from None
+
+
+def _csv(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
+    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    names = rows.fieldnames or []
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}:1: two columns of one name among {', '.join(names)}: rename one")
+    for record in rows:
+        if any(isinstance(text, str) and MESSAGES.match(text) for text in record.values()):
+            raise UserError(
+                f"{path}:{rows.line_num}: JSON messages in CSV, which holds plain texts: save them as .jsonl or .parquet"
+            )
+        if None in record:  # what stands behind the last column
+            raise UserError(f"{path}:{rows.line_num}: more fields than columns: put a text with a comma in quotes")
+        yield f"{path}:{rows.line_num}", record

@@ -5,12 +5,11 @@ A special token that is written out in a text is plain text. Real ones come from
 caller that means to begin a text (`start`) or to end one (`eot`).
 """
 
-import base64
 import copy
 import functools
 import gzip
 import hashlib
-import itertools
+import json
 import os
 import re
 import secrets
@@ -23,19 +22,23 @@ import tiktoken
 
 from base.download import hub_files
 from base.errors import UserError
-from base.files import expand, read_json, write_json
+from base.files import expand, read_json
 from data import toy, toy_math
 from data.chat import MARK, Chat, Span
 from weights import HUB_NAMES, on_hub
 from weights import TOKENIZER_FILES as FILES
 
 EOT = "<|endoftext|>"
-GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i
+GPT2_MERGES = Path(__file__).parent / "gpt2.merges.gz"  # line i, from 0, is `left right`: token 256 + i is these two joined
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# GPT-2's first 256 tokens are the bytes: the printable ones, then the others. In its files a character stands for a byte: a
+# printable one for itself, those from U+0100 on for the others.
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 # How GPT-2 cuts a text before it merges bytes: a contraction, a word, a number, other marks, white space. The last space before
 # a word belongs to the word.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TOY_PATTERN = r"\n| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]"  # a newline, a word or a mark, each with its leading space
-KEY = "nanopref_tokenizer"  # the key in tokenizer_config.json that holds the name of a tokenizer saved by this project
 JSON, CONFIG, TEMPLATE, GENERATION = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -51,36 +54,24 @@ class Tokenizer:
     one that ends a text. stops: those that end what a model writes, `eot` among them. bos: the one that begins a text, or None.
     start: what stands before every text, [bos] where the model wants that, else [].
     chat: the chat template, or None. named: what it is told of special tokens. written: a pattern of special tokens in a text.
-    files: what is saved as it came, {name: bytes}.
+    vocab: token -> id, the tokens spelled as in the saved files.
+    files: what is saved, {name: bytes}. With it transformers' AutoTokenizer gives the same ids.
     encode(text) -> ids. decode(ids) -> text, with the space that it begins with. encode_batch(texts) -> a list of ids for each
     text. encode_behind(texts): the same for texts that stand behind a prompt, so without a mark of a text's beginning.
-    vocab: token -> id, the tokens spelled as in the saved files. pieces: the bytes of each id.
-    save(folder): write files with which transformers' AutoTokenizer gives the same ids.
+    encode_rendered(text, spans): the ids of a text that a chat template wrote, and which of them overlap the spans of
+    characters, (ids,) bool. A special token in the text is a real one, but for one with a `chat.MARK` in it: that was written
+    out in a message.
     fingerprint(): SHA-256 (hex) of all that decides the ids. A reference file names it.
     """
 
     start: list[int] = []  # noqa: RUF012 (nobody writes to it)
-    files: dict[str, bytes] = {}  # noqa: RUF012 (nor to this)
     chat: Chat | None = None
-    named, written = dict.fromkeys(NAMED[:3], EOT), re.compile(re.escape(EOT))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def encode_behind(self, texts: list[str]) -> list[list[int]]:
         return self.encode_batch(texts)
-
-    def encode_rendered(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], np.ndarray]:
-        """The ids of a text that a chat template wrote, and which of them overlap the spans of characters, (ids,) bool.
-
-        A special token in the text is a real one, but for one with a `chat.MARK` in it: that was written out in a message.
-        """
-        ids: list[int] = []
-        for n, part in enumerate(text.split(EOT)):
-            ids += [self.eot] * (n > 0) + self.encode(part.replace(MARK, ""))
-        at = np.cumsum([0, *(len(self.pieces[i]) for i in ids)])  # in bytes: a token may end within a character
-        spans = [[len(text[:edge].replace(MARK, "").encode()) for edge in span] for span in spans]
-        return ids, _overlap(spans, at[:-1], at[1:])
 
     def with_chat(self, text: str | None, **settings: str) -> "Tokenizer":
         """This tokenizer with another chat template, which is saved with it; None: with its own. settings: those of `Chat`."""
@@ -104,27 +95,52 @@ class Tokenizer:
         ids, behind = self.encode_rendered(text, [(text.rfind(word) + len(word), len(text))])
         return next((i for i, its in zip(ids, behind, strict=True) if its and i in self.special), self.eot)
 
-    def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
-        config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
-        write_json(folder / CONFIG, config | {"bos_token": EOT, "eos_token": EOT} | more)
-        Tokenizer.save(self, folder)
-
     def save(self, folder: str | Path) -> None:
+        """Write `files`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
 
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's 50,257 tokens, from the vocabulary that comes with the project."""
+class ListTokenizer(Tokenizer):
+    """A list of tokens that comes with the project. Its last one, <|endoftext|>, is its only special token."""
 
-    name, eot, bos, size = "gpt2", 50256, 50256, 50257
-    special = stops = frozenset([50256])
+    named, written = dict.fromkeys(NAMED[:3], EOT), re.compile(re.escape(EOT))
+
+    def __init__(self, name: str, tokens: list[str], pieces: list[bytes], config: dict) -> None:
+        """tokens: as the saved files spell them. pieces: their bytes. config: for tokenizer_config.json."""
+        self.name, self.tokens, self.pieces = name, [*tokens, EOT], [*pieces, EOT.encode()]
+        self.vocab = {token: i for i, token in enumerate(self.tokens)}
+        self.size, self.eot, self.bos = len(self.tokens), len(tokens), len(tokens)
+        self.special = self.stops = frozenset([self.eot])
+        config = {"clean_up_tokenization_spaces": False, "bos_token": EOT, "eos_token": EOT, **config}
+        self.files = {CONFIG: json.dumps(config, indent=2).encode()}
+
+    def decode(self, ids: list[int]) -> str:
+        """An incomplete character (sampling may stop inside one) becomes U+FFFD."""
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+    def encode_rendered(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], np.ndarray]:
+        ids: list[int] = []
+        for n, part in enumerate(text.split(EOT)):
+            ids += [self.eot] * (n > 0) + self.encode(part.replace(MARK, ""))
+        at = np.cumsum([0, *(len(self.pieces[i]) for i in ids)])  # in bytes: a token may end within a character
+        spans = [[len(text[:edge].replace(MARK, "").encode()) for edge in span] for span in spans]
+        return ids, _overlap(spans, at[:-1], at[1:])
+
+
+class GPT2Tokenizer(ListTokenizer):
+    """GPT-2's 50,257 tokens, from the merges that come with the project."""
 
     def __init__(self) -> None:
-        self.tokens = [base64.b64decode(word) for word in gzip.decompress(GPT2_RANKS.read_bytes()).split()[::2]]
-        self.pieces = [*self.tokens, EOT.encode()]
-        self.ranks = {token: i for i, token in enumerate(self.tokens)}
-        self.bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={EOT: self.eot})
+        merges = gzip.decompress(GPT2_MERGES.read_bytes())
+        tokens = [*BYTES, *(line.replace(" ", "") for line in merges.decode().splitlines()[1:])]
+        pieces = [bytes(map(BYTES.get, token)) for token in tokens]
+        config = {"tokenizer_class": "GPT2Tokenizer", "unk_token": EOT, "add_prefix_space": False, "model_max_length": 1024}
+        super().__init__("gpt2", tokens, pieces, config)
+        self.files |= {"merges.txt": merges, "vocab.json": json.dumps(self.vocab, ensure_ascii=False).encode()}
+        ranks = {piece: i for i, piece in enumerate(pieces)}
+        self.bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(text)
@@ -132,63 +148,30 @@ class GPT2Tokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.bpe.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
-    def decode(self, ids: list[int]) -> str:
-        """An incomplete character (sampling may stop inside one) becomes U+FFFD."""
-        return self.bpe.decode(ids)
-
     def fingerprint(self) -> str:
         return _sha256(self.pieces)
 
-    def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        write_json(folder / "vocab.json", self.vocab, indent=None)
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *self.merges, ""]), encoding="utf-8")
-        self._save_config(folder, "GPT2Tokenizer", unk_token=EOT, add_prefix_space=False, model_max_length=1024)
 
-    @functools.cached_property
-    def vocab(self) -> dict[str, int]:
-        return {self._spell(token): i for i, token in enumerate(self.tokens)} | {EOT: self.eot}
-
-    @functools.cached_property
-    def merges(self) -> list[str]:
-        """The 50,000 lines of merges.txt, recovered from the ranks in about half a second.
-
-        Merge i made token 256 + i. Its two parts are what the earlier merges, those of lower rank, leave of its bytes.
-        """
-        lines = []
-        for own, token in enumerate(self.tokens[256:], start=256):
-            parts = [token[i : i + 1] for i in range(len(token))]
-            while len(parts) > 2:
-                ranks = [self.ranks.get(a + b, own) for a, b in itertools.pairwise(parts)]
-                at = ranks.index(min(ranks))
-                parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            lines.append(" ".join(map(self._spell, parts)))
-        return lines
-
-    def _spell(self, token: bytes) -> str:
-        """A token as GPT-2's files write it: a character for each byte, itself where printable, else U+0100 and up.
-
-        The first 256 ids are the bytes: the 188 printable ones in order, then the others in order.
-        """
-        ids = (self.ranks[token[i : i + 1]] for i in range(len(token)))
-        return "".join(chr(self.tokens[i][0] if i < 188 else 256 + i - 188) for i in ids)
-
-
-class WordTokenizer(Tokenizer):
-    """A word list: `pattern` cuts a text into words, all of which must be in the list. <|endoftext|> is the last id.
+class WordTokenizer(ListTokenizer):
+    """A word list: `pattern` cuts a text into words, all of which must be in the list.
 
     In `toy` a token is a word with the space before it, a mark, or a newline; in `toy_math` a keyword, a number or a character.
     """
 
     def __init__(self, name: str, words: list[str], pattern: str) -> None:
-        self.name, self.pattern = name, pattern
-        self.tokens = [*words, EOT]
-        self.pieces = [token.encode() for token in self.tokens]
-        self.vocab = {token: i for i, token in enumerate(self.tokens)}
-        self.eot = self.bos = len(words)
-        self.special = self.stops = frozenset([self.eot])
-        self.size = len(self.tokens)
+        super().__init__(name, words, [word.encode() for word in words], {"tokenizer_class": "PreTrainedTokenizerFast"})
+        self.pattern = pattern
         self.cut = re.compile(pattern + r"|[\s\S]")  # the last alternative catches what the list cannot spell
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer = {
+            "version": "1.0",
+            "added_tokens": [{"id": self.eot, "content": EOT, "special": True, **flags}],
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            "decoder": {"type": "Fuse"},
+            # The unknown token is left out of the vocabulary on purpose, so that an unknown word raises there too.
+            "model": {"type": "WordLevel", "vocab": self.vocab, "unk_token": "<unknown>"},
+        }
+        self.files |= {JSON: json.dumps(tokenizer, ensure_ascii=False).encode()}
 
     def encode(self, text: str) -> list[int]:
         """Raises UserError on a word that is not in the list."""
@@ -198,24 +181,8 @@ class WordTokenizer(Tokenizer):
             where = f"not in the {self.name} vocabulary, in {text[:60]!r}"
             raise UserError(f"{e.args[0]!r} is {where}: use words of data/{self.name}.py, or the tokenizer gpt2") from None
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.tokens[i] for i in ids)
-
     def fingerprint(self) -> str:
         return _sha256([*self.pieces, self.pattern.encode()])
-
-    def save(self, folder: str | Path) -> None:
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tokenizer = {
-            "version": "1.0",
-            "added_tokens": [{"id": self.eot, "content": EOT, "special": True, **flags}],
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
-            "decoder": {"type": "Fuse"},
-            # The unknown token is left out of the vocabulary on purpose, so that an unknown word raises there too.
-            "model": {"type": "WordLevel", "vocab": self.vocab, "unk_token": "<unknown>"},
-        }
-        write_json(Path(folder) / "tokenizer.json", tokenizer)
-        self._save_config(Path(folder), "PreTrainedTokenizerFast")
 
 
 class JsonTokenizer(Tokenizer):
@@ -224,7 +191,6 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, name: str, paths: dict[str, Path]) -> None:
         """paths: those of FILES that there are. UserError for what is missing or damaged."""
         try:
-            from tokenizers import AddedToken
             from tokenizers import Tokenizer as Package
         except ImportError:
             raise UserError(f"tokenizer {name}: its {JSON} needs the package tokenizers: pip install tokenizers") from None
@@ -258,10 +224,10 @@ class JsonTokenizer(Tokenizer):
         tokens = {id: token for id, token in package.get_added_tokens_decoder().items() if token.special}
         self.special, texts = frozenset(tokens), sorted((token.content for token in tokens.values()), key=len, reverse=True)
         self.written = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        flags = ("single_word", "lstrip", "rstrip", "normalized")
-        real = {id: AddedToken(t.content + REAL, **{f: getattr(t, f) for f in flags}) for id, t in tokens.items()}
-        package.add_tokens(list(real.values()))
-        self.real_ids = {package.token_to_id(token.content): id for id, token in real.items()}
+        for token in tokens.values():
+            token.content, token.special = token.content + REAL, False
+        package.add_tokens(list(tokens.values()))
+        self.real_ids = {package.token_to_id(token.content): id for id, token in tokens.items()}
         if (text := _template(paths)) is not None:
             self.chat = Chat(text, self)
         # Llama 2's kind marks a text's beginning as a space. A text behind a prompt is read behind a lead, so without the mark.
@@ -324,8 +290,7 @@ _named = functools.cache(lambda name: KNOWN[name]())  # each is made once a proc
 def get(source: str | Path) -> Tokenizer:
     """The tokenizer of that name ("gpt2", "toy", "toy_math"), or the one of a model's folder, or of the hub's "owner/name".
 
-    A model that this project did not save has GPT-2's tokenizer if its vocab.json (or tokenizer.json) holds GPT-2's ids, or,
-    having neither, if its config.json has GPT-2's vocab_size; else that of its tokenizer.json. Raises UserError for any other.
+    That is one of these three if its tokenizer.json or vocab.json holds the same ids, else that of its tokenizer.json.
     """
     if str(source) in KNOWN:
         return _named(str(source))
@@ -336,23 +301,15 @@ def get(source: str | Path) -> Tokenizer:
         paths = hub_files(str(source), FILES)
     else:
         raise UserError(f"unknown tokenizer {str(folder)!r}: use one of {', '.join(KNOWN)}, or a saved model's folder")
-    name = read_json(paths.get(CONFIG, folder / CONFIG)).get(KEY, "gpt2")
-    if not isinstance(name, str) or name not in KNOWN:
-        raise UserError(f"{folder}/{CONFIG}: unknown {KEY} {name!r}: known are {', '.join(KNOWN)}")
-    tokenizer = _named(name)
-    path, found = _vocab_of(paths)
-    if found is None:
-        path = folder / "config.json"
-        found = read_json(path).get("vocab_size")
-        if found is None:
-            hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "name a saved model's folder"
-            raise UserError(f"no tokenizer files and no vocab_size in config.json, {source}: {hint}")
-    if found == (tokenizer.size if isinstance(found, int) else tokenizer.vocab):
-        return tokenizer.with_chat(text) if (text := _template(paths)) is not None else tokenizer
-    if name == "gpt2" and JSON in paths:
+    if path := paths.get(JSON, paths.get("vocab.json")):
+        vocab = _vocab_of(read_json(path))
+        for tokenizer in map(_named, KNOWN):
+            if vocab == tokenizer.vocab:
+                return tokenizer.with_chat(text) if (text := _template(paths)) is not None else tokenizer
+    if JSON in paths:
         return JsonTokenizer(str(source), paths)
-    help = f"and there is no {JSON}: copy it there" if name == "gpt2" else f"train the {name} model again"
-    raise UserError(f"{path} does not have the {tokenizer.size:,} tokens of the tokenizer {name}: {help}")
+    hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "copy it there, or name a --tokenizer"
+    raise UserError(f"{source} has no {JSON}, and no vocab.json of GPT-2: {hint}")
 
 
 def choose(name: str, init_from: str) -> Tokenizer:
@@ -378,17 +335,14 @@ def _template(paths: dict[str, Path]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _vocab_of(paths: dict[str, Path]) -> tuple[Path | None, dict[str, int] | None]:
-    """(file, token -> id) of vocab.json or tokenizer.json; None where there is neither."""
-    if path := paths.get("vocab.json"):
-        return path, read_json(path)
-    if (path := paths.get(JSON)) is None:
-        return path, None
-    found = read_json(path)
+def _vocab_of(found: dict) -> dict[str, int]:
+    """Token -> id of what stands in a vocab.json or a tokenizer.json; nothing where that has no such list."""
+    if not isinstance(found.get("model"), dict):
+        return found
     try:
-        return path, found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
+        return found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     except (TypeError, KeyError):
-        return path, {}  # another kind of model: equal to no vocabulary of ours
+        return {}
 
 
 def _overlap(spans: Sequence[Sequence[int]], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

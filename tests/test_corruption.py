@@ -408,7 +408,7 @@ def adapter_folders(given, folder):
     def read(at):
         for path in sorted(at.iterdir()):
             choose("auto", str(path)) if path.name == "ours" and not (path / "tokenizer_config.json").exists() else None
-            use(adapters.load(str(path)))
+            use(weights.load(adapters.source(str(path))))
             dict(adapters.source(str(path), merge=False).adapter.initial(True))
 
     return Kind(read, "**/adapter_*")

@@ -137,7 +137,7 @@ def test_adapters_are_pefts(pair, source, tmp_path):
         expected = made(ids).logits
     there = peft.PeftModel.from_pretrained(type(hf).from_pretrained(base), adapter).eval()
     torch.testing.assert_close(there(ids).logits, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(adapters.load(str(adapter)).logits(ids), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(weights.load(adapters.source(str(adapter))).logits(ids), expected, rtol=0, atol=1e-4)
 
 
 def test_lora_sits_on_all_linear_layers():
@@ -152,7 +152,7 @@ def test_lora_sits_on_all_linear_layers():
     [
         ({"model_type": "gemma"}, "model_type is 'gemma', known here: gpt2, llama"),
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', a llama here has 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', computed here is 'silu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', computed here are default, linear, llama3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None, not a number above 0"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor is 4.0, not below high_freq_factor 4.0"),
@@ -189,8 +189,13 @@ def test_refused(change, message, tmp_path):
 def base(tmp_path_factory):
     """The folder of a random model."""
     folder = tmp_path_factory.mktemp("llama") / "base"
-    drawn = ((name, 5 * p if p.dim() > 1 else p) for name, p in weights.empty(CONFIG).initial_weights(0))
-    weights.save_tensors(CONFIG, drawn, get("toy"), folder)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: p.shape for name, p in weights.empty(CONFIG).named_parameters()}
+    drawn = {
+        name: torch.empty(shape).normal_(0.0, 0.1, generator=generator) if len(shape) > 1 else torch.ones(shape)
+        for name, shape in shapes.items()
+    }
+    weights.save_tensors(CONFIG, drawn.items(), get("toy"), folder)
     return folder
 
 
@@ -243,7 +248,10 @@ def test_reference_dpo_lora_and_sampling(sft, files, call, tmp_path):
     assert status == 0, err
     adapter = json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())
     assert adapter["target_modules"] == [*Llama.LINEAR[:-1], "lm_head"] and not adapter["fan_in_fan_out"]
-    merged, adapted = weights.load(tmp_path / "lora" / "model"), adapters.load(str(tmp_path / "lora" / "adapter"))
+    merged, adapted = (
+        weights.load(tmp_path / "lora" / "model"),
+        weights.load(adapters.source(str(tmp_path / "lora" / "adapter"))),
+    )
     torch.testing.assert_close(merged.state_dict(), adapted.state_dict())
     assert metrics(tmp_path / "lora")[-1]["loss"] < 0.69
 

@@ -135,7 +135,7 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call):
     for name, tensor in start.items():
         adapted = name.endswith(".weight") and ("attn.c_" in name or "mlp.c_" in name)
         assert torch.equal(merged[name], tensor) != adapted, name
-    a, b = (weights.fingerprint(adapters.load(str(lora_sft / name))) for name in ("model", "adapter"))
+    a, b = (weights.fingerprint(weights.load(adapters.source(str(lora_sft / name)))) for name in ("model", "adapter"))
     assert a == b
     results = []
     for name in ("model", "adapter"):
@@ -181,7 +181,7 @@ def test_going_on_from_an_adapter(files, sft_run, lora_sft, call, monkeypatch, t
     assert metrics(tmp_path / "full")[0]["loss"] == pytest.approx(own[0]["loss"], abs=1e-6)
     raw = json.loads((tmp_path / "own/adapter/adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == str(sft_run / "model")
-    a, b = (adapters.load(str(tmp_path / "own" / name)) for name in ("adapter", "model"))
+    a, b = (weights.load(adapters.source(str(tmp_path / "own" / name))) for name in ("adapter", "model"))
     assert weights.fingerprint(a) == weights.fingerprint(b)
 
 

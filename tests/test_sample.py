@@ -150,7 +150,7 @@ def test_adapters_and_untied_models(folder, asked, whole, call, tmp_path):
     """An adapter's folder is sampled from as the model that it makes of its base, whose head is no longer tied."""
     model = tiny.with_lora(weights.load(folder))
     tiny.save_adapter(model, folder, tmp_path / "adapter", get("toy"))
-    weights.save(adapters.load(str(tmp_path / "adapter")), get("toy"), tmp_path / "merged")
+    weights.save(weights.load(adapters.source(str(tmp_path / "adapter"))), get("toy"), tmp_path / "merged")
     for name in ("adapter", "merged"):
         assert call("sample", *args(tmp_path / name, asked, tmp_path / f"{name}.jsonl"))[0] == 0
     found = (tmp_path / "adapter.jsonl").read_bytes()

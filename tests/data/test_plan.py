@@ -99,9 +99,9 @@ def test_length_policies():
     n = len(toy.encode(words))
     short, long = Example(words, (words,), source="f:1"), Example(words * 5, (words,), source="f:2")
     kept, report = encode([short, long], toy, 3 * n, "drop")
-    assert [i.number for i in kept] == [0] and report.dropped == 1 and "1 dropped" in str(report)
+    assert [i.number for i in kept] == [0] and str(report) == "2 examples, 1 dropped as too long"
     kept, report = encode([short, long], toy, 3 * n, "left")
-    assert report.cut == 1 and report.cut_tokens == 6 * n + 1 - 3 * n
+    assert str(report) == f"2 examples, 1 prompts cut from the left, {6 * n + 1 - 3 * n} tokens cut off them"
     assert kept[1].longest == 3 * n and kept[1].completions[0].tolist() == [*toy.encode(words), toy.eot]
     assert kept[1].prompt.tolist() == toy.encode(words * 5)[-(2 * n - 1) :], "the prompt's start is cut, not its end"
     with pytest.raises(UserError, match=r"f:1: a completion of 4 tokens does not fit max_len 4"):
@@ -114,7 +114,7 @@ def test_what_encode_adds_and_what_it_leaves_out():
     toy = get("toy")
     pairs = [Example("", (" red", " red")), Example("", (" red", " old"))]
     (item,), report = encode(pairs, toy, 10, "drop")
-    assert report.identical == 1 and "same tokens" in str(report)
+    assert str(report) == "2 examples, 1 pairs dropped, chosen and rejected being the same tokens"
     assert item.prompt.tolist() == [toy.eot] and item.completions[1].tolist() == [*toy.encode(" old"), toy.eot]
     (item,), _ = encode([Example(" the", (" red",), label=0)], toy, 10, "drop", end=False)
     assert item.completions[0].tolist() == toy.encode(" red")

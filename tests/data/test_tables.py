@@ -106,21 +106,21 @@ def test_damaged_and_empty_files(tmp_path, monkeypatch):
         ("middle.parquet", bytes(middle), "damaged or no parquet file, read up to row "),
         ("text.parquet", b"hello", "damaged or no parquet file"),
         ("nothing.parquet", b"", "damaged or no parquet file"),
-        ("no_rows.parquet", no_rows.read_bytes(), "no row there"),
-        ("x.csv", b"", "no row there"),
-        ("x.csv", b"prompt,completion\n", "no row there"),
+        ("no_rows.parquet", no_rows.read_bytes(), "an empty file or list"),
+        ("x.csv", b"", "an empty file or list"),
+        ("x.csv", b"prompt,completion\n", "an empty file or list"),
         ("x.csv", b"prompt,completion,prompt\nP,C,Q\n", ":1: two columns of one name"),
         ("x.csv", b"prompt,completion\nP,C,Q\n", ":2: more fields than columns"),
         ("x.csv", b"prompt,completion\nP\n", ":2: the field 'completion' must be text, not None"),
-        ("x.csv", b"prompt,completion\nP,\xff\n", "damaged, or no CSV text in UTF-8"),
-        ("x.csv.gz", gzip.compress(b"prompt,completion\nP,C\n")[:-9], "damaged, or no CSV text in UTF-8"),
+        ("x.csv", b"prompt,completion\nP,\xff\n", "damaged, or not what its name says"),
+        ("x.csv.gz", gzip.compress(b"prompt,completion\nP,C\n")[:-9], "damaged, or not what its name says"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as error:
             data.load(str(tmp_path / name), "train", "sft", columns="prompt=question,completion=a" if "middle" in name else "")
         assert str(error.value).startswith(str(tmp_path / name)) and message in str(error.value), error.value
     for name in ("none.parquet", "none.csv"):
-        with pytest.raises(FileNotFoundError):  # base.errors makes one line of it
+        with pytest.raises(UserError, match="no such file"):
             data.load(str(tmp_path / name), "train", "sft")
 
     real = builtins.__import__
@@ -133,7 +133,7 @@ def test_a_conversation_as_text_in_csv_is_refused(tmp_path):
     """It would be learnt as it is written, brackets and all."""
     talk = json.dumps([{"role": "user", "content": "Hi, you"}])
     path = csv_file(tmp_path / "x.csv", [{"prompt": "p", "completion": "c"}, {"prompt": talk, "completion": "c"}])
-    with pytest.raises(UserError, match=r"x.csv:3: a conversation as JSON text: CSV holds plain texts"):
+    with pytest.raises(UserError, match=r"x.csv:3: JSON messages in CSV"):
         data.load(str(path), "train", "sft")
 
 

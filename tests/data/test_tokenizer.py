@@ -156,34 +156,36 @@ def test_a_folder_with_the_ids_of_gpt2_gets_gpt2(gpt2, gpt2_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab}}))
     assert tok.get(tmp_path) is gpt2
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
-    assert tok.get(tmp_path) is gpt2
 
     vocab["Ġthe"], vocab["Ġof"] = vocab["Ġof"], vocab["Ġthe"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(UserError, match=r"vocab\.json does not have the 50,257 tokens of the tokenizer gpt2"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json, and no vocab\.json of GPT-2: copy it there"):
         tok.get(tmp_path)
+
+
+def test_gpt2_with_tokens_of_a_chat_is_another_tokenizer(gpt2_folder, tmp_path):
+    """transformers leaves vocab.json as it was, and writes the new ones into tokenizer.json."""
+    theirs = theirs_of(gpt2_folder)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(gpt2_folder / "vocab.json", tmp_path)
+    ours = tok.get(tmp_path)
+    assert ours.size == 50258 and ours.encode_rendered("a<|turn|>")[0] == theirs("a<|turn|>")["input_ids"] == [64, 50257]
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer files"),
+        ({}, "has no tokenizer.json, and no vocab.json of GPT-2: copy it there"),
         ({"model/x": ""}, "did you mean .*model"),
-        ({"config.json": '{"vocab_size": 32000}'}, "config.json does not have the 50,257 tokens"),
-        ({"config.json": "{"}, "config.json is not valid JSON"),
-        ({"config.json": "[1]"}, "does not hold a JSON object"),
-        ({"tokenizer_config.json": '{"nanopref_tokenizer": "bert"}'}, "'bert'"),
+        ({"tokenizer.json": "{"}, "tokenizer.json is not valid JSON"),
+        ({"vocab.json": "[1]"}, "does not hold a JSON object"),
         (
             {"tokenizer.json": '{"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}'},
             "tokenizer.json: no token that ends a text",
         ),
         ({"tokenizer.json": '{"model": {"type": "Quantum", "vocab": {}}}'}, "tokenizer.json: damaged, or too new"),
-        ({"config.json": '{"vocab_size": 32000}'}, "there is no tokenizer.json: copy it there"),
-        (
-            {"tokenizer_config.json": '{"nanopref_tokenizer": "toy"}', "vocab.json": json.dumps({w: 0 for w in VOCAB})},
-            "vocab.json does not have the .* tokens of the tokenizer toy: train the toy model again",
-        ),
+        ({"vocab.json": json.dumps({w: 0 for w in VOCAB})}, "and no vocab.json of GPT-2"),
     ],
 )
 def test_folders_of_other_tokenizers_are_refused(files, message, tmp_path):
