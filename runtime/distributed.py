@@ -6,11 +6,8 @@ dropout the curve is the same for every number of them.
 """
 
 import ctypes
-import hashlib
 import os
-import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 from base.errors import UserError
 
 T = TypeVar("T")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16's range is too small for log-probs and gradients
 SMALL = 20_000_000  # parameters: below, sharding saves less than 0.3 GB a process and costs a wait a block
 STUCK = timedelta(minutes=10)  # a collective of training that takes longer will never end
 PATIENCE = timedelta(hours=24)  # while rank 0 downloads, tokenizes, or saves, the others wait
@@ -105,10 +102,9 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     """Choose device and dtype, and join the other processes where torchrun started several.
 
     `auto`: CUDA where there is one (under torchrun the one of this process's local rank), bfloat16 on CUDA that has it,
-    else float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there, and for
-    float16.
+    else float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there.
     """
-    rank, world, local = (_number(name, least) for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if world > 1 and name.startswith("cuda:"):
         raise UserError(f"device {device}: with several processes each takes its own: use --device cuda")
@@ -122,81 +118,39 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
-    if dtype == "float16":
-        raise UserError("dtype float16 is refused: its range is too small for log-probs and gradients; use bfloat16 or float32")
     if dtype == "auto":
         dtype = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: use auto, float32 or bfloat16")
     if where.type == "cpu":
         keep_freed_memory()
     if world == 1:
         return Compute(where, DTYPES[dtype])
 
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise UserError(f"WORLD_SIZE is {world} but {name} is not set: start with torchrun --nproc_per_node {world}")
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        join(rank, world, backend)
+        join(rank, world, "nccl" if where.type == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def join(rank: int, world: int, backend: str) -> None:
-    """Join the other processes. UserError, of each process for itself, where some do not come for as long as STUCK; rank 0
-    says which."""
-    store = meet(rank, world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=STUCK)
+    """Join the other processes. UserError, of each process for itself, where some do not come for as long as STUCK.
 
-
-def meet(rank: int, world: int) -> dist.Store:
-    """A store whose keys only the processes of this start use.
-
-    torchrun keeps its store when it starts workers again, with the addresses of the dead in it, and no number of the start is
-    the same on all nodes. So each process draws a token. Rank 0 publishes the tokens that it sees. A process that finds its
-    own among them confirms the list. When all have confirmed one list, rank 0 says so, and the keys are prefixed with its hash.
+    torchrun keeps its store when it starts workers again, with the addresses of the dead in it: so the keys of each start have
+    a prefix of their own.
     """
-    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1)
-    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    missing, why = [], f"waited {STUCK}"
-    deadline = time.monotonic() + STUCK.total_seconds()
-    try:  # torch's own way to the store waits for all processes, and cannot say for whom
-        store = dist.TCPStore(host, port, None, rank == 0 and not torchruns, STUCK, wait_for_workers=False, multi_tenant=True)
-        own = secrets.token_hex(8)
-        store.set(f"token/{rank}", own)
-        while time.monotonic() < deadline:
-            if rank == 0:
-                missing = [r for r in range(world) if not store.check([f"token/{r}"])]
-                if not missing:
-                    tokens = b" ".join(store.multi_get([f"token/{r}" for r in range(world)]))
-                    store.set("tokens", tokens)
-                    store.set("confirmed/0", tokens)
-                    confirmed = (
-                        store.check([f"confirmed/{r}"]) and store.get(f"confirmed/{r}") == tokens for r in range(world)
-                    )
-                    missing = [r for r, sure in enumerate(confirmed) if not sure]
-                if not missing:
-                    store.set("start", tokens)
-            elif store.check(["tokens"]) and own in (tokens := store.get("tokens")).decode().split():
-                store.set(f"confirmed/{rank}", tokens)
-            if store.check(["start"]) and own in (start := store.get("start").decode()).split():
-                return dist.PrefixStore(hashlib.sha256(start.encode()).hexdigest(), store)
-            time.sleep(0.02)
-    except (dist.DistError, RuntimeError) as error:  # the store is not there, or has gone with rank 0
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=STUCK))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=STUCK)
+    except (RuntimeError, ValueError) as error:  # ValueError: MASTER_ADDR or MASTER_PORT is not set
         why = str(error).splitlines()[0].rstrip(".")
-    who = f"rank {', '.join(map(str, missing))}" if missing else "others"
-    raise UserError(f"rank {rank}: {who} did not come to {host}:{port} ({why}): look for why they did not start", here=True)
-
-
-def _number(name: str, least: int) -> int:
-    text = os.environ.get(name, str(least))
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"environment variable {name}: {text!r} is no number from {least} up: unset it, or let torchrun set it")
-    return int(text)
+        raise UserError(
+            f"rank {rank}: {world} processes did not come together ({why}): start with torchrun --nproc_per_node {world}, "
+            "and look why some did not start",
+            here=True,
+        ) from None
 
 
 def keep_freed_memory() -> None:

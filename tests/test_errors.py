@@ -40,7 +40,7 @@ def test_a_command_line_ends_in_one_line_and_status_2():
         ("sft", {"dropout": 1}, "key dropout: 1.0 must be below 1"),
         ("sft", {"lora_alpha": 8}, "key lora_alpha: given, but lora_rank is 0"),
         ("sft", {"max_len": 200}, "key max_len: 200 is more than the model's context of 128"),
-        ("sft", {"dtype": "float16"}, "float16 is refused"),
+        ("sft", {"dtype": "float16"}, "dtype = 'float16' is not one of auto, float32, bfloat16"),
         ("sft", {"device": "tpu9"}, "device 'tpu9' cannot be used"),
         ("sft", {"tokenizer": "bert"}, "unknown tokenizer 'bert'"),
         ("sft", {"data": "helaswag"}, "did you mean hellaswag?"),
@@ -215,11 +215,10 @@ def test_a_demo_deletes_only_what_a_demo_made(refused, tmp_path, monkeypatch):
     assert (tmp_path / "elsewhere").is_dir()
 
 
-@pytest.mark.parametrize(("world", "says"), [("2", "start with torchrun --nproc_per_node 2"), ("abc", "'abc' is no number")])
-def test_an_environment_that_torchrun_did_not_make(world, says, files, refused, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", world)
+def test_an_environment_that_torchrun_did_not_make(files, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    refused("sft", *sft_args(files, tmp_path / "run"), says=says)
+    refused("sft", *sft_args(files, tmp_path / "run"), says="start with torchrun --nproc_per_node 2")
 
 
 def test_of_several_processes_one_does_what_cannot_be_shared(capsys, monkeypatch):

@@ -265,18 +265,17 @@ def test_a_process_that_never_comes(rank, monkeypatch):
     """The other one says so, whichever it is."""
     monkeypatch.setattr(distributed, "STUCK", timedelta(seconds=1))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    with pytest.raises(errors.UserError, match=rf"^rank {rank}: (rank 1|others) did not come to 127\.0\.0\.1:\d") as found:
+    with pytest.raises(errors.UserError, match=rf"^rank {rank}: 2 processes did not come together \(") as found:
         distributed.join(rank, 2, "gloo")
     assert found.value.here and not dist.is_initialized()
 
 
 def test_a_restart_does_not_meet_the_dead(files, sft_run, world, tmp_path):
-    """torchrun's store outlives its workers and keeps the addresses that they had. Its count of restarts may stay the same: a
-    node that starts again because another one failed does not count that."""
+    """torchrun's store outlives its workers and keeps the addresses that they had."""
     store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
     more = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for start, count in enumerate(("0", "0", "1")):
-        args = ref_args(files, sft_run, tmp_path / f"{start}.safetensors")
+    for count in ("0", "1"):
+        args = ref_args(files, sft_run, tmp_path / f"{count}.safetensors")
         good(world(2, "precompute_ref", args, **more, TORCHELASTIC_RESTART_COUNT=count))
 
 
