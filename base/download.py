@@ -88,7 +88,7 @@ def fetch(url: str, dest: Path | str, *, sha256: str | None = None) -> Path:
     processes may ask for the same `dest`: one downloads, the others wait for it.
 
     sha256: hex digest the content must have. The server's own statement of the size is always checked, and a hub's
-    statement of the checksum. HF_TOKEN is sent to the hub's own host only.
+    statement of the SHA-256. HF_TOKEN is sent to the hub's own host only.
 
     Raises NotFound (404) and UserError: no connection, refused, cut (the partial file stays, the next call goes on from
     there), wrong size or checksum (the partial file is deleted), a disk that is full or cannot be written.
@@ -134,7 +134,7 @@ def _cached(repo: str, name: str) -> Path | None:
 
 
 def _is_there(dest: Path, sha256: str | None) -> bool:
-    return dest.is_file() and (sha256 is None or _digest(dest, 64) == sha256.lower())
+    return dest.is_file() and (sha256 is None or _sha256(dest) == sha256.lower())
 
 
 def _etag_file(partial: Path) -> Path:
@@ -207,17 +207,12 @@ def _on_hub(url: str) -> bool:
 
 
 def _statement(response: requests.Response) -> tuple[int | None, str | None]:
-    """Size and checksum of the whole content, as the server states them. Only a hub states a checksum, in its ETag.
-
-    The hub keeps large files elsewhere and redirects there. Their checksum stands in the redirect (X-Linked-Etag); the
-    ETag of the store behind it means nothing to us.
-    """
+    """Size and SHA-256 of the whole content, as the server states them. Only a hub states the latter, and only of large files:
+    it keeps these elsewhere, and the redirect there names it (X-Linked-Etag)."""
     total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
-    size = int(total) if total.isdigit() else None
-    answers = [answer for answer in (*response.history, response) if _on_hub(answer.url)]
-    tags = [answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "") for answer in answers]
-    tag = tags[-1].removeprefix("W/").strip('"').lower() if tags else ""
-    return size, tag if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", tag) else None
+    tags = (a.headers.get("X-Linked-Etag", "") for a in (*response.history, response) if _on_hub(a.url))
+    digest = re.search("[0-9a-f]{64}", " ".join(tags))
+    return int(total) if total.isdigit() else None, digest and digest[0]
 
 
 def _receive(response: requests.Response, partial: Path, name: str, size: int | None) -> None:
@@ -235,17 +230,13 @@ def _check(url: str, partial: Path, size: int | None, digests: list[str]) -> Non
     """Compare the partial file with its size and checksums. One that does not fit is deleted: the next try starts anew."""
     have = partial.stat().st_size
     wrong = [] if size in (None, have) else [f"{have:,} bytes came where {size:,} are expected"]
-    wrong += [f"the content's checksum is not {d}" for d in digests if _digest(partial, len(d)) != d.lower()]
+    wrong += [f"the content's SHA-256 is not {d}" for d in digests if _sha256(partial) != d.lower()]
     if wrong:
         partial.unlink()
         _etag_file(partial).unlink()
         raise UserError(f"{url}: {wrong[0]}; the download was deleted, try again (or the file there has changed)")
 
 
-def _digest(path: Path, length: int) -> str:
-    """The file's SHA-256 (64 hex digits), or its SHA-1 as a git blob (40 hex digits): the hub's two kinds of checksum."""
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        if length == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        start = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        return hashlib.file_digest(file, lambda: start).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

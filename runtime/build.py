@@ -90,8 +90,7 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
 
 def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:
     """UserError if this process's part of a model, with its gradients and optimizer, cannot fit into the device's memory."""
-    state = optim.STATES[cfg.optimizer] if isinstance(cfg, TrainKeys) else -1  # nothing is trained: no gradients
-    needed = sum(distributed.own(p).nbytes * (2 + state if p.requires_grad else 1) for p in model.parameters())
+    needed = optim.memory(model, getattr(cfg, "optimizer", ""))
     if needed > compute.memory:
         raise UserError(
             f"init_from {cfg.init_from}: the model and what training keeps of it take {needed / 1e9:,.1f} GB on each process, "

@@ -48,8 +48,6 @@ class Run:
     # --- begin or resume ---
 
     def _lock_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"out_dir {self.folder} is a file: name a folder")
         config.written(self.cfg, OURS)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.folder / ".lock")
@@ -277,14 +275,11 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
 
 def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     """Every derived number, before the first step."""
-    parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     mflop, mflop_predicted = (step_flops(model, *one) / 1e6 for one in ((1, 0), (0, 1)))
-    state = optim.STATES[cfg.optimizer]
-    here = [distributed.own(p) for p in parameters]
-    memory = sum(p.nbytes * (2 + state if p.requires_grad else 1) for p in here) / 1e9
-    part = f"; {sum(p.numel() for p in here):,} of them on this rank" if plan.world > 1 else ""
+    part = f"; {sum(distributed.own(p).numel() for p in model.parameters()):,} of them on this rank" if plan.world > 1 else ""
+    memory = optim.memory(model, cfg.optimizer) / 1e9
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"

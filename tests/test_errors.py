@@ -52,7 +52,7 @@ def test_a_command_line_ends_in_one_line_and_status_2():
         ("robust", {"label_smoothing": 0.5}, "key label_smoothing: 0.5 must be below 0.5 for loss robust"),
         ("exo_pair", {}, "label_smoothing: 0.0 must be above 0"),
         ("ppo", {}, "is not one of sigmoid"),
-        ("sigmoid", {"data": "val_pairs"}, "it holds 48 pairs, the training data 16): make it anew"),
+        ("sigmoid", {"data": "val_pairs"}, "was made with another data ("),
         ("sigmoid", {"max_len": 100}, "another max_len (128, here 100)"),
         ("sigmoid", {"truncation": "left"}, "another truncation (drop, here left)"),
         ("sigmoid", {"val_data": "pairs"}, "another validation data"),
@@ -193,7 +193,7 @@ def test_folders_that_are_not_ours(files, refused, tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("years")
     refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
-    refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="is a file: name a folder")
+    refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="thesis.txt: File exists: name another path")
 
 
 def test_a_demo_deletes_only_what_a_demo_made(refused, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Downloads against a local server: resumed, checked, whole or absent, and one plain line for what goes wrong."""
 
-import email.utils
 import hashlib
 import resource
 import socket
@@ -81,7 +80,7 @@ def test_a_file_is_fetched_once(hub, dest):
     assert fetch(plain(hub), dest, sha256=SHA).read_bytes() == CONTENT, "other content than asked for is replaced"
     dest.unlink()
     assert fetch(plain(hub, "empty.txt"), dest).read_bytes() == b""
-    with pytest.raises(UserError, match=f"checksum is not {'0' * 64}"):
+    with pytest.raises(UserError, match=f"SHA-256 is not {'0' * 64}"):
         fetch(plain(hub), dest.with_name("wrong"), sha256="0" * 64)
     assert left(dest) == ["big.bin"], "wrong content is deleted"
 
@@ -178,10 +177,10 @@ def test_busy_server_is_asked_again(hub, dest, fault):
 
 
 def test_retry_after(hub, dest, waits):
-    for header in ("7", email.utils.formatdate(time.time() + 20, usegmt=True), "86400", "soon"):
+    for header in ("7", "86400", "soon"):
         hub.fault("files", status=429, headers={"Retry-After": header})
         fetch(plain(hub), dest).unlink()
-    assert waits[0] == 7 and 15 < waits[1] <= 20 and waits[2:] == [download.LONGEST, download.DELAY]
+    assert waits == [7, download.LONGEST, download.DELAY]
 
 
 @pytest.mark.parametrize(
@@ -273,15 +272,12 @@ def test_hub_file(hub, tmp_path):
     assert hub_file("gpt2", "big.bin") == path and len(hub.requests) == asked
 
 
-def test_hub_checks_large_files_by_sha256_and_small_ones_by_git_id(hub):
+def test_hub_checks_large_files_by_sha256(hub):
     hub.fault("/openai-community/gpt2/resolve/main/big.bin", headers={"X-Linked-Etag": f'"{"0" * 64}"'})
-    hub.fault("/openai-community/gpt2/resolve/main/small.json", headers={"ETag": f'W/"{"0" * 40}"'})
-    for name, digits in (("big.bin", 64), ("small.json", 40)):
-        with pytest.raises(UserError, match=f"checksum is not 0{{{digits}}};"):
-            hub_file("gpt2", name)
+    with pytest.raises(UserError, match=f"SHA-256 is not {'0' * 64};"):
+        hub_file("gpt2", "big.bin")
     assert {path.name for path in download.cache_dir().rglob("*") if path.is_file()} == {".lock"}
     hub_file("gpt2", "big.bin")
-    hub_file("gpt2", "small.json")
 
 
 def test_hub_find(hub, monkeypatch):
