@@ -20,9 +20,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, start: int, wandb: str = "", settings: dict | None = None):
-        if not path.exists():
-            path.touch()
-        self.file = open(path, "r+b")  # noqa: SIM115
+        self.file = open(path, "ab")  # noqa: SIM115
         self.file.truncate(start)
         self.file.seek(start)
         self.wandb = _wandb(wandb, path.parent, settings or {}) if wandb else None
