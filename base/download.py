@@ -6,7 +6,6 @@ made for a file that is already there, or that the hub's own client has download
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import time
@@ -17,7 +16,7 @@ from urllib.parse import quote, urlsplit
 import requests
 
 from base.errors import UserError
-from base.files import claim
+from base.files import claim, sha256_of
 from base.http import explain, reached, retry_after, send, within
 from base.progress import Progress
 
@@ -134,7 +133,7 @@ def _cached(repo: str, name: str) -> Path | None:
 
 
 def _is_there(dest: Path, sha256: str | None) -> bool:
-    return dest.is_file() and (sha256 is None or _sha256(dest) == sha256.lower())
+    return dest.is_file() and (sha256 is None or sha256_of(dest) == sha256.lower())
 
 
 def _etag_file(partial: Path) -> Path:
@@ -230,13 +229,8 @@ def _check(url: str, partial: Path, size: int | None, digests: list[str]) -> Non
     """Compare the partial file with its size and checksums. One that does not fit is deleted: the next try starts anew."""
     have = partial.stat().st_size
     wrong = [] if size in (None, have) else [f"{have:,} bytes came where {size:,} are expected"]
-    wrong += [f"the content's SHA-256 is not {d}" for d in digests if _sha256(partial) != d.lower()]
+    wrong += [f"the content's SHA-256 is not {d}" for d in digests if sha256_of(partial) != d.lower()]
     if wrong:
         partial.unlink()
         _etag_file(partial).unlink()
         raise UserError(f"{url}: {wrong[0]}; the download was deleted, try again (or the file there has changed)")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -106,9 +106,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     """
     rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if world > 1 and name.startswith("cuda:"):
-        raise UserError(f"device {device}: with several processes each takes its own: use --device cuda")
-    if world > 1 and name == "cuda":
+    if world > 1 and name.startswith("cuda"):  # each process takes its own
         name = f"cuda:{local}"
         if local >= (gpus := torch.cuda.device_count()) > 0:
             said = f"{gpus} GPUs are here, but torchrun started more processes: give --nproc_per_node {gpus}"

@@ -33,12 +33,10 @@ class Metrics:
             numbers = {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")}
             self.wandb.log(numbers, step=record["step"])
 
-    @property
-    def size(self) -> int:
-        return self.file.tell()
-
-    def sync(self) -> None:
+    def synced(self) -> int:
+        """The bytes written so far, once they are on the disk."""
         os.fsync(self.file.fileno())
+        return self.file.tell()
 
     def close(self) -> None:
         self.file.close()

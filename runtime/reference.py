@@ -4,7 +4,6 @@ This is the check that the project exists for. Training with another model's log
 model: every DPO run but the last of the HellaSwag experiment in docs/recipes.md was lost to it.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError, warn
-from base.files import read_safetensors
+from base.files import read_safetensors, sha256_of
 from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
@@ -70,4 +69,4 @@ class Reference:
             if not cfg.allow_ref_mismatch:
                 raise UserError(f"{message}: make it anew from {cfg.init_from}, or insist with --allow_ref_mismatch true")
             warn(message)
-        return cls(logps, val_logps, metadata, hashlib.sha256(path.read_bytes()).hexdigest())
+        return cls(logps, val_logps, metadata, sha256_of(path))

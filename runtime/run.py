@@ -153,17 +153,14 @@ class Run:
 
     def save(self, step: int, model, optimizer) -> None:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
-        state = {"metrics_bytes": self.compute.once(self._synced_bytes), "best": self.best, **self.binding}
+        seen = self.compute.once(lambda: self.metrics.synced())  # a checkpoint must not know of lines that a power cut can take
+        state = {"metrics_bytes": seen, "best": self.best, **self.binding}
         checkpoint.save(self.checkpoints, step, state, model, optimizer, self.compute)
         self.saved_at = step
         self.compute.once(self._prune)
 
     def _prune(self) -> None:
         checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
-
-    def _synced_bytes(self) -> int:
-        self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
-        return self.metrics.size
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal:
