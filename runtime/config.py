@@ -86,17 +86,22 @@ def rules(f: Field) -> Rules:
     return f.metadata["rules"]
 
 
-def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, paths: Iterable[str] = ()) -> T:
+def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, paths: list[str] | None = None) -> T:
     """The settings `cls`: command line over `--config` file over defaults. Each key's own rules are checked, then the
     method `check` of `cls`, if there is one: it is for what two keys say together; then `keep_apart`.
 
     argv: by default sys.argv[1:]; holds `--key value`, `--key=value`, or for a bool that is to be true a bare `--key`; of a key
     that is given twice the last counts.
-    prog: the script's name in `--help`, which prints every key and exits 0. paths: what the script reads beside its keys.
+    prog: the script's name in `--help`, which prints every key and exits 0. paths: takes the words that belong to no key, where
+    the script reads the files or folders that they name; elsewhere such a word is a mistake.
     Raises UserError for anything the user wrote that does not fit.
     """
     keys = {f.name: f for f in fields(cls)}
-    texts = _read_argv(cls, prog, sys.argv[1:] if argv is None else list(argv), keys)
+    texts, words = _read_argv(cls, prog, sys.argv[1:] if argv is None else list(argv), keys)
+    if words and paths is None:
+        raise UserError(f"{COMMAND_LINE}: stray argument {words[0]!r}: write --key value or --key=value")
+    if words:
+        paths += words
     path = texts.pop("config", None)
     values = {} if path is None else _read_file(path, keys)
     values |= {name: _checked(keys[name], text, COMMAND_LINE) for name, text in texts.items()}
@@ -109,7 +114,7 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
         rules(f).check(name, getattr(config, name), f.default is REQUIRED)
     if hasattr(config, "check"):
         config.check()
-    keep_apart(config, [*([path] if path else ()), *paths])
+    keep_apart(config, [path, *words] if path else words)
     return config
 
 
@@ -181,8 +186,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{COMMAND_LINE}: {message}: write --key value or --key=value")
 
 
-def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Field]) -> dict[str, str]:
-    """`--key value …` -> {key: text}; `--help` lists the keys in groups, one for each class that declares some."""
+def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Field]) -> tuple[dict[str, str], list[str]]:
+    """`--key value …` -> ({key: text}, words that belong to no key). `--help` lists the keys in groups, one for each class that
+    declares some."""
     usage = f"python {prog or Path(sys.argv[0]).name} [--config FILE.toml] [--key value …]"
     parser = _Parser(usage=usage, description=cls.__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="a flat TOML file of the keys below")
@@ -196,11 +202,9 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
             bare = {"nargs": "?", "const": "true"} if f.type is bool else {}
             group.add_argument(f"--{f.name}", metavar=f.type.__name__, help=meaning, **bare)
     found, strays = parser.parse_known_args(argv)
-    for word in strays:
-        if not word.startswith("--"):
-            raise UserError(f"{COMMAND_LINE}: stray argument {word!r}: write --key value or --key=value")
-        raise _unknown(word[2:].partition("=")[0], COMMAND_LINE, [*keys, "config"])
-    return {name: text for name, text in vars(found).items() if text is not None}
+    if unknown := [word for word in strays if word.startswith("--")]:
+        raise _unknown(unknown[0][2:].partition("=")[0], COMMAND_LINE, [*keys, "config"])
+    return {name: text for name, text in vars(found).items() if text is not None}, strays
 
 
 def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
