@@ -9,14 +9,13 @@ import torch
 import adapters
 import weights
 from base.errors import UserError
-from base.files import parse_toml, read_plain
 from data import RECIPES
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
 from logprobs import LanguageModel
 from lora import add_lora, initial_lora
-from runtime import distributed, optim, reference
+from runtime import config, distributed, optim, reference
 from runtime.keys import SCRATCH, ChatKeys, DataKeys, ModelKeys, TrainKeys
 
 
@@ -36,11 +35,9 @@ def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
 
 
 def _date(cfg: ChatKeys) -> str:
-    run = Path(getattr(cfg, "out_dir", "")) / "config.toml"
-    try:
-        before = parse_toml(read_plain(run).decode()).get("date", "")
-    except (OSError, ValueError):  # no run, or one that will be refused
-        before = reference.read(cfg.ref)[1].get("date", "") if getattr(cfg, "ref", "") else ""
+    before = config.written(cfg).get("date", "") if hasattr(cfg, "out_dir") else ""
+    if not before and getattr(cfg, "ref", ""):
+        before = reference.read(cfg.ref)[1].get("date", "")
     return before or date.today().isoformat()
 
 
