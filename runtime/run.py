@@ -242,13 +242,12 @@ def check_finite(losses: list[tuple[torch.Tensor, list]], grad_norm: torch.Tenso
     if math.isfinite(loss) and math.isfinite(norm):
         return loss, norm
     guilty = [items for part, (_, items) in zip(parts.tolist(), losses, strict=True) if not math.isfinite(part)]
-    guilty = guilty or [items for _, items in losses]  # the norm alone: it may be any of them
     found = sorted({item.number for rank in compute.gather(guilty) for items in rank for item in items})
     numbers = ", ".join(map(str, found[:20])) + (", …" if len(found) > 20 else "")
+    where = f", in the micro-batch with examples {numbers} (numbered from 0 in the data)" if found else ""
     what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
     raise UserError(
-        f"the {what} at step {step + 1}, in the micro-batch with examples {numbers} (numbered from 0 in the "
-        "data): the weights were not touched; look at those examples, lower lr, or set grad_clip"
+        f"the {what} at step {step + 1}{where}: the weights were not touched; look at the data, lower lr, or set grad_clip"
     )
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from data.batch import collate
 from data.encode import Encoded
 from data.tokenizer import get
 from runtime import checkpoint, distributed
+from runtime.run import check_finite
 from tests.conftest import ROOT, SHARED, close, dpo_args, flags, free_port, good, metrics, ref_args, sft_args
 
 SLOW = pytest.mark.slow
@@ -254,6 +256,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(n, files, sft_run, world, refus
         refused("precompute_ref", *ref_args(files, sft_run, ref, init_from=tmp_path / "nan"), says="not finite (pair ")
         assert not ref.exists()
         refused("eval_mcq", *flags(model=tmp_path / "nan", data=files["mcq"], mode="generate"), says="weights are damaged")
+
+
+def test_a_rank_without_a_bad_example_names_none():
+    fine, bad = SimpleNamespace(number=3), SimpleNamespace(number=7)
+    compute = SimpleNamespace(total=lambda loss: loss + float("nan"), gather=lambda mine: [mine, [[bad]]])
+    with pytest.raises(errors.UserError, match="loss is nan at step 1, in the micro-batch with examples 7 "):
+        check_finite([(torch.tensor(1.0), [fine])], torch.tensor(float("nan")), 0, compute)
 
 
 # --- torchrun, and processes that die -------------------------------------------------------------------------------------
