@@ -91,11 +91,7 @@ class Compute:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks of a CPU tensor of one shape, the same to the bit on all of them."""
-        if self.world == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.world)]
-        dist.all_gather(parts, values, group=self.control)
-        return torch.stack(parts).sum(0)
+        return torch.stack(self.gather(values)).sum(0)
 
 
 def setup(device: str = "auto", dtype: str = "auto") -> Compute:
