@@ -18,7 +18,10 @@ from losses import REFERENCE_FREE
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a reference file, `logps` among them, and its metadata. UserError for any other file (of key ref)."""
-    tensors, metadata = read_safetensors(Path(path), "make it anew with precompute_ref.py")
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
+    tensors, metadata = read_safetensors(path, "make it anew with precompute_ref.py")
     if "logps" not in tensors or "weights_sha256" not in metadata:
         raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")
     return tensors, metadata

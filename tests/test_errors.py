@@ -179,7 +179,7 @@ def test_reference_that_is_no_reference_for_this_run(files, sft_run, reference, 
         (no_val, {}, "has no validation pairs: make it with --val_data"),
         (cut, {}, "is damaged or no .safetensors file"),
         (other, {}, "is not a file of precompute_ref.py"),
-        (tmp_path / "no", {}, "No such file or directory"),
+        (tmp_path / "no", {}, "no such file: make it with"),
     ):
         refused("dpo", *dpo_args(files, sft_run, path, tmp_path / "run", **keys), says=says)
     refused("precompute_ref", *ref_args(files, sft_run, tmp_path / "ref.pt"), says="must end in .safetensors")
