@@ -21,7 +21,7 @@ from data.encode import Encoded, data_hash, load_encoded
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
-from runtime.keys import ChatKeys, ModelKeys
+from runtime.keys import DTYPES, ChatKeys, ModelKeys
 from runtime.score import score
 
 
@@ -47,7 +47,7 @@ class Config(ChatKeys):
     parameters: int = key(0, "the model's number of parameters to note, 0 = counted", least=0)
     micro_tokens: int = key(8192, "most tokens in one forward, padding included", least=1)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+    dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
 
     def check(self) -> None:
         if bool(self.ref) == bool(self.ref_model):

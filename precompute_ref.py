@@ -5,6 +5,7 @@
 The file carries what it was made from (weights, tokenized data, tokenizer, lengths), so that dpo.py can refuse a wrong one.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +36,12 @@ def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[
     """
     shared: list[Encoded] = []
     where: list[list[tuple[int, int]]] = []
-    seen: dict[bytes, int] = {}
-    for item in items:
-        joins = shared and shared[-1].group == item.group and shared[-1].prompt.tobytes() == item.prompt.tobytes()
-        if not joins:
-            shared.append(Encoded(item.prompt, [], item.number, item.group))
-            seen = {}
-        for completion in item.completions:
-            if completion.tobytes() not in seen:
-                seen[completion.tobytes()] = len(seen)
-                shared[-1].completions.append(completion)
-        where.append([(len(shared) - 1, seen[c.tobytes()]) for c in item.completions])
+    for _, group in itertools.groupby(items, lambda item: (item.group, item.prompt.tobytes())):
+        pairs = list(group)
+        completions = {c.tobytes(): c for item in pairs for c in item.completions}  # each once
+        place = {text: (len(shared), j) for j, text in enumerate(completions)}
+        where += [[place[c.tobytes()] for c in item.completions] for item in pairs]
+        shared.append(Encoded(pairs[0].prompt, list(completions.values()), pairs[0].number, pairs[0].group))
     return shared, where
 
 

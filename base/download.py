@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import requests
 
 from base.errors import UserError
-from base.files import claim
+from base.files import claim, sha256_of
 from base.http import explain, reached, retry_after, send, within
 from base.progress import Progress
 
@@ -138,7 +138,7 @@ def _cached(repo: str, name: str) -> Path | None:
 
 
 def _is_there(dest: Path, sha256: str | None) -> bool:
-    return dest.is_file() and (sha256 is None or _digest(dest, 64) == sha256.lower())
+    return dest.is_file() and (sha256 is None or sha256_of(dest) == sha256.lower())
 
 
 def _etag_file(partial: Path) -> Path:
@@ -248,8 +248,8 @@ def _check(url: str, partial: Path, size: int | None, digests: list[str]) -> Non
 
 def _digest(path: Path, length: int) -> str:
     """The file's SHA-256 (64 hex digits), or its SHA-1 as a git blob (40 hex digits): the hub's two kinds of checksum."""
+    if length == 64:
+        return sha256_of(path)
+    start = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
-        if length == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        start = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
         return hashlib.file_digest(file, lambda: start).hexdigest()

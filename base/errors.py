@@ -9,9 +9,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT}
-PATHS |= {errno.ELOOP}
-
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what, where (file:line or key), what to do.
@@ -59,7 +56,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return fail(f"no space left on the disk{where}: free some and start the same command again")
-        if error.errno in PATHS and error.filename:
+        if error.filename:
             return fail(f"{error.filename}: {error.strerror}: name another path or change its permissions")
         raise
     except (MemoryError, RuntimeError) as error:
@@ -94,13 +91,6 @@ def warn(message: str) -> None:
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because another process of the job has ended."""
-    words = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Connection refused",
-        "Broken pipe",
-        "remote process exited",
-        "Socket Timeout",
-    )
-    return dist.is_initialized() and any(word in str(error) for word in words)
+    """Whether a collective operation failed because another process of the job has ended. gloo, which raises plain
+    RuntimeErrors, names its source file in them."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))

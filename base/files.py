@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import tomllib
@@ -104,6 +105,11 @@ def lies_in(path: str | Path, place: str | Path) -> bool:
 def expand(path: str | Path) -> Path:
     """A path that may begin with ~; one of a user who is not there stays as it is."""
     return Path(os.path.expanduser(path))
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,9 +1,7 @@
 """What every request to a web server needs: a token that stays with it, limits, plain words for a failure, Retry-After."""
 
-import email.utils
 import re
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -82,14 +80,9 @@ def explain(error: requests.RequestException) -> str:
 
 
 def retry_after(response: requests.Response | None) -> float:
-    """Seconds that the server asks to wait, 0 if it does not say. The header holds seconds or a date (RFC 9110, 10.2.3)."""
+    """Seconds that the server asks to wait; 0 if it does not say, or gives a date instead."""
     text = "" if response is None else response.headers.get("Retry-After", "").strip()
-    try:
-        if text.replace(".", "", 1).isdigit():
-            return float(text)
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return float(text) if text.replace(".", "", 1).isdecimal() else 0.0
 
 
 def _cause(error: requests.RequestException) -> object:

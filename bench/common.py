@@ -33,6 +33,7 @@ from data.encode import Encoded, encode
 from model import SIZES, GPTConfig
 from runtime import distributed
 from runtime.config import key
+from runtime.keys import DTYPES
 from runtime.log import peak_flops
 
 CONTEXT = 1024
@@ -63,7 +64,7 @@ class Config:
     repeats: int = key(3, "measurements of each side, taken in turns", least=1)
     threads: int = key(0, "CPU threads, 0 = one a core", least=0)
     device: str = key("auto", "auto, cpu or cuda")
-    dtype: str = key("auto", "dtype of matrix products on both sides: bfloat16 on CUDA that has it, else float32")
+    dtype: str = key("auto", "dtype of matrix products on both sides; auto = bfloat16 on CUDA that has it", DTYPES)
     lr: float = key(1e-5, "learning rate, constant")
     seed: int = key(0, "seed of weights, generated data and order")
     models: str = key("gpt2,gpt2-medium,gpt2-large,gpt2-xl", "gpu: sizes, with commas between")

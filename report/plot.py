@@ -9,7 +9,6 @@ The table needs no matplotlib.
 import io
 import itertools
 import math
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,13 +254,8 @@ class Config:
 
 def command(cls: type[T], name: str) -> tuple[list[str], T]:
     """Read `python -m name PATH … --key value`, in any order: (the paths, the settings)."""
-    paths, options, words = [], [], iter(sys.argv[1:])
-    for word in words:
-        if not word.startswith("--"):
-            paths.append(word)
-        else:
-            options += [word] if "=" in word else [word, *itertools.islice(words, 1)]
-    settings = config.load(cls, options, f"-m {name} PATH …", paths)
+    paths: list[str] = []
+    settings = config.load(cls, prog=f"-m {name} PATH …", paths=paths)
     if not paths:
         raise UserError(f"{config.COMMAND_LINE}: no path: see python -m {name} --help")
     return paths, settings

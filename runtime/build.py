@@ -9,14 +9,13 @@ import torch
 import adapters
 import weights
 from base.errors import UserError
-from base.files import parse_toml, read_plain
 from data import RECIPES
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
 from logprobs import LanguageModel
 from lora import add_lora, initial_lora
-from runtime import distributed, optim, reference
+from runtime import config, distributed, optim, reference
 from runtime.keys import SCRATCH, ChatKeys, DataKeys, ModelKeys, TrainKeys
 
 
@@ -36,11 +35,9 @@ def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
 
 
 def _date(cfg: ChatKeys) -> str:
-    run = Path(getattr(cfg, "out_dir", "")) / "config.toml"
-    try:
-        before = parse_toml(read_plain(run).decode()).get("date", "")
-    except (OSError, ValueError):  # no run, or one that will be refused
-        before = reference.read(cfg.ref)[1].get("date", "") if getattr(cfg, "ref", "") else ""
+    before = config.written(cfg).get("date", "") if hasattr(cfg, "out_dir") else ""
+    if not before and getattr(cfg, "ref", ""):
+        before = reference.read(cfg.ref)[1].get("date", "")
     return before or date.today().isoformat()
 
 
@@ -90,8 +87,7 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
 
 def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:
     """UserError if this process's part of a model, with its gradients and optimizer, cannot fit into the device's memory."""
-    state = optim.STATES[cfg.optimizer] if isinstance(cfg, TrainKeys) else -1  # nothing is trained: no gradients
-    needed = sum(distributed.own(p).nbytes * (2 + state if p.requires_grad else 1) for p in model.parameters())
+    needed = optim.memory(model, getattr(cfg, "optimizer", ""))
     if needed > compute.memory:
         raise UserError(
             f"init_from {cfg.init_from}: the model and what training keeps of it take {needed / 1e9:,.1f} GB on each process, "

@@ -8,7 +8,6 @@ that was damaged later is noticed and passed over for the one before.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import weights
 from base.errors import UserError
-from base.files import read_json, sync, write_whole
+from base.files import read_json, sha256_of, sync, write_whole
 from runtime.distributed import own
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
@@ -51,7 +50,7 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
             with open(file, "wb") as out:
                 weights.write_safetensors(out, {n: tuple(rows.shape) for n, rows in mine.items()}, mine.items(), starts)
             sync(file)
-            return {file.name: [file.stat().st_size, _sha256(file)]}
+            return {file.name: [file.stat().st_size, sha256_of(file)]}
         except OSError as error:
             return OSError(error.errno, error.strerror, str(final))
 
@@ -119,14 +118,10 @@ def inspect(folder: Path) -> tuple[dict, str | None]:
             return {}, "state.json does not hold what was saved"
         if folder.name != f"step_{state['step']}":
             return {}, f"it is step {state['step']}"
-        for name, (size, digest) in state["files"].items():
+        for name, (_, digest) in state["files"].items():
             file = folder / name
-            if not file.is_file():
-                return {}, f"{name} is missing"
-            if file.stat().st_size != size:
-                return {}, f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-            if _sha256(file) != digest:
-                return {}, f"{name} does not have the bytes that were saved"
+            if not file.is_file() or sha256_of(file) != digest:
+                return {}, f"{name} is missing, or does not have the bytes that were saved"
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"state.json cannot be read: {type(error).__name__}"
     return state, None
@@ -195,8 +190,3 @@ def _read(name: str, tensor: Tensor, pieces: list, compute) -> None:
         at += n
     if at != (len(tensor) if tensor.dim() else 1):
         raise ValueError(f"{name}: {at} rows of {tuple(tensor.shape)}")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

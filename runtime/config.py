@@ -29,7 +29,6 @@ from weights import TOKENIZER_FILES
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
 COMMAND_LINE = "command line"
-TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 # in a folder of a model, of an adapter, or of a recipe
 READ = re.compile(
     rf"(adapter_)?model[\w.-]*|\w*config\.json|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
@@ -89,16 +88,22 @@ def rules(f: Field) -> Rules:
     return f.metadata["rules"]
 
 
-def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, paths: Iterable[str] = ()) -> T:
+def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, paths: list[str] | None = None) -> T:
     """The settings `cls`: command line over `--config` file over defaults. Each key's own rules are checked, then the
     method `check` of `cls`, if there is one: it is for what two keys say together; then `keep_apart`.
 
-    argv: by default sys.argv[1:]; holds `--key value`, `--key=value`, or for a bool that is to be true a bare `--key`.
-    prog: the script's name in `--help`, which prints every key and exits 0. paths: what the script reads beside its keys.
+    argv: by default sys.argv[1:]; holds `--key value`, `--key=value`, or for a bool that is to be true a bare `--key`; of a key
+    that is given twice the last counts.
+    prog: the script's name in `--help`, which prints every key and exits 0. paths: takes the words that belong to no key, where
+    the script reads the files or folders that they name; elsewhere such a word is a mistake.
     Raises UserError for anything the user wrote that does not fit.
     """
     keys = {f.name: f for f in fields(cls)}
-    texts = _read_argv(cls, prog, sys.argv[1:] if argv is None else list(argv), keys)
+    texts, words = _read_argv(cls, prog, sys.argv[1:] if argv is None else list(argv), keys)
+    if words and paths is None:
+        raise UserError(f"{COMMAND_LINE}: stray argument {words[0]!r}: write --key value or --key=value")
+    if words:
+        paths += words
     path = texts.pop("config", None)
     values = {} if path is None else _read_file(path, keys)
     values |= {name: _checked(keys[name], text, COMMAND_LINE) for name, text in texts.items()}
@@ -111,7 +116,7 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
         rules(f).check(name, getattr(config, name), f.default is REQUIRED)
     if hasattr(config, "check"):
         config.check()
-    keep_apart(config, [*([path] if path else ()), *paths])
+    keep_apart(config, [path, *words] if path else words)
     return config
 
 
@@ -126,7 +131,7 @@ def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
         value, rule = getattr(config, f.name), rules(f)
         if value and (rule.writes is not None or rule.replaces):
             written[f.name] = [Path(value, name) for name in rule.replaces or [""]]
-        elif _kind(f) is str and not rule.choices and "\0" not in value:
+        elif f.type is str and not rule.choices and "\0" not in value:
             read[f.name] = os.path.expanduser(value)
     configs = {name: read_json(Path(path, "adapter_config.json")) for name, path in read.items() if os.path.isdir(path)}
     read |= {f"{name} (its base)": str(found.get("base_model_name_or_path", "")) for name, found in configs.items()}
@@ -142,10 +147,6 @@ def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
 def to_toml(config: Any) -> str:
     """All fields of a config as flat TOML that `load` reads back equal. Raises TypeError for a value TOML lacks."""
     return "".join(f"{f.name} = {_toml(getattr(config, f.name))}\n" for f in fields(config))
-
-
-def _kind(f: Field) -> type:
-    return TYPES.get(f.type, f.type)  # under `from __future__ import annotations` the type is its name
 
 
 # --- a run folder's config.toml ----------------------------------------------------------------------------------------
@@ -187,30 +188,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{COMMAND_LINE}: {message}: write --key value or --key=value")
 
 
-def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Field]) -> dict[str, str]:
-    """`--key value …` -> {key: text}; `--help` lists the keys in groups, one for each class that declares some."""
+def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Field]) -> tuple[dict[str, str], list[str]]:
+    """`--key value …` -> ({key: text}, words that belong to no key). `--help` lists the keys in groups, one for each class that
+    declares some."""
     usage = f"python {prog or Path(sys.argv[0]).name} [--config FILE.toml] [--key value …]"
-    parser = _Parser(usage=usage, description=_first_line(cls), allow_abbrev=False)
-    parser.add_argument("--config", action="append", metavar="FILE", help="a flat TOML file of the keys below")
+    parser = _Parser(usage=usage, description=cls.__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="a flat TOML file of the keys below")
     left = dict(keys)
     for owner in cls.__mro__:
-        group = parser.add_argument_group("Most used" if owner is cls else _first_line(owner))
+        group = parser.add_argument_group("Most used" if owner is cls else owner.__doc__.partition("\n")[0])
         for f in [left.pop(name) for name in vars(owner).get("__annotations__", {}) if name in left]:
             default = "required" if f.default is REQUIRED else f"default {_toml(f.default)}"
             choices = f" [{' | '.join(map(str, rules(f).choices))}]" if rules(f).choices else ""
             meaning = f"{rules(f).help}{choices} ({default})".replace("%", "%%")
-            bare = {"nargs": "?", "const": "true"} if _kind(f) is bool else {}
-            group.add_argument(f"--{f.name}", action="append", metavar=_kind(f).__name__, help=meaning, **bare)
+            bare = {"nargs": "?", "const": "true"} if f.type is bool else {}
+            group.add_argument(f"--{f.name}", metavar=f.type.__name__, help=meaning, **bare)
     found, strays = parser.parse_known_args(argv)
-    for word in strays:
-        if not word.startswith("--"):
-            raise UserError(f"{COMMAND_LINE}: stray argument {word!r}: write --key value or --key=value")
-        raise _unknown(word[2:].partition("=")[0], COMMAND_LINE, [*keys, "config"])
-    given = {name: texts for name, texts in vars(found).items() if texts}
-    for name, texts in given.items():
-        if len(texts) > 1:
-            raise UserError(f"{COMMAND_LINE}: --{name} is given twice: give it once")
-    return {name: texts[0] for name, texts in given.items()}
+    if unknown := [word for word in strays if word.startswith("--")]:
+        raise _unknown(unknown[0][2:].partition("=")[0], COMMAND_LINE, [*keys, "config"])
+    return {name: text for name, text in vars(found).items() if text is not None}, strays
 
 
 def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
@@ -218,21 +214,13 @@ def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
     try:
         source = read_plain(Path(path)).decode("utf-8-sig")  # some editors put a byte-order mark first
         table = parse_toml(source)
-    except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}: check --config") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
-    except ValueError as error:
-        what, at, line = str(error).partition(" (at line ")  # tomllib: "… (at line 3, column 5)"
-        where = f"{path}:{line.split(',')[0]}" if at else path
-        raise UserError(f"{where}: not valid TOML: {what}") from None
+    except (OSError, ValueError) as error:  # tomllib's message ends in the line
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"config file {path}: {why}: correct it, or name another --config") from None
     values = {}
     for name, value in table.items():
         found = re.search(rf"""(?m)^[ \t]*\[*[ \t]*["']?{re.escape(name)}["']?[ \t]*[].=]""", source)
         where = f"{path}:{source[: found.end()].count(chr(10)) + 1}" if found else path
-        if isinstance(value, dict | list):
-            what = "table" if isinstance(value, dict) else "list"
-            raise UserError(f"{where}: {name!r} is a {what}, but a config is flat: write `key = value` lines only")
         if name not in keys:
             raise _unknown(name, where, keys)
         values[name] = _checked(keys[name], value, where)
@@ -246,7 +234,7 @@ def _unknown(name: str, where: str, known: Iterable[str]) -> UserError:
 
 def _checked(f: Field, given: Any, where: str) -> Any:
     """`given` as the type of key `f`. A whole number may stand for a float and a whole float (1e3) for an int."""
-    kind, value = _kind(f), given
+    kind, value = f.type, given
     try:
         if where == COMMAND_LINE and kind is bool:
             value = {"true": True, "false": False}[given.lower()]
@@ -274,8 +262,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value).lower()
     raise TypeError(f"{value!r} is not an int, float, bool or str")
-
-
-def _first_line(cls: type) -> str:
-    doc = (cls.__doc__ or "").strip().partition("\n")[0]
-    return "" if doc.startswith(f"{cls.__name__}(") else doc  # where no docstring is, dataclass writes a signature

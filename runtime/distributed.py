@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from base.errors import UserError
 
 T = TypeVar("T")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16's range is too small for log-probs and gradients
 SMALL = 20_000_000  # parameters: below, sharding saves less than 0.3 GB a process and costs a wait a block
 STUCK = timedelta(minutes=10)  # a collective of training that takes longer will never end
 PATIENCE = timedelta(hours=24)  # while rank 0 downloads, tokenizes, or saves, the others wait
@@ -94,25 +94,18 @@ class Compute:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks of a CPU tensor of one shape, the same to the bit on all of them."""
-        if self.world == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.world)]
-        dist.all_gather(parts, values, group=self.control)
-        return torch.stack(parts).sum(0)
+        return torch.stack(self.gather(values)).sum(0)
 
 
 def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     """Choose device and dtype, and join the other processes where torchrun started several.
 
     `auto`: CUDA where there is one (under torchrun the one of this process's local rank), bfloat16 on CUDA that has it,
-    else float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there, and for
-    float16.
+    else float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there.
     """
     rank, world, local = (_number(name, least) for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if world > 1 and name.startswith("cuda:"):
-        raise UserError(f"device {device}: with several processes each takes its own: use --device cuda")
-    if world > 1 and name == "cuda":
+    if world > 1 and name.startswith("cuda"):  # each process takes its own
         name = f"cuda:{local}"
         if local >= (gpus := torch.cuda.device_count()) > 0:
             said = f"{gpus} GPUs are here, but torchrun started more processes: give --nproc_per_node {gpus}"
@@ -122,12 +115,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
-    if dtype == "float16":
-        raise UserError("dtype float16 is refused: its range is too small for log-probs and gradients; use bfloat16 or float32")
     if dtype == "auto":
         dtype = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: use auto, float32 or bfloat16")
     if where.type == "cpu":
         keep_freed_memory()
     if world == 1:
@@ -139,8 +128,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        join(rank, world, backend)
+        join(rank, world, "nccl" if where.type == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))

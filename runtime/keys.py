@@ -7,6 +7,7 @@ from runtime.config import REQUIRED, key
 
 OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id")  # what a run leaves in its folder, beside config.toml
 SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
+DTYPES = ("auto", "float32", "bfloat16")
 MOST_SEED = 2**63 - 1
 
 
@@ -120,7 +121,7 @@ class DeviceKeys:
 
     seed: int = key(0, "seed of all that is drawn: data order, scratch weights, dropout, samples", least=0, most=MOST_SEED)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
-    dtype: str = key("auto", "dtype of matrix products: bfloat16 on CUDA that has it, else float32")
+    dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
     micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1)
 
 

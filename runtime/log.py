@@ -20,9 +20,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, start: int, wandb: str = "", settings: dict | None = None):
-        if not path.exists():
-            path.touch()
-        self.file = open(path, "r+b")  # noqa: SIM115
+        self.file = open(path, "ab")  # noqa: SIM115
         self.file.truncate(start)
         self.file.seek(start)
         self.wandb = _wandb(wandb, path.parent, settings or {}) if wandb else None
@@ -35,12 +33,10 @@ class Metrics:
             numbers = {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")}
             self.wandb.log(numbers, step=record["step"])
 
-    @property
-    def size(self) -> int:
-        return self.file.tell()
-
-    def sync(self) -> None:
+    def synced(self) -> int:
+        """The bytes written so far, once they are on the disk."""
         os.fsync(self.file.fileno())
+        return self.file.tell()
 
     def close(self) -> None:
         self.file.close()

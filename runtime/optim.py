@@ -6,9 +6,16 @@ from decimal import Decimal
 import torch
 from torch import Tensor, nn
 
+from runtime.distributed import own
 from weights import whole
 
 STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # float32 numbers that an optimizer keeps a parameter
+
+
+def memory(model: nn.Module, optimizer: str = "") -> int:
+    """Bytes on this process of its part of the weights, and, where an optimizer trains them, of gradients and what it keeps."""
+    more = 1 + STATES[optimizer] if optimizer else 0
+    return sum(own(p).nbytes * (1 + more * p.requires_grad) for p in model.parameters())
 
 
 def make(model: nn.Module, cfg) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@ This is the check that the project exists for. Training with another model's log
 model: every DPO run but the last of the HellaSwag experiment in docs/recipes.md was lost to it.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError, warn
-from base.files import read_safetensors
+from base.files import read_safetensors, sha256_of
 from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
@@ -45,33 +44,24 @@ class Reference:
             return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
         path = Path(cfg.ref)
         tensors, metadata = read(path)
-        logps, val_logps = tensors["logps"], tensors.get("val_logps")
-        if val and val_logps is None:
+        logps, val_logps = tensors["logps"], tensors.get("val_logps") if val else torch.zeros(0, 2)
+        if val_logps is None:
             raise UserError(f"key ref: {path} has no validation pairs: make it with --val_data {cfg.val_data}")
-        made = {name: metadata.get(name) for name in ("tokenizer_sha256", "max_len", "truncation", "data_sha256")}
-        here = {
-            "tokenizer_sha256": tokenizer.fingerprint(),
-            "max_len": str(max_len),
-            "truncation": cfg.truncation,
-            "data_sha256": data_hash(train),
-        }
-        if val:
-            made["val_data_sha256"], here["val_data_sha256"] = metadata.get("val_data_sha256"), data_hash(val)
+        here = {"tokenizer_sha256": tokenizer.fingerprint(), "max_len": str(max_len), "truncation": cfg.truncation}
+        here |= {"data_sha256": data_hash(train)} | ({"val_data_sha256": data_hash(val)} if val else {})
         for name, value in here.items():
-            if made[name] != value:
+            if metadata.get(name) != value:
                 what = name.removesuffix("_sha256").replace("val_data", "validation data")
                 pairs = f"; it holds {len(logps):,} pairs, the training data {len(train):,}" if name == "data_sha256" else ""
                 raise UserError(
-                    f"key ref: {path} was made with another {what} ({made[name]!s:.12}, here {value:.12}{pairs}): make it "
-                    "anew with precompute_ref.py from this run's init_from, data, tokenizer, max_len and truncation"
+                    f"key ref: {path} was made with another {what} ({metadata.get(name)!s:.12}, here {value:.12}{pairs}): "
+                    "make it anew with precompute_ref.py from this run's init_from, data, tokenizer, max_len and truncation"
                 )
         for pairs, table in ((train, logps), (val, val_logps)):
-            if pairs and tuple(table.shape) != (len(pairs), 2):
+            if tuple(table.shape) != (len(pairs), 2):
                 raise UserError(
                     f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {len(pairs)} pairs: make it anew"
                 )
-        if not val:
-            val_logps = torch.zeros(0, 2)
         if metadata["weights_sha256"] != fingerprint:
             message = (
                 f"key ref: {path} holds the log-probs of other weights ({metadata.get('init_from')}, SHA-256 "
@@ -80,4 +70,4 @@ class Reference:
             if not cfg.allow_ref_mismatch:
                 raise UserError(f"{message}: make it anew from {cfg.init_from}, or insist with --allow_ref_mismatch true")
             warn(message)
-        return cls(logps, val_logps, metadata, hashlib.sha256(path.read_bytes()).hexdigest())
+        return cls(logps, val_logps, metadata, sha256_of(path))

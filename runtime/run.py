@@ -48,8 +48,6 @@ class Run:
     # --- begin or resume ---
 
     def _lock_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"out_dir {self.folder} is a file: name a folder")
         config.written(self.cfg, OURS)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.folder / ".lock")
@@ -155,17 +153,14 @@ class Run:
 
     def save(self, step: int, model, optimizer) -> None:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
-        state = {"metrics_bytes": self.compute.once(self._synced_bytes), "best": self.best, **self.binding}
+        seen = self.compute.once(lambda: self.metrics.synced())  # a checkpoint must not know of lines that a power cut can take
+        state = {"metrics_bytes": seen, "best": self.best, **self.binding}
         checkpoint.save(self.checkpoints, step, state, model, optimizer, self.compute)
         self.saved_at = step
         self.compute.once(self._prune)
 
     def _prune(self) -> None:
         checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
-
-    def _synced_bytes(self) -> int:
-        self.metrics.sync()  # the checkpoint must not know of lines that a power cut could still take
-        return self.metrics.size
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal:
@@ -277,14 +272,11 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
 
 def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     """Every derived number, before the first step."""
-    parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     mflop, mflop_predicted = (step_flops(model, *one) / 1e6 for one in ((1, 0), (0, 1)))
-    state = optim.STATES[cfg.optimizer]
-    here = [distributed.own(p) for p in parameters]
-    memory = sum(p.nbytes * (2 + state if p.requires_grad else 1) for p in here) / 1e9
-    part = f"; {sum(p.numel() for p in here):,} of them on this rank" if plan.world > 1 else ""
+    part = f"; {sum(distributed.own(p).numel() for p in model.parameters()):,} of them on this rank" if plan.world > 1 else ""
+    memory = optim.memory(model, cfg.optimizer) / 1e9
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"

@@ -3,9 +3,6 @@
 A line is one problem: `{"prompt", "answer", "completions": […]}`. sample.py writes it from a prompt that carries an answer. A
 graded line also has `grades` (true or false for each completion) and `pred` (the answer that each completion gives, or null).
 `python -m selftrain.eval_math --details` writes graded lines.
-
-Two published forms are read too: Qwen2.5-Math's (`question`, `answer`, `response`, `pred`, `score`) and OpenAI's solutions of
-GSM8K (`question`, `ground_truth`, and for each model `{"is_correct", "solution"}`).
 """
 
 import os
@@ -91,7 +88,6 @@ def _answer(prompt: str, completion: str, cfg: GradeKeys) -> str | None:
 
 def _sample(record: dict, where: str) -> Sample:
     """A line as a Sample that is not graded yet. Raises UserError for a line that is none."""
-    record = _own_names(record, where)
     completions = _list(record, "completions", str, "texts", where)
     n = len(completions)
     answer, kind = math_problems.answer_of(record, where), math_problems.kind_of(record)
@@ -101,28 +97,7 @@ def _sample(record: dict, where: str) -> Sample:
         raise UserError(f"{where}: neither 'grades' nor an 'answer' is there to grade by")
     if stored is not None and "pred" in record:
         pred = [p or None for p in _list(record, "pred", str | None, "texts or null", where, n)]
-    if "prompt" not in record and "question" in record:  # somebody else's file: it gets our prompt, and a space to begin with
-        prompt = math_problems.prompt(get(record, "question", str, where))
-        completions = [" " + c for c in completions]
-        record = {"prompt": prompt, "answer": answer, **kind, "completions": completions}
     return Sample(get(record, "prompt", str, where), answer, completions, kind, record, where, stored, pred=pred)
-
-
-def _own_names(record: dict, where: str) -> dict:
-    """A line of one of the published forms with `completions`, `answer` and `grades` under our names; any other as it is."""
-    if "completions" in record:
-        return record
-    if "ground_truth" in record:  # https://github.com/openai/grade-school-math, example_model_solutions.jsonl
-        models = [value for value in record.values() if isinstance(value, dict)]
-        if not models or not all(type(m.get("is_correct")) is bool and isinstance(m.get("solution"), str) for m in models):
-            raise UserError(f'{where}: no {{"is_correct": true or false, "solution": text}} beside the question')
-        answer = extract(get(record, "ground_truth", str, where), markers_only=True) or ""
-        solutions, right = [m["solution"] for m in models], [m["is_correct"] for m in models]
-        return {"question": record.get("question"), "answer": answer, "completions": solutions, "grades": right}
-    if "response" in record:
-        grades = {"grades": record["score"]} if "score" in record else {}
-        return {**record, "completions": record["response"], **grades}
-    return record
 
 
 def _list(record: dict, field: str, kind: type, what: str, where: str, n: int = 0) -> list:

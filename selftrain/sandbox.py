@@ -9,7 +9,7 @@
     network    a network namespace without any interface. Calls that open sockets are refused
     files      a root folder of its own, in memory: 1 MB and 256 files, which end with the process. There are the system's
                programs and Python's library, read-only; no other file, no /proc, no device
-    output     the parent reads a limited number of bytes, then kills
+    output     a file: the limit on files' size holds for it, too; the parent reads only its beginning
     the rest   no environment, no inherited files, no new privileges
 
 It needs user namespaces and seccomp. Where the kernel or the container does not grant them, `Refused` is raised and nothing
@@ -22,13 +22,11 @@ import ctypes
 import os
 import platform
 import resource
-import select
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from dataclasses import dataclass
 
@@ -50,38 +48,27 @@ class Ran:
 
 def run_program(code: str, seconds: float = 5.0, memory_mb: int = 512, output_bytes: int = 65_536) -> Ran:
     """Run Python source text. Raises Refused where it cannot be sandboxed; nothing that the program does raises."""
-    with tempfile.TemporaryDirectory(prefix="program_") as folder:
+    with tempfile.TemporaryDirectory(prefix="program_") as folder, tempfile.TemporaryFile() as printed:
         command = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(seconds), str(memory_mb), str(os.getpid())]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        streams = {"stdin": subprocess.PIPE, "stdout": printed, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, **streams)
-        output, end = b"", ""
-        until = time.monotonic() + seconds + 1  # Python takes a while to start
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended before it read: its exit status says why
-                process.stdin.write(code.encode(errors="replace"))
-                process.stdin.close()
-            while not end:
-                left = max(0.0, until - time.monotonic())
-                ready = select.select([process.stdout], [], [], left)[0]
-                part = os.read(process.stdout.fileno(), 65_536) if ready else b""
-                output += part
-                if len(output) > output_bytes:
-                    end = "output"
-                elif not part:  # it has closed its output, or its time is up
-                    try:
-                        end = "failed" if process.wait(max(0.1, until - time.monotonic())) else "ok"
-                    except subprocess.TimeoutExpired:
-                        end = "time"
+            process.communicate(code.encode(errors="replace"), seconds + 1)  # Python takes a while to start
+            end = "failed" if process.returncode else "ok"
+        except subprocess.TimeoutExpired:
+            end = "time"
         finally:
             process.terminate()  # so that it kills the program and waits for it; nobody else may be there to do that
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             process.kill()
             status = process.wait()
-            process.stdout.close()
+            process.stdin.close()
+        printed.seek(0)
+        output = printed.read(output_bytes + 1)
     if status == REFUSED and end == "failed":  # it was not stopped while it set the sandbox up
         raise Refused(output.decode(errors="replace").strip())
-    return Ran(output[:output_bytes].decode(errors="replace"), end)
+    return Ran(output[:output_bytes].decode(errors="replace"), "output" if len(output) > output_bytes else end)
 
 
 # --- in the new process, before the program begins -------------------------------------------------------------------------

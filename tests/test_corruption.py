@@ -331,14 +331,10 @@ def answers(given, folder):
     lines = [{"prompt": f"Q{i}", "answer": str(i), "completions": [f" {i}", " 7"], "level": 3} for i in range(6)]
     published.write(folder / "samples.jsonl", *lines)
     published.write(folder / "graded.jsonl", *({**r, "grades": [True, False], "pred": ["1", None]} for r in lines))
-    qwen = [{"question": "Q", "answer": "3", "response": ["3", "4"], "pred": ["3", "4"], "score": [True, False]}] * 3
-    published.write(folder / "qwen.jsonl", *qwen)
-    openai = [{"question": "Q", "ground_truth": "so\n#### 3", "6b": {"is_correct": True, "solution": "3"}}] * 3
-    published.write(folder / "openai.jsonl", *openai)
     published.write(folder / "problems.jsonl", *({"problem": f"P{i}", "solution": f"#### {i}"} for i in range(6)))
 
     def read(at):
-        for name in ("samples", "graded", "qwen", "openai"):
+        for name in ("samples", "graded"):
             cfg = pairs.Config(samples=str(at / f"{name}.jsonl"), grader="plain", out="x")
             pairs.make_pairs(samples.load_graded(cfg)[0], cfg)
         math_problems.problems(str(at / "problems.jsonl"))

@@ -40,7 +40,7 @@ def test_a_command_line_ends_in_one_line_and_status_2():
         ("sft", {"dropout": 1}, "key dropout: 1.0 must be below 1"),
         ("sft", {"lora_alpha": 8}, "key lora_alpha: given, but lora_rank is 0"),
         ("sft", {"max_len": 200}, "key max_len: 200 is more than the model's context of 128"),
-        ("sft", {"dtype": "float16"}, "float16 is refused"),
+        ("sft", {"dtype": "float16"}, "dtype = 'float16' is not one of auto, float32, bfloat16"),
         ("sft", {"device": "tpu9"}, "device 'tpu9' cannot be used"),
         ("sft", {"tokenizer": "bert"}, "unknown tokenizer 'bert'"),
         ("sft", {"data": "helaswag"}, "did you mean hellaswag?"),
@@ -193,7 +193,7 @@ def test_folders_that_are_not_ours(files, refused, tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("years")
     refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
-    refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="is a file: name a folder")
+    refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="thesis.txt: File exists: name another path")
 
 
 def test_a_demo_deletes_only_what_a_demo_made(refused, tmp_path, monkeypatch):

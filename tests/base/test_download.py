@@ -1,6 +1,5 @@
 """Downloads against a local server: resumed, checked, whole or absent, and one plain line for what goes wrong."""
 
-import email.utils
 import hashlib
 import resource
 import socket
@@ -179,10 +178,10 @@ def test_busy_server_is_asked_again(hub, dest, fault):
 
 
 def test_retry_after(hub, dest, waits):
-    for header in ("7", email.utils.formatdate(time.time() + 20, usegmt=True), "86400", "soon"):
+    for header in ("7", "86400", "soon"):
         hub.fault("files", status=429, headers={"Retry-After": header})
         fetch(plain(hub), dest).unlink()
-    assert waits[0] == 7 and 15 < waits[1] <= 20 and waits[2:] == [download.LONGEST, download.DELAY]
+    assert waits == [7, download.LONGEST, download.DELAY]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import sft
 import weights
@@ -88,7 +89,8 @@ def served(tmp_path_factory) -> Path:
         assert script("sft", *flags(**keys, **data)) == 0
     tokenizer, sizes = get("gpt2"), {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 8, "n_embd": 16, "n_inner": 24}
     llama = LlamaConfig(**sizes, block_size=1024, vocab_size=tokenizer.size)
-    weights.save_tensors(llama, weights.empty(llama).initial_weights(0), tokenizer, folder / "llama")
+    drawn = ((name, torch.randn(p.shape) / 10) for name, p in weights.empty(llama).named_parameters())
+    weights.save_tensors(llama, drawn, tokenizer, folder / "llama")
     return folder
 
 
