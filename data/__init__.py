@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from base.errors import UserError
-from data import alpaca, hellaswag, hh, human_labels, math_problems, own, toy
+from data import alpaca, hellaswag, hh, human_labels, math_problems, own, reviews, toy
 from data.examples import VIEWS, Example, local, move_space, only_text_views, question, report, split_of
 
 __all__ = ["RECIPES", "VIEWS", "Example", "load", "local", "move_space", "only_text_views", "question", "report", "split_of"]
 
 RECIPES = {
     "toy": toy.load,
+    "reviews": reviews.load,
     "hellaswag": hellaswag.load,
     "hh": hh.load,
     "alpaca": alpaca.load,

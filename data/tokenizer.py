@@ -16,7 +16,7 @@ import tiktoken
 
 from base.errors import UserError
 from base.files import read_json, write_json
-from data import toy, toy_math
+from data import reviews, toy, toy_math
 from weights import on_hub
 
 EOT = "<|endoftext|>"
@@ -147,6 +147,7 @@ class WordTokenizer(Tokenizer):
 
 KNOWN = {
     "gpt2": GPT2Tokenizer,
+    "reviews": functools.partial(WordTokenizer, "reviews", reviews.VOCAB, reviews.PATTERN),
     "toy": functools.partial(WordTokenizer, "toy", toy.VOCAB, TOY_PATTERN),
     "toy_math": functools.partial(WordTokenizer, "toy_math", toy_math.VOCAB, toy_math.PATTERN),
 }
