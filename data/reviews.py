@@ -19,8 +19,8 @@ GOOD = {"fine": 0.4, "solid": 0.6, "fresh": 0.8, "clever": 1.0, "bold": 1.2, "mo
 BAD = {"plain": 0.4, "slow": 0.6, "stale": 0.8, "clumsy": 1.0, "dull": 1.2, "empty": 1.4, "awful": 1.8, "terrible": 2.4}
 WEIGHTS = GOOD | {word: -weight for word, weight in BAD.items()}  # log P(word | good mood) - log P(word | bad mood)
 
-VOCAB = ["the", *(f" {word}" for word in ["the", "was", "and", "but", ".", *NOUNS, *ADVERBS, *WEIGHTS])]
-PATTERN = r" ?[a-z]+| \.|\."
+VOCAB = [f" {word}" for word in ["the", "was", "and", "but", ".", *NOUNS, *ADVERBS, *WEIGHTS]]
+PATTERN = r" [a-z]+| \."  # each word with the space before it, so that any tokens spell a text that reads back as they are
 SIZES = {"train": 20_000, "val": 1_000, "test": 1_000}
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
@@ -40,10 +40,10 @@ def _review(rng: random.Random) -> tuple[str, str]:
     text, before = "", 0.0
     for noun, adverb, adjective in clauses:
         weight = WEIGHTS[adjective]
-        join = "" if not before else " and " if before * weight > 0 else " but "
-        text += f"{join}the {noun} was {adverb}{' ' if adverb else ''}{adjective}"
+        join = "" if not before else " and" if before * weight > 0 else " but"
+        text += f"{join} the {noun} was {adverb}{' ' if adverb else ''}{adjective}"
         before = weight
-    head = f"the {nouns[0]} was"
+    head = f" the {nouns[0]} was"
     return head, f"{text.removeprefix(head)} ."
 
 
