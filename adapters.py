@@ -17,7 +17,7 @@ from torch import Tensor
 
 import weights
 from base.errors import UserError
-from base.files import read_json, read_safetensors, write_json
+from base.files import expand, read_json, read_safetensors, write_json
 from logprobs import LanguageModel
 from lora import Linear, LoRAConfig, is_target, lora_delta
 from weights import Source, on_hub, whole
@@ -93,7 +93,7 @@ class Adapter:
 
 
 def is_adapter(init_from: str) -> bool:
-    folder = Path(init_from).expanduser()
+    folder = expand(init_from)
     return not on_hub(init_from) and (folder / CONFIG).is_file() and not (folder / weights.CONFIG).is_file()
 
 
@@ -102,7 +102,7 @@ def source(init_from: str, *, merge: bool = True, **options) -> Source:
     is the base, and the `adapter` stands beside it."""
     if not is_adapter(init_from):
         return weights.source(init_from, **options)
-    folder = Path(init_from).expanduser()
+    folder = expand(init_from)
     raw = _read_config(folder / CONFIG)
     name = raw["base_model_name_or_path"].removeprefix("openai-community/")
     if name == "scratch" and not all(options.get(size) for size in ("n_layer", "n_head", "n_embd", "block_size")):
@@ -293,12 +293,12 @@ def _read_config(path: Path) -> dict:
     if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
         raise UserError(f"{path}: init_lora_weights is {start!r}: save it converted to plain LoRA, or merge it with peft")
     patterns = [raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(p, dict) and all(re.fullmatch(r"[\w.]+", key) for key in p) for p in patterns):
+    if not all(isinstance(p, dict) and len(p) < 10_000 and all(re.fullmatch(r"[\w.]+", k) for k in p) for p in patterns):
         raise UserError(f"{path}: rank_pattern and alpha_pattern must map names of layers to numbers")
     numbers = [("r", raw.get("r")), ("lora_alpha", raw.get("lora_alpha")), *(item for p in patterns for item in p.items())]
     for name, value in numbers:
-        if type(value) not in ((int,) if name == "r" else (int, float)) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {name} is {value!r}, not a number above 0")
+        if type(value) not in ((int,) if name == "r" else (int, float)) or not 0 < value <= weights.MOST:
+            raise UserError(f"{path}: {name} is {value!r}, not a number above 0 and up to {weights.MOST:,}")
     return raw
 
 

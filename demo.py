@@ -21,8 +21,10 @@ from report.runs import read_run, series
 from runtime import config
 from runtime.config import key
 
-MARK = ".demo"  # tells a folder that may be deleted from one of the user's
+MARK = ".demo"  # tells a folder in which `MADE` may be deleted from one of the user's
 LABELS = {"sft": "SFT", "more": "further SFT", "chosen": "SFT on chosen", "dpo": "DPO", "wrong": "DPO, wrong reference"}
+
+MADE = (*LABELS, "ref.safetensors", "wrong_ref.safetensors", "chosen.jsonl", "results.json", "demo.png")
 
 
 @dataclass
@@ -67,8 +69,12 @@ def main() -> None:
     begin, out = time.monotonic(), Path(cfg.out_dir)
     if out.exists() and not (out / MARK).exists():
         raise UserError(f"out_dir {out} is there and was not made by a demo: name another folder")
-    shutil.rmtree(out, ignore_errors=True)
-    write_whole(out / MARK, "made by demo.py, which deletes this folder when it runs again\n")
+    write_whole(out / MARK, "made by demo.py, which deletes what it made here when it runs again\n")
+    for path in (out / name for name in MADE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     sft, dpo = {"config": "configs/toy_sft.toml", "seed": cfg.seed}, {"config": "configs/toy_dpo.toml", "seed": cfg.seed}
     model, refs = out / "sft" / "model", {"dpo": out / "ref.safetensors", "wrong": out / "wrong_ref.safetensors"}
     data = {"data": "toy", "limit": 6400, "val_limit": 300}

@@ -8,7 +8,6 @@ The reference file comes from precompute_ref.py, made from the very weights that
 The losses are in losses.py. The loss is the mean over the global batch's pairs, however it is split up.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +19,10 @@ from base.errors import UserError, run, warn
 from data.batch import collate
 from data.encode import Encoded, data_hash
 from data.plan import describe, epoch_order
-from data.tokenizer import choose
 from lora import as_started
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from runtime import config, distributed, optim
-from runtime.build import batch_plan, build_model, load_data
+from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.config import key
 from runtime.keys import TrainKeys
 from runtime.log import Timer
@@ -67,11 +65,12 @@ def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
     return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.unbind(1))
 
 
-def objective(p: Pairs, cfg: Config, n_pairs: int, chosen_tokens: int) -> Tensor:
-    """These pairs' share of the batch's loss: the mean over the batch's `n_pairs` pairs, plus `sft_weight` times the mean
-    negative log-likelihood of the batch's `chosen_tokens` chosen tokens (like the RPO of Pang et al. 2024, arXiv 2404.19733,
-    which takes that mean within each completion)."""
-    loss = LOSSES[cfg.loss](p, cfg).sum() / n_pairs
+def objective(p: Pairs, cfg: Config, batch: list[Encoded]) -> Tensor:
+    """What these pairs, some or all of `batch`, add to its loss: the mean over the batch's pairs, plus `sft_weight` times the
+    mean negative log-likelihood of the batch's chosen tokens (like the RPO of Pang et al. 2024, arXiv 2404.19733, which takes
+    that mean within each completion)."""
+    loss = LOSSES[cfg.loss](p, cfg).sum() / len(batch)
+    chosen_tokens = sum(len(item.completions[0]) for item in batch)
     return loss + cfg.sft_weight * losses.sft(p.chosen, chosen_tokens) if cfg.sft_weight else loss
 
 
@@ -98,8 +97,7 @@ def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
 def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> dict:
     """The loss and the rewards over all validation pairs."""
     p = as_pairs(measure(model, items, cfg, compute), ref, items)
-    chosen_tokens = sum(len(item.completions[0]) for item in items)
-    loss = objective(p, cfg, len(items), chosen_tokens).item()
+    loss = objective(p, cfg, items).item()
     return {"loss": loss, **reward_metrics(p, cfg.beta)}
 
 
@@ -129,8 +127,7 @@ def batch_gradient(model, pairs: list[Encoded], micros: list, ref: Tensor, cfg: 
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # so that the pass with gradients, which follows, draws the same dropout
         sums = torch.stack(score(model, pairs, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
-    chosen_tokens = sum(len(item.completions[0]) for item in pairs)
-    loss = objective(as_pairs(sums, ref, pairs), cfg, len(pairs), chosen_tokens)
+    loss = objective(as_pairs(sums, ref, pairs), cfg, pairs)
     return torch.autograd.grad(loss, sums)[0]
 
 
@@ -140,7 +137,7 @@ def main() -> int | None:
     print(compute)
 
     # model, text -> tokens
-    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
     model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
@@ -157,7 +154,7 @@ def main() -> int | None:
     print(describe(plan, train))
 
     # optimizer, run folder
-    steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
+    steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     this_run = Run(cfg, steps, compute, binding, "pairs")
     start = this_run.begin(model, optimizer)
@@ -183,7 +180,6 @@ def main() -> int | None:
         # the step's pairs, numbered anew from 0; micros: this rank's share, [micro-batch][row][pair]
         numbers = plan.examples(step)
         pairs = [train[i] for i in numbers]
-        chosen_tokens = sum(len(item.completions[0]) for item in pairs)
         place = {i: n for n, i in enumerate(numbers)}
         micros = [[[place[i] for i in row] for row in rows] for rows in plan[step][compute.rank]]
         if reference_is_start:
@@ -205,7 +201,7 @@ def main() -> int | None:
             micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions).view(-1, 2)
             if gradient is None:
                 p = as_pairs(micro_sums, batch_ref[at], batch.items)
-                loss = objective(p, cfg, len(pairs), chosen_tokens)
+                loss = objective(p, cfg, pairs)
             else:
                 loss = (micro_sums * gradient[at]).sum()  # the chain rule: not the loss, but its gradient is
             loss.backward()
@@ -218,7 +214,7 @@ def main() -> int | None:
 
         done = step + 1
         p = as_pairs(compute.total(sums.cpu()).to(compute.device), batch_ref, pairs)  # the global batch's
-        loss = objective(p, cfg, len(pairs), chosen_tokens).item()
+        loss = objective(p, cfg, pairs).item()
         tokens, predicted = (sum(getattr(item, name) for item in pairs) for name in ("row_tokens", "completion_tokens"))
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **reward_metrics(p, cfg.beta)}
         this_run.log_step(done, record, timer.lap(), len(pairs), model, predicted)

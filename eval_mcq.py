@@ -32,9 +32,10 @@ class Config(DeviceKeys):
     """Accuracy on multiple-choice questions."""
 
     model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag) or a .jsonl / .jsonl.gz file")
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag), a file, or hub:owner/name[:config]")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,choices=a; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    split: str = key("val", "the recipe's split", ["train", "val", "test"])
+    split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     mode: str = key("loglik", "score the options, or write an answer", ["loglik", "generate"])
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
@@ -56,7 +57,7 @@ def write_answers(model, items: list[Encoded], tokenizer, compute, batch_size: i
         try:
             with compute.autocast():
                 prompts = [items[i].prompt.tolist() for i in group]
-                written = generate.greedy(model, prompts, new, tokenizer.eot, tokenizer.size)
+                written = generate.greedy(model, prompts, new, tokenizer.stops, tokenizer.size)
         except FloatingPointError as error:
             raise UserError(f"key model: {error}: its weights are damaged", here=True) from None
         answers |= {i: tokenizer.decode(ids) for i, ids in zip(group, written, strict=True)}
@@ -78,13 +79,19 @@ def share(flags: list[bool], name: str) -> dict:
 
 
 def grade_loglik(examples: list[Example], items: list[Encoded], logps: list[list[float]]) -> tuple[dict, list[dict]]:
-    """(result, a detail a problem) from the options' log-probs."""
+    """(result, a detail a problem) from the options' log-probs.
+
+    Options of the same text are one option: they get one log-prob, whatever rounding made of each, the first of them is chosen,
+    and it is right if the right one reads the same. Other ties go to the first option too.
+    """
     details, right, right_norm = [], [], []
     for example, item, scores in zip(examples, items, logps, strict=True):
-        per_byte = [s / option_bytes(c) for s, c in zip(scores, example.completions, strict=True)]
+        options = example.completions
+        scores = [scores[options.index(option)] for option in options]
+        per_byte = [s / option_bytes(c) for s, c in zip(scores, options, strict=True)]
         pred, pred_norm = scores.index(max(scores)), per_byte.index(max(per_byte))
-        right.append(pred == example.label)
-        right_norm.append(pred_norm == example.label)
+        right.append(options[pred] == options[example.label])
+        right_norm.append(options[pred_norm] == options[example.label])
         detail = {"id": item.number, "label": example.label, "pred": pred, "pred_norm": pred_norm}
         details.append(detail | {"logps": scores, "n_tokens": [len(c) for c in item.completions]})
     return {"n": len(right), **share(right, "acc"), **share(right_norm, "acc_norm")}, details
@@ -126,7 +133,8 @@ def main() -> None:
     tokenizer = choose(cfg.tokenizer, cfg.model)
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
     view = "loglik" if cfg.mode == "loglik" else "mcq"
-    examples = compute.once(lambda: load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
+    where = {"data_dir": cfg.data_dir, "limit": cfg.limit, "columns": cfg.columns}
+    examples = compute.once(lambda: load(cfg.data, cfg.split, view, **where))
     result, details, seconds = evaluate(model, tokenizer, examples, cfg, compute)
 
     chance = sum(1 / len(e.completions) for e in examples) / len(examples)

@@ -27,27 +27,29 @@ from torch import Tensor
 
 from base.errors import UserError, run, warn
 from base.files import write_whole
-from data import jsonl, rewards
+from data import jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded
 from data.tokenizer import choose
 from generate import stream
 from runtime import config, distributed, reference
-from runtime.build import build_model
+from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
-from runtime.keys import MOST_SEED, ModelKeys
+from runtime.keys import MOST_SEED, ChatKeys, ModelKeys
 from runtime.score import score
+from sample import encode
 
 
 @dataclass
-class Config:
+class Config(ChatKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
     model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model")
     ref_model: str = key("", "the reference model; or give ref")
-    data: str = key("", "a recipe (hh, hellaswag, …) or a .jsonl / .jsonl.gz file of pairs; or give prompts")
+    data: str = key("", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    split: str = key("val", "the recipe's split", ["train", "val", "test"])
+    split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
@@ -154,8 +156,8 @@ def write(model, prompts: list[list[int]], n: int, cfg: Config, tokenizer, compu
         for i, j, ids in stream(model, mine, cfg.max_new_tokens, tokenizer.eot, **how):
             ended = [tokenizer.eot] if len(ids) < cfg.max_new_tokens else []
             found[i][j] = np.array(ids + ended, np.int32)
-    for share in compute.gather(found):
-        found |= share
+    for part in compute.gather(found):
+        found |= part
     return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
 
 
@@ -174,11 +176,13 @@ def limit(rewards: Tensor) -> list[dict]:
 def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     """(result, a detail a prompt): reward, KL from the reference and length of what the model writes."""
     reward = rewards.get(cfg.reward)
+    ref_model = load_model(cfg.ref_model, 0, tokenizer, compute)
     if choose("auto", cfg.ref_model).fingerprint() != tokenizer.fingerprint():
         raise UserError(f"key ref_model: {cfg.ref_model} has another tokenizer than {cfg.model}: their KL has no meaning")
     records = compute.once(lambda: list(jsonl.read(cfg.prompts, cfg.limit)))
-    prompts = [jsonl.get(record, "prompt", str, where) for where, record in records]
-    tokens = [ids or [tokenizer.eot] for ids in tokenizer.encode_batch(prompts)]
+    found = {where: messages.prompt_of(record, where) for where, record in records}
+    prompts = [messages.as_text(prompt) for prompt in found.values()]
+    tokens = [ids or [tokenizer.eot] for ids in encode(list(found.values()), tokenizer, list(found))]
     room = model.config.block_size + 1 - cfg.max_new_tokens
     for (where, _), ids in zip(records, tokens, strict=True):
         if len(ids) > room:
@@ -190,7 +194,6 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
 
     items = write(model, tokens, cfg.n, cfg, tokenizer, compute)
     logps = log_probs(cfg.model, model, items, cfg, compute)
-    ref_model = load_model(cfg.ref_model, 0, tokenizer, compute)
     kl = logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()
     drawn = write(ref_model, tokens, cfg.optimum, cfg, tokenizer, compute) if cfg.optimum else []
     measured = {
@@ -204,8 +207,8 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
         result["limit"] = limit(graded(drawn))
     print(
         f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
-        f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% ended; {len(items):,} "
-        f"prompts, {cfg.n} completions each"
+        f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
+        f"ended; {len(items):,} prompts, {cfg.n} completions each"
     )
     numbers = zip(prompts, items, measured["reward"].tolist(), kl.tolist(), strict=True)
     return result, [
@@ -217,8 +220,8 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
 def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     """(result, a detail a pair): the implicit reward of preference pairs."""
     max_len = cfg.max_len or model.config.block_size
-    how = {"data_dir": cfg.data_dir, "limit": cfg.limit}
-    items = compute.once(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how))
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit}
+    items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
     ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
     logps = log_probs(cfg.model, model, items, cfg, compute)
     if ref is None:
@@ -238,12 +241,17 @@ def main() -> None:
     cfg = config.load(Config, prog="eval_reward.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
-    tokenizer = choose(cfg.tokenizer, cfg.model)
+    tokenizer = build_tokenizer(cfg, cfg.model, compute)
     model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
     size = sum(p.numel() for p in model.parameters())
     result, details = (on_prompts if cfg.prompts else on_pairs)(cfg, model, tokenizer, compute)
-    settings = ("label", "model", "ref", "ref_model", "data", "split", "beta", "prompts", "reward")
-    result |= {"mode": "reward", **{name: getattr(cfg, name) for name in settings}, "parameters": cfg.parameters or size}
+    settings = ("label", "model", "ref", "ref_model", "data", "split", "beta", "prompts")
+    result |= {
+        "mode": "reward",
+        "reward_rule": cfg.reward,
+        **{name: getattr(cfg, name) for name in settings},
+        "parameters": cfg.parameters or size,
+    }
     if cfg.details:
         compute.once(lambda: write_whole(cfg.details, "".join(json.dumps(d) + "\n" for d in details)))
     compute.once(lambda: write_whole(cfg.out, json.dumps(result, indent=1) + "\n"))

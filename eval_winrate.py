@@ -4,15 +4,22 @@
         --judge openai --judge_model gpt-4o-mini --out runs/hh_dpo_winrate.json --limit 250 --trials 3
     python eval_winrate.py --responses runs/alpaca.jsonl --mode score --against output \\
         --judge http://127.0.0.1:8000/v1 --judge_model llama3 --out runs/alpaca_score.json
+    python eval_winrate.py --calibrate pairs.jsonl --judge local --judge_model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --out agreement.json
 
 pairwise asks which of two texts is better, the model's or another one. score asks for 0 to 100 points, given a reference
-answer. docs/judging.md says what the figures mean. `python -m report.plot RESULT.json …` draws them against model size.
+answer. `--judge local` needs no server: judge/local.py. `--calibrate` measures how often a judge agrees with known preferences.
+docs/judging.md says what the figures mean. `python -m report.plot RESULT.json …` draws them against model size.
 eval_reward.py needs no judge: it compares the model with its reference.
 """
 
+import contextlib
 import html
 import json
+import os
 import random
+import re
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,26 +28,27 @@ import adapters
 import weights
 from base.errors import UserError, run, warn
 from base.files import write_whole
-from data import jsonl
-from data.hh import TURN
 from judge.cache import open_cache
-from judge.client import Judge, JudgeKeys, Question
+from judge.client import Decision, Judge, JudgeKeys, Question
 from judge.figures import Judgement, grade_pairwise, grade_score, say
+from judge.items import Item, known_pairs, read_items
+from judge.local import LocalJudge
 from judge.verdict import fill, read_template, score, side
-from runtime import config
+from runtime import config, distributed
 from runtime.config import REQUIRED, key
+from runtime.keys import MOST_SEED, ChatKeys, DeviceKeys
 
 PROMPTS = Path(__file__).parent / "judge" / "prompts"
 PLACEHOLDERS = {"pairwise": ("prompt", "response_a", "response_b"), "score": ("prompt", "reference", "response")}
-REFERENCES = ("chosen", "completion", "output")  # fields that hold an answer to compare with; the first one found is taken
 CELL = 400  # characters of a text in the table of examples
 
 
 @dataclass
-class Config(JudgeKeys):
+class Config(JudgeKeys, ChatKeys, DeviceKeys):
     """Win rate or score of a model's answers, by a judge."""
 
-    responses: str = key(REQUIRED, "JSONL file of sample.py: {'prompt', 'completions', …}")
+    responses: str = key("", "JSONL file of sample.py: {'prompt', 'completions', …}")
+    calibrate: str = key("", "instead: preference data; how often does the judge prefer the chosen text?")
     mode: str = key("pairwise", "compare two texts, or grade one (without a judge: eval_reward.py)", ["pairwise", "score"])
     against: str = key("", "field of those lines, or a JSONL file; empty = the field chosen, completion or output")
     out: str = key(REQUIRED, "JSON file for the result", writes="")
@@ -52,73 +60,28 @@ class Config(JudgeKeys):
     model: str = key("", "the model that wrote the responses, a folder or gpt2 …: its size is noted")
     parameters: int = key(0, "its number of parameters, where `model` cannot tell", least=0)
     limit: int = key(0, "use only the first so many prompts, 0 = all", least=0)
-    seed: int = key(0, "seed of who is side A, and of which examples the table shows", least=0)
+    seed: int = key(0, "seed of who is side A, and of which examples the table shows", least=0, most=MOST_SEED)
     trials: int = key(1, "times that every prompt is judged; trial t takes the t-th completion, or the only one", least=1)
     both_orders: bool = key(False, "pairwise: ask with both as side A; a disagreement is a tie")
     judge_prompt: str = key("", "text file of the judge's prompt, empty = judge/prompts/judge_MODE.txt")
 
+    @property
+    def tokenizer(self) -> str:
+        """The judge's, with judge local."""
+        return "auto"
+
     def check(self) -> None:
+        if bool(self.responses) == bool(self.calibrate):
+            raise UserError("key responses: give either --responses, a model's answers, or --calibrate, preference data")
+        if self.calibrate and self.mode != "pairwise":
+            raise UserError("key calibrate: preferences are pairs: leave out --mode score")
+        if self.judge == "local":
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError("key judge: local runs in one process: start it without torchrun")
+            self.both_orders = self.mode == "pairwise"
         if self.both_orders and self.mode != "pairwise":
             raise UserError(f"key both_orders: there are no two orders in mode {self.mode}")
         self.cache = self.cache or str(Path(self.out).with_suffix(".cache.jsonl"))
-        taken: dict[Path, str] = {}
-        for name in ("responses", "against", "out", "details", "table", "cache"):
-            if (path := getattr(self, name)) and (other := taken.setdefault(Path(path), name)) != name:
-                raise UserError(f"key {name}: {path} is also the file of key {other}: name another one")
-
-
-# --- what is judged -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    """A prompt, and for each trial the text to judge and the one to compare it with. `source`: file:line."""
-
-    prompt: str
-    texts: tuple[str, ...]
-    others: tuple[str, ...]
-    source: str
-
-
-def completions_of(record: dict, where: str, trials: int) -> tuple[str, ...]:
-    """A text a trial: the t-th completion, or the only one every time."""
-    found = jsonl.get(record, "completions", list, where)
-    if not found or not all(isinstance(text, str) for text in found):
-        raise UserError(f"{where}: the field 'completions' must be a list of at least one text")
-    if 1 < len(found) < trials:
-        raise UserError(f"{where}: {len(found)} completions for {trials} trials: give one, or as many as trials")
-    return tuple(text.strip() for text in (found * trials if len(found) == 1 else found)[:trials])
-
-
-def reference_of(record: dict, field: str, prompt: str, where: str) -> str:
-    """The text of a field, or if none is named of the first of REFERENCES that is there.
-
-    A dialogue in Anthropic HH's form begins with its prompt, which is cut off.
-    """
-    field = field or next((name for name in REFERENCES if name in record), REFERENCES[0])
-    text = jsonl.get(record, field, str, where)
-    return (text.removeprefix(prompt) if prompt.endswith(TURN) else text).strip()
-
-
-def read_items(responses: str, against: str, trials: int, limit: int) -> list[Item]:
-    """The responses and what each is compared with. UserError, naming file and line, for whatever does not fit."""
-    ours = list(jsonl.read(responses))
-    from_file = against.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz"))
-    theirs = list(jsonl.read(against)) if from_file else ours
-    same = "line for line they must be answers to the same prompts"
-    if len(ours) != len(theirs):
-        raise UserError(f"{responses} has {len(ours):,} lines and {against} has {len(theirs):,}: {same}")
-    items = []
-    for (where, record), (there, other) in list(zip(ours, theirs, strict=True))[: limit or None]:
-        prompt = jsonl.get(record, "prompt", str, where)
-        if other.get("prompt", prompt) != prompt:
-            raise UserError(f"{there}: another prompt than at {where}: {same}")
-        if from_file and "completions" in other:
-            others = completions_of(other, there, trials)
-        else:
-            others = (reference_of(other, "" if from_file else against, prompt, there),) * trials
-        items.append(Item(prompt, completions_of(record, where, trials), others, where))
-    return items
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -145,7 +108,14 @@ def outcome_of(verdicts: list, sides: str) -> str | float | None:
     return seen.pop() if len(seen) == 1 else "tie"
 
 
-def judge_all(judge: Judge, items: list[Item], template: str, cfg: Config) -> list[Judgement]:
+def share_of(decisions: tuple[Decision, ...], sides: str) -> float | None:
+    """The probability that a judge gives to the response, the mean over both orders; None where it gives none."""
+    if not sides or any(d.share is None for d in decisions):
+        return None
+    return statistics.fmean(d.share if where == "A" else 1 - d.share for d, where in zip(decisions, sides, strict=True))
+
+
+def judge_all(judge: Judge | LocalJudge, items: list[Item], template: str, cfg: Config) -> list[Judgement]:
     """A judgement of every item in every trial; none in a dry run."""
     pairwise = cfg.mode == "pairwise"
     sides = {(t, n): sides_of(cfg, t, n) if pairwise else "" for t in range(cfg.trials) for n in range(len(items))}
@@ -154,9 +124,11 @@ def judge_all(judge: Judge, items: list[Item], template: str, cfg: Config) -> li
     judgements = []
     for (trial, number), stood in ({} if cfg.dry_run else sides).items():
         decisions = tuple(next(decided) for _ in stood or [""])
-        outcome = outcome_of([d.verdict for d in decisions], stood)
+        share = share_of(decisions, stood)
+        verdicts = [d.verdict for d in decisions]
+        outcome = outcome_of(verdicts, stood) if share is None else "tie" if share == 0.5 else "win" if share > 0.5 else "loss"
         lengths = (len(items[number].texts[trial]), len(items[number].others[trial]))
-        judgements.append(Judgement(number, trial, outcome, stood, lengths, decisions))
+        judgements.append(Judgement(number, trial, outcome, stood, lengths, decisions, share))
     return judgements
 
 
@@ -172,7 +144,8 @@ def examples_table(judgements: list[Judgement], items: list[Item], rows: int, se
         item, outcome = items[j.number], "failed" if j.outcome is None else j.outcome
         outcome = str(outcome).removesuffix(".0")
         texts = (str(j.number), item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL], outcome)
-        cells = (html.escape(text.strip()).replace("|", "&#124;") for text in texts)
+        # Markdown's marks too, or a text could bring a picture along that the reader's browser fetches
+        cells = (re.sub(r"[|\[\]`*_~\\]", lambda m: f"&#{ord(m[0])};", html.escape(text.strip())) for text in texts)
         lines.append("| " + " | ".join("<br>".join(cell.splitlines()) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -203,14 +176,31 @@ def main() -> None:
         raise UserError("key mode: reward is a script of its own: run eval_reward.py with the same keys, but no --mode")
     cfg = config.load(Config, prog="eval_winrate.py")
     template = read_template(cfg.judge_prompt or PROMPTS / f"judge_{cfg.mode}.txt", PLACEHOLDERS[cfg.mode])
-    items = read_items(cfg.responses, cfg.against, cfg.trials, cfg.limit)
+    if cfg.calibrate:
+        items = known_pairs(cfg.calibrate, cfg.limit, cfg.trials)
+    else:
+        items = read_items(cfg.responses, cfg.against, cfg.trials, cfg.limit)
     size = cfg.parameters or (parameters_of(cfg.model) if cfg.model else None)
-    with open_cache(cfg.cache) as cache:
-        judge = Judge(cfg, cache)
+    with contextlib.ExitStack() as stack:
+        if cfg.judge == "local":
+            judge = LocalJudge(cfg, distributed.setup(cfg.device, cfg.dtype))
+        else:
+            judge = Judge(cfg, stack.enter_context(open_cache(cfg.cache)))
         judgements = judge_all(judge, items, template, cfg)
     if cfg.dry_run:
         return
-    settings = ("mode", "label", "model", "responses", "against", "judge_model", "seed", "both_orders", "temperature")
+    settings = (
+        "mode",
+        "label",
+        "model",
+        "responses",
+        "calibrate",
+        "against",
+        "judge_model",
+        "seed",
+        "both_orders",
+        "temperature",
+    )
     result = {
         **(grade_pairwise if cfg.mode == "pairwise" else grade_score)(judgements),
         "usage": judge.usage(d for j in judgements for d in j.decisions),

@@ -5,7 +5,7 @@ for number, sample, tokens in stream(model, {0: [464, 3290]}, 20, stop=50256, n=
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -17,6 +17,7 @@ from torch import Tensor
 from logprobs import LanguageModel, attend
 from lora import Linear
 
+Stop = int | Collection[int]
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 8192, 2048  # most tokens of prompts that one forward reads
 
 
@@ -107,7 +108,7 @@ class Draft:
 Ready = dict[int, tuple[KVCache, int, Tensor]]
 
 
-def greedy(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int, stop: int, n_ids: int | None = None):
+def greedy(model: LanguageModel, prompts: list[list[int]], max_new_tokens: int, stop: Stop, n_ids: int | None = None):
     """The likeliest token each time, for prompts of unlike length in one batch -> a list of tokens a prompt.
 
     Of a sharded model every rank must ask for the same.
@@ -126,7 +127,7 @@ def stream(
     model: LanguageModel,
     prompts: dict[int, list[int]],
     max_new_tokens: int,
-    stop: int,
+    stop: Stop,
     *,
     n: int = 1,
     n_ids: int | None = None,
@@ -136,15 +137,16 @@ def stream(
 ) -> Iterator[tuple[int, int, list[int]]]:
     """n completions of every prompt {number: tokens}: (number, which of the n, tokens) as each is finished.
 
-    A completion ends before the token `stop`, after `max_new_tokens`, where the model's positions are used up, or where
-    `ended(tokens so far)` says so. `how`: the settings of `draw`; greedy by default. What is drawn follows from seed, number
-    and sample alone. `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
+    A completion ends before the token `stop` (or one of several), after `max_new_tokens`, where the model's positions are used
+    up, or where `ended(tokens so far)` says so. `how`: the settings of `draw`; greedy by default. What is drawn follows from
+    seed, number and sample alone. `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
     Raises FloatingPointError if the model computes logits of nan.
 
     At most `batch_size` (0: no limit) completions are written at once, a token each a step. One that ends leaves the batch
     and others take its place, a few at a time; the longest prompts come first, so that those side by side are of like length.
     """
     was_training, block_size = model.training, model.config.block_size
+    stops = {stop} if isinstance(stop, int) else stop
     queue = [Draft(i, j, ids) for i, ids in sorted(prompts.items(), key=lambda item: len(item[1])) for j in reversed(range(n))]
     slots = min(batch_size or len(queue), len(queue))
     live: list[Draft] = []  # live[r] has row r of the cache
@@ -165,7 +167,7 @@ def stream(
             tokens = draw(model.project(x, n_ids), [b.place for b in live[first:]], **how)
             for row in reversed(range(first, len(live))):
                 b, token = live[row], tokens[row - first]
-                if token != stop:
+                if token not in stops:
                     b.tokens.append(token)
                     full = len(b.tokens) == max_new_tokens or b.read == block_size
                     if not full and not (ended and ended(b.tokens)):

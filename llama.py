@@ -144,8 +144,8 @@ def _rope(raw: dict) -> dict:
 
 def _positive(raw: dict, key: str, default: float | None = None) -> float:
     value = raw.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} is {value!r}, not a number above 0")
+    if type(value) not in (int, float) or not 0 < value < 2**63:
+        raise ValueError(f"{key} is {value!r}, not a number above 0 and below 2^63")
     return value
 
 

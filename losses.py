@@ -91,8 +91,14 @@ def simpo(p: Pairs, o) -> Tensor:
 
 def dpop(p: Pairs, o) -> Tensor:
     """DPO-Positive (Smaug), Pal et al. 2024 (arXiv 2402.13228), eq. 3: DPO, but the chosen completion may not fall
-    below its reference; the penalty's weight is `dpop_lambda`."""
-    return -F.logsigmoid(o.beta * (p.h - o.dpop_lambda * F.relu(-p.ratio_chosen)))
+    below its reference; the penalty's weight is `dpop_lambda`.
+
+    At the start of a run every log-ratio is 0 but for rounding, and `dpop_lambda` would magnify what rounding makes of it. So
+    a fall counts only where float32 can tell it from 0: above 2^-20, or 16 roundings, of the completion's sum and, added up
+    like a random walk, of its tokens' logits, which in GPT-2 lie near -100.
+    """
+    fall, noise = -p.ratio_chosen, 2**-20 * (p.ref_chosen.abs() + 100 * p.chosen_len.sqrt())
+    return -F.logsigmoid(o.beta * (p.h - o.dpop_lambda * torch.where(fall > noise, fall, 0)))
 
 
 def sigmoid_norm(p: Pairs, o) -> Tensor:

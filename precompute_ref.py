@@ -13,9 +13,8 @@ import weights
 from base.errors import UserError, run
 from base.files import write_whole
 from data.encode import Encoded, data_hash
-from data.tokenizer import choose
 from runtime import config, distributed
-from runtime.build import build_model, load_data
+from runtime.build import build_model, build_tokenizer, load_data
 from runtime.config import REQUIRED, key
 from runtime.keys import DataKeys, DeviceKeys, ModelKeys
 from runtime.score import score
@@ -65,7 +64,7 @@ def main() -> None:
     cfg = config.load(Config, prog="precompute_ref.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
-    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     model = build_model(cfg, tokenizer, compute)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
@@ -83,6 +82,7 @@ def main() -> None:
         "tokenizer_sha256": tokenizer.fingerprint(),
         "max_len": str(max_len),
         "truncation": cfg.truncation,
+        "date": cfg.date,
         "dtype": str(compute.dtype).removeprefix("torch."),
     }
     compute.once(lambda: write_whole(cfg.out, weights.safetensors_bytes(tensors, metadata)))

@@ -2,26 +2,27 @@
 
     python sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4 --temperature 0.7
     python sample.py --model gpt2
+    python sample.py --model runs/dpo/model --chat
     torchrun --nproc_per_node 2 -- sample.py --model runs/dpo/model --prompts prompts.jsonl --out samples.jsonl --n 4
 
 torchrun needs its -- here: it would take --n for a short form of its own options, and refuse it as an ambiguous one.
 
-A line of the prompts file is {"prompt": …} with whatever else it has; the same line with "completions": […] comes out. What is
-drawn for a prompt follows from the seed, its place in the file, and which of its n completions it is, not from the batch or
-the number of processes. (Logits of another batch size, dtype or machine differ by rounding, and where two tokens are closer
-than that, another may win: about once in 100,000 tokens in float32, once in 100 in bfloat16.) An empty prompt stands for the
-start of a text, <|endoftext|>. A prompt that leaves no room for max_new_tokens loses its start.
+A line of the prompts file is {"prompt": …}, or {"messages": […]} where the model has a chat template, with whatever else; the
+same line with "completions": […] comes out. What is drawn for a prompt follows from the seed, its place in the file, and which
+of its n completions it is, not from the batch or the number of processes. (Logits of another batch size, dtype or machine
+differ by rounding, and where two tokens are closer than that, another may win: about once in 100,000 tokens in float32, once in
+100 in bfloat16.) An empty prompt stands for the start of a text, <|endoftext|>. A prompt that leaves no room for max_new_tokens
+loses its start.
 
 Finished prompts are kept in FILE.part0, FILE.part1, … (one a process) until FILE is written: the same command goes on where it
 was killed. Without --prompts, a line typed or piped in is a prompt (\n in it a new line), answered as it is drawn;
-Ctrl-C stops the text, Ctrl-D leaves.
+Ctrl-C stops the text, Ctrl-D leaves. With --chat it is a turn of a conversation, which the model remembers.
 """
 
 import hashlib
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -29,23 +30,26 @@ import weights
 from base.errors import UserError, fail, run
 from base.files import write_whole
 from base.progress import Progress
-from data import jsonl
-from data.tokenizer import choose
+from data import jsonl, messages
+from data.encode import shorten
 from generate import lay_out, stream
 from runtime import config, distributed
-from runtime.build import build_model
+from runtime.build import build_model, build_tokenizer
 from runtime.config import REQUIRED, key
-from runtime.keys import DeviceKeys, ModelKeys
+from runtime.keys import ChatKeys, DeviceKeys, ModelKeys
 from runtime.unfinished import Unfinished
 
 
 @dataclass
-class Config(DeviceKeys):
+class Config(ChatKeys, DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
     model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
-    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line; empty = read them from the terminal')
+    prompts: str = key(
+        "", 'a .jsonl / .jsonl.gz file with a "prompt" or "messages" per line; empty = read them from the terminal'
+    )
     out: str = key("", "the JSONL file to write; one that is there is replaced when the new one is whole", writes="")
+    chat: bool = key(False, "hold a conversation in the terminal, by the chat template")
     n: int = key(1, "completions per prompt", least=1)
     temperature: float = key(1.0, "divides the logits; 0 (any below 1e-6) = always the likeliest token", least=0)
     top_k: int = key(0, "draw from the so many likeliest tokens, 0 = all", least=0)
@@ -62,10 +66,10 @@ class Config(DeviceKeys):
         if bool(self.prompts) != bool(self.out):
             given, missing = ("prompts", "out") if self.prompts else ("out", "prompts")
             raise UserError(f"key {missing}: --{given} needs --{missing} too; without both, prompts are typed in")
+        if self.chat and self.prompts:
+            raise UserError("key chat: it is for the terminal: leave out prompts and out (lines with messages need no --chat)")
         if self.out.endswith(".gz"):
             raise UserError(f"key out: {self.out}: what is written is not compressed: leave out .gz")
-        if self.out and Path(self.out).resolve() == Path(self.prompts).resolve():
-            raise UserError(f"key out: {self.out} is the prompts file: name another")
 
     @property
     def how(self) -> dict:
@@ -90,8 +94,7 @@ class Text:
     def certain(self, tokens: list[int]) -> str:
         """As much as no later token can change: no half character at the end, no beginning of the stop text."""
         text = self.final(tokens).rstrip("\ufffd")
-        held = (k for k in range(len(self.stop), 0, -1) if text.endswith(self.stop[:k]))
-        return text[: len(text) - next(held, 0)]
+        return next(text[: len(text) - k] for k in range(len(self.stop), -1, -1) if text.endswith(self.stop[:k]))
 
 
 def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:
@@ -100,52 +103,62 @@ def fit(tokens: list[list[int]], model, tokenizer, max_new_tokens: int) -> int:
     if room < 1:
         raise UserError(f"key max_new_tokens: {max_new_tokens}: the model has a context of {model.config.block_size} tokens")
     cut = sum(len(ids) > room for ids in tokens)
-    tokens[:] = [ids[-room:] or [tokenizer.eot] for ids in tokens]
+    tokens[:] = [shorten(ids, max(0, len(ids) - room), tokenizer) or [tokenizer.eot] for ids in tokens]
     return cut
 
 
 # --- the two modes ---------------------------------------------------------------------------------------------------
 
 
-def sample_file(cfg: Config, records: list[dict], model, tokenizer, compute) -> None:
-    """Complete every record's prompt and write them all to cfg.out."""
-    prompts = [r["prompt"] for r in records]
-    tokens = tokenizer.encode_batch(prompts)
+def encode(prompts: list, tokenizer, wheres: list[str]) -> list[list[int]]:
+    """Token ids of prompts, texts or messages."""
+    texts = iter(tokenizer.encode_batch([prompt for prompt in prompts if isinstance(prompt, str)]))
+    return [
+        [*tokenizer.start, *next(texts)]
+        if isinstance(prompt, str)
+        else tokenizer.encode_rendered(tokenizer.need_chat(where).render(prompt, where, asks=True)[0])[0]
+        for prompt, where in zip(prompts, wheres, strict=True)
+    ]
+
+
+def sample_file(cfg: Config, records: list[dict], prompts: dict[str, str | tuple], model, tokenizer, compute) -> None:
+    """Complete the prompt {"file:line": text or messages} of every record and write them all to cfg.out."""
+    tokens = encode(list(prompts.values()), tokenizer, list(prompts))
+    asked = [prompt if isinstance(prompt, str) else ids for prompt, ids in zip(prompts.values(), tokens, strict=True)]
     cut = fit(tokens, model, tokenizer, cfg.max_new_tokens)
     if cut:
         print(f"{cut:,} of {len(prompts):,} prompts lost their start: the model's context is {model.config.block_size} tokens")
     settings = {
         "weights_sha256": weights.fingerprint(model),  # the first: see unfinished.FIRST
-        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "prompts_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "dtype": str(compute.dtype).removeprefix("torch."),
         "max_new_tokens": cfg.max_new_tokens,
         "stop": cfg.stop,
         **cfg.how,
     }
-    unfinished = Unfinished(cfg.out, settings, cfg.overwrite, compute)
-    done = unfinished.done
+    with Unfinished(cfg.out, settings, cfg.overwrite, compute) as unfinished:
+        done = unfinished.done
+        todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
+        todo = todo[compute.rank :: compute.world]
+        print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
+        progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
+        text, found, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, 0
+        for i, j, ids in completions(cfg, {i: tokens[i] for i in todo}, cfg.batch_size, text.ended, model, tokenizer, compute):
+            found[i][j] = text.final(ids)
+            if len(found[i]) == cfg.n:
+                found[i] = [found[i][j] for j in range(cfg.n)]
+                unfinished.add(i, found[i])
+            written += len(ids)
+            progress.add(1)
+        seconds = progress.close()
+        print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
 
-    todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(tokens[i]))
-    todo = todo[compute.rank :: compute.world]
-    print(f"{len(prompts):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
-    progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
-    text, found, written = Text(tokenizer, cfg.stop), {i: {} for i in todo}, 0
-    for i, j, ids in completions(cfg, {i: tokens[i] for i in todo}, cfg.batch_size, text.ended, model, tokenizer, compute):
-        found[i][j] = text.final(ids)
-        if len(found[i]) == cfg.n:
-            found[i] = [found[i][j] for j in range(cfg.n)]
-            unfinished.add(i, found[i])
-        written += len(ids)
-        progress.add(1)
-    seconds = progress.close()
-    print(f"{written:,} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s" + (" on rank 0" if compute.world > 1 else ""))
-
-    for share in compute.gather(found):
-        done |= share
-    lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
-    compute.once(lambda: write_whole(cfg.out, "".join(lines)))
-    unfinished.remove()
+        for share in compute.gather(found):
+            done |= share
+        lines = (json.dumps(r | {"completions": done[i]}) + "\n" for i, r in enumerate(records))
+        compute.once(lambda: write_whole(cfg.out, "".join(lines)))
+        unfinished.remove()
     print(f"wrote {cfg.out}")
 
 
@@ -156,7 +169,7 @@ def completions(cfg: Config, prompts: dict[int, list[int]], batch_size: int, end
             model,
             prompts,
             cfg.max_new_tokens,
-            tokenizer.eot,
+            tokenizer.stops,
             n_ids=tokenizer.size,
             batch_size=batch_size,
             ended=ended,
@@ -167,12 +180,15 @@ def completions(cfg: Config, prompts: dict[int, list[int]], batch_size: int, end
 def converse(cfg: Config, model, tokenizer, compute) -> None:
     """Answer line after line of standard input, until it ends. Ctrl-C stops an answer."""
     text = Text(tokenizer, cfg.stop)
-    number = 0
+    number, said = 0, ()
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
             if line.strip():
-                answer(cfg, line.replace("\\n", "\n"), number, text, model, tokenizer, compute)
+                prompt = line.replace("\\n", "\n")
+                asked = (*said, {"role": "user", "content": prompt}) if cfg.chat else prompt
+                written = answer(cfg, asked, number, text, model, tokenizer, compute)
+                said = (*asked, {"role": "assistant", "content": written}) if cfg.chat else ()
                 number += 1
         except EOFError:
             return
@@ -184,9 +200,12 @@ def converse(cfg: Config, model, tokenizer, compute) -> None:
             fail(error)
 
 
-def answer(cfg: Config, prompt: str, number: int, text: Text, model, tokenizer, compute) -> None:
-    """Print the completion of one prompt while it is drawn."""
-    tokens = [tokenizer.encode(prompt)]
+def answer(cfg: Config, prompt: str | tuple, number: int, text: Text, model, tokenizer, compute) -> str:
+    """Print the completion of one prompt while it is drawn, and return it."""
+    tokens = encode([prompt], tokenizer, ["standard input"])
+    while cfg.chat and len(prompt) > 1 and len(tokens[0]) + cfg.max_new_tokens > model.config.block_size + 1:
+        prompt = prompt[2:]  # the oldest question and its answer
+        tokens = encode([prompt], tokenizer, ["standard input"])
     if fit(tokens, model, tokenizer, cfg.max_new_tokens):
         print(f"the prompt lost its start: it has room for {len(tokens[0])} tokens", file=sys.stderr)
     printed = 0
@@ -201,6 +220,7 @@ def answer(cfg: Config, prompt: str, number: int, text: Text, model, tokenizer, 
     for _, _, ids in completions(cfg, {number: tokens[0]}, 1, show, model, tokenizer, compute):
         print(text.final(ids)[printed:], flush=True)
         printed = 0
+    return text.final(ids)
 
 
 def main() -> None:
@@ -209,19 +229,18 @@ def main() -> None:
     if not cfg.prompts and compute.world > 1:
         raise UserError("key prompts: several processes cannot share a terminal: give --prompts and --out, or start one")
     print(compute, file=sys.stdout if cfg.prompts else sys.stderr)
-    records = []
-    if cfg.prompts:
-        found = compute.once(lambda: list(jsonl.read(cfg.prompts, cfg.limit)))
-        for where, record in found:
-            jsonl.get(record, "prompt", str, where)
-            records.append(record)
-    tokenizer = choose(cfg.tokenizer, cfg.model)
+    found = compute.once(lambda: list(jsonl.read(cfg.prompts, cfg.limit))) if cfg.prompts else []
+    records, prompts = [r for _, r in found], {where: messages.prompt_of(record, where) for where, record in found}
+    tokenizer = build_tokenizer(cfg, cfg.model, compute)
     model = build_model(ModelKeys(init_from=cfg.model), tokenizer, compute)
+    if cfg.chat or not all(isinstance(prompt, str) for prompt in prompts.values()):
+        tokenizer.need_chat("key chat" if cfg.chat else f"key prompts: {cfg.prompts}")
+        tokenizer.stops = tokenizer.turn_stops()
     if compute.device.type == "cpu" and compute.dtype == torch.float32:
         lay_out(model, min(cfg.batch_size, cfg.n * len(records)) if cfg.prompts else 1)
     try:
         if cfg.prompts:
-            sample_file(cfg, records, model, tokenizer, compute)
+            sample_file(cfg, records, prompts, model, tokenizer, compute)
         else:
             converse(cfg, model, tokenizer, compute)
     except FloatingPointError as error:

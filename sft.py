@@ -14,9 +14,8 @@ from base.errors import run
 from data.batch import collate
 from data.encode import Encoded, data_hash
 from data.plan import describe
-from data.tokenizer import choose
 from runtime import config, distributed, optim
-from runtime.build import batch_plan, build_model, load_data
+from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.keys import TrainKeys
 from runtime.log import Timer
 from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
@@ -41,14 +40,14 @@ def main() -> int | None:
     print(compute)
 
     # model, text -> tokens, which examples each step takes
-    tokenizer = choose(cfg.tokenizer, cfg.init_from)
+    tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     model = build_model(cfg, tokenizer, compute)
     train, val, _ = load_data(cfg, "sft", tokenizer, model, compute)
     plan = batch_plan(cfg, train, compute)
     print(describe(plan, train))
 
     # optimizer, run folder
-    steps = cfg.max_steps or math.ceil(cfg.epochs * plan.steps_per_epoch)
+    steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
     this_run = Run(cfg, steps, compute, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")
     start = this_run.begin(model, optimizer)

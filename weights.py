@@ -8,12 +8,14 @@ import difflib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,22 @@ from torch.overrides import TorchFunctionMode
 
 from base.download import hub_endpoint, hub_find
 from base.errors import UserError
-from base.files import read_json, sync, write_json
+from base.files import expand, held, private, read_json, sync, write_json
 from logprobs import LanguageModel
 
+MOST_LAYERS, MOST = 1_000, 2**24  # of a model; and of any other size of one (width, positions, tokens)
 # model_type in config.json -> the file with its Config and Model, see logprobs.LanguageModel
 FAMILIES = {"gpt2": "model", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What a model's folder may hold of its tokenizer. tokenizer.json is the last to be downloaded: where it is, all others are.
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer.json"),
+)
+# all that is written into a folder of a model or an adapter
+FILES = {CONFIG, "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES}
 Find = Callable[[Sequence[str]], Path | None]  # file names -> the first of them that is there
 
 
@@ -63,7 +73,7 @@ class Source:
 
     def origin(self) -> Origin:
         """Known when all weights have been read."""
-        folder = Path(self.base).expanduser()
+        folder = expand(self.base)
         base = self.base if self.base == "scratch" or on_hub(self.base) else str(folder.resolve())
         found = combine(self.digests)
         return Origin(base, found, self.adapter.fingerprint(self.digests) if self.adapter else found)
@@ -84,8 +94,8 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
     a name on the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or owner/name), or a folder in Hugging Face's layout: config.json
     with model.safetensors, in one file or in shards. A folder that has the name of one of these GPT-2s is written ./gpt2.
 
-    Raises UserError for what is missing, damaged, or no model that is computed here (in part only while the weights are read),
-    and for sizes that are given (not 0) and are not those of the weights.
+    Raises UserError for what is missing, damaged, or no model that is computed here (a tied head that differs from the
+    embedding only while the weights are read), and for sizes that are given (not 0) and are not those of the weights.
     """
     name = str(init_from)
     if name == "scratch":
@@ -93,7 +103,7 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
             if size <= 0:
                 raise UserError(f"init_from is scratch, but {key} is {size}: set it to a positive number")
         try:
-            config = family("gpt2").Config(**sizes, vocab_size=vocab_size, dropout=dropout)
+            config = bounded(family("gpt2").Config(**sizes, vocab_size=vocab_size, dropout=dropout))
         except ValueError as error:
             raise UserError(f"init_from is scratch, but {error}: change one") from None
         return _opened(config, empty(config).initial_weights(seed), name)
@@ -106,7 +116,7 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
     for key, size in sizes.items():
         if size and size != getattr(config, key):
             raise UserError(f"{key} is {size}, but {path} has {getattr(config, key)}: leave it out or use scratch")
-    return _opened(config, _ours(_tensors(find, name), empty(config)), name)
+    return _opened(config, _ours(_headers(find, name), empty(config)), name)
 
 
 def _opened(config, tensors: Iterator[tuple[str, Tensor]], base: str) -> Source:
@@ -157,7 +167,7 @@ def _hub(name: str) -> Find:
 
 
 def _folder(name: str) -> Find:
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if name.startswith("openai:"):
         size = name.removeprefix("openai:")
         made = f"python -m tools.convert_openai --size {size} --out FOLDER"
@@ -181,21 +191,29 @@ def read_config(path: Path, dropout: float = 0.0):
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in FAMILIES:
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}, known here: {', '.join(FAMILIES)}")
     try:
-        return family(raw["model_type"]).Config.from_hf(raw, dropout)
-    except ValueError as error:
+        return bounded(family(raw["model_type"]).Config.from_hf(raw, dropout))
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _ours(tensors: Iterator[tuple[Path, str, Tensor]], model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter of `model`, out of the (file, transformers' name, tensor) of its weights."""
+def bounded(config):
+    """A family's config. ValueError for a size that no model has: to lay such a one out would not end, or not fit a number."""
+    for name, size in {**vars(config), "n_head * head_dim": config.n_head * config.head_dim}.items():
+        most = MOST_LAYERS if name == "n_layer" else MOST
+        if isinstance(size, int) and size > most:
+            raise ValueError(f"{name} is above {most:,}: no model is so large")
+    return config
+
+
+def _ours(headers: list[tuple[Path, str, tuple, str]], model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of `model`, read one at a time, out of weights with these `_headers`. They are checked
+    first: nothing is allocated for a model that they are not the weights of."""
     prefix, embedding = model.PREFIX, next(n for n, p in model.named_parameters() if p is model.embedding.weight)
     head = model.hf_name("head.weight")
     ours = {model.hf_name(name).removeprefix(prefix): name for name, _ in model.named_parameters()}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    seen: set[str] = set()
-    tied: dict[str, Tensor] = {}  # the embedding, and the output projection where the file has it too
-    path = None
-    for path, theirs, tensor in tensors:
+    wanted = []  # (file, transformers' name, our name, whether it is a copy: a tied output projection)
+    for path, theirs, found, dtype in headers:
         short = theirs.removeprefix(prefix)
         if re.fullmatch(model.IGNORED, short):
             continue
@@ -204,27 +222,37 @@ def _ours(tensors: Iterator[tuple[Path, str, Tensor]], model: LanguageModel) -> 
         if name is None:
             raise UserError(f"{path}: tensor {theirs} is none of a {len(model.blocks)}-layer {model.config.model_type}'s")
         shape = shapes[name][::-1] if model.transposed(name) else shapes[name]
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensor.shape)}, not {shape} as {CONFIG} says")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{path}: tensor {theirs} is {tensor.dtype}, not float32, float16 or bfloat16")
-        # A copy of our own in any case: what the file gives may be a view of the file.
-        value = torch.empty(shapes[name]).copy_(tensor.t() if model.transposed(name) else tensor)
-        if name == embedding:
-            tied[short] = value
-        if not copy:
-            seen.add(name)
-            yield name, value
-    if missing := [model.hf_name(name) for name in shapes if name not in seen]:
+        if found != shape:
+            raise UserError(f"{path}: tensor {theirs} has shape {found}, not {shape} as {CONFIG} says")
+        if dtype not in ("F32", "F16", "BF16"):
+            raise UserError(f"{path}: tensor {theirs} is {dtype}, not F32, F16 or BF16")
+        wanted.append((path, theirs, name, copy))
+    there = {name for _, _, name, copy in wanted if not copy}
+    if missing := [model.hf_name(name) for name in shapes if name not in there]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = f"set tie_word_embeddings to true in {CONFIG}" if missing == [head] else "copy the weights again"
-        raise UserError(f"{path}: tensor {missing[0]}{more} missing: {hint}")
-    if len(tied) == 2 and not torch.equal(*tied.values()):
-        raise UserError(f"{path}: {head} differs from the embedding, though {CONFIG} says that the two are tied")
+        raise UserError(f"{headers[-1][0]}: tensor {missing[0]}{more} missing: {hint}")
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        tied: dict[bool, Tensor] = {}  # the embedding, and the output projection where the file has it too
+        for path, group in itertools.groupby(wanted, itemgetter(0)):
+            with _opened_file(path) as file:
+                for _, theirs, name, copy in group:
+                    tensor = file.get_tensor(theirs)
+                    # A copy of our own in any case: what the file gives may be a view of the file.
+                    value = torch.empty(shapes[name]).copy_(tensor.t() if model.transposed(name) else tensor)
+                    if name == embedding:
+                        tied[copy] = value
+                    if not copy:
+                        yield name, value
+        if len(tied) == 2 and not torch.equal(*tied.values()):
+            raise UserError(f"{path}: {head} differs from the embedding, though {CONFIG} says that the two are tied")
+
+    return read()
 
 
-def _tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) of every tensor in the weights, one at a time."""
+def _headers(find: Find, name: str) -> list[tuple[Path, str, tuple, str]]:
+    """(file, name, shape, dtype) of every tensor in the weights."""
     path = find(WEIGHTS)
     if path is None:
         hint = "pytorch_model.bin is a pickle and not read: save it anew with transformers' save_pretrained"
@@ -241,14 +269,25 @@ def _tensors(find: Find, name: str) -> Iterator[tuple[Path, str, Tensor]]:
             files.append(find([file]))
             if files[-1] is None:
                 raise UserError(f"{path.parent / file} is missing, {path.name} lists it; copy it there")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                    yield file, key, tensors.get_tensor(key)
-        except SafetensorError as error:
-            size = file.stat().st_size
-            raise UserError(f"{file} ({size:,} bytes) is damaged or incomplete: delete it and get it again") from error
+    found = []
+    for path in files:
+        with _opened_file(path) as file:
+            slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 (it is no mapping)
+            found += [(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices]
+    if not found:
+        raise UserError(f"{path}: no tensors in it: copy it again")
+    return found
+
+
+@contextlib.contextmanager
+def _opened_file(path: Path):
+    """A safetensors file, open for reading. UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise UserError(f"{path} ({size:,} bytes) is damaged or incomplete: delete it and get it again") from error
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
@@ -278,7 +317,7 @@ def save_tensors(config, tensors: Iterator[tuple[str, Tensor]], tokenizer, folde
         theirs = ((model.hf_name(name), p.t() if model.transposed(name) else p) for name, p in tensors)
         with open(new / "model.safetensors", "wb") as file:
             write_safetensors(file, shapes, theirs, {"format": "pt"})
-        ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
         common = {"model_type": config.model_type, "vocab_size": config.vocab_size, "torch_dtype": "float32", "use_cache": True}
         write_json(new / CONFIG, config.to_hf() | common | ids)
         write_json(new / "generation_config.json", ids | {"pad_token_id": tokenizer.eot})
@@ -287,37 +326,45 @@ def save_tensors(config, tensors: Iterator[tuple[str, Tensor]], tokenizer, folde
     write_folder(folder, CONFIG, "a model", write)
 
 
+def strangers(folder: Path, mark: str) -> str:
+    """The name of something in a folder that `write_folder` did not write: with it comes the file `mark`. "" if all is ours."""
+    names = {*os.listdir(folder)} if folder.exists() else set()
+    return min(names - FILES if mark in names else names, default="")
+
+
 def write_folder(folder: Path | str, mark: str, kind: str, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `folder`, then rename it into place; what is there is kept until then.
 
-    Raises UserError where `folder` holds something other than `kind` (it must be empty or have the file `mark`), and OSError
-    where the disk is full: then what was there stays.
+    Raises UserError where `folder` holds something other than `kind` (see `strangers`), and OSError where the disk is full:
+    then what was there stays.
     """
     folder = Path(os.path.realpath(folder))
-    new, old = (folder.with_name(folder.name + end) for end in (".saving", ".old"))
-    if folder.exists() and not (folder / mark).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError(f"{folder} is there and not {kind}'s folder: move it away, or write to another place")
-    if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
-        os.rename(old, folder)
-    for leftover in (new, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    try:
-        new.mkdir(parents=True)
-        write(new)
-        for path in (*new.iterdir(), new):
-            sync(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(new)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not tell which file it was
-            error.filename = str(folder)
-        raise
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if strange := strangers(folder, mark):
+        raise UserError(f"{folder} is there and not {kind}'s folder: move it away ({strange}), or write to another place")
+    new, old = private(folder, "new"), private(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
+            os.rename(old, folder)
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        try:
+            new.mkdir()
+            write(new)
+            for path in (*new.iterdir(), new):
+                sync(path)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(new)
+            if isinstance(error, OSError) and error.filename is None:  # a write does not tell which file it was
+                error.filename = str(folder)
+            raise
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_safetensors(file, shapes: dict[str, tuple], tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str]) -> None:

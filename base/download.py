@@ -18,13 +18,13 @@ import requests
 
 from base.errors import UserError
 from base.files import claim
-from base.http import Bearer, explain, reached, retry_after
+from base.http import explain, reached, retry_after, send, within
 from base.progress import Progress
 
 TRIES = 5  # requests in a row that bring nothing new
 DELAY = 1.0  # seconds before the second try, doubled for each further one
 LONGEST = 60.0  # seconds: the most that is waited because a server asks for it
-TIMEOUT = (15, 60)  # seconds to connect, seconds without a byte
+TIMEOUT = (15, 60)  # seconds to connect, seconds to wait for an answer or a chunk
 CHUNK = 64 * 1024  # bytes; small, because a cut connection loses the chunk that was being filled
 
 
@@ -68,6 +68,17 @@ def hub_find(repo: str, names: Sequence[str]) -> Path | None:
                 if path := find(repo, name):
                     return path
     return None
+
+
+def hub_files(repo: str, names: Sequence[str]) -> dict[str, Path]:
+    """Those of `names` that a repository has, as local files. Where the last one is in a cache, all were asked for then, and no
+    request is made. Errors as for `hub_file`."""
+    complete, found = _cached(repo, names[-1]) is not None, {}
+    for name in names:
+        with contextlib.suppress(NotFound):
+            if path := _cached(repo, name) if complete else hub_file(repo, name):
+                found[name] = path
+    return found
 
 
 def fetch(url: str, dest: Path | str, *, sha256: str | None = None) -> Path:
@@ -141,11 +152,11 @@ def _download(url: str, dest: Path, partial: Path) -> tuple[int | None, str | No
     failed, best, answered = 0, 0, False
     while True:
         try:
-            with _request(url, partial) as response:
-                answered = True
-                size, digest = _statement(response)
-                _receive(response, partial, dest.name, size)
-                return size, digest
+            response = _request(url, partial)
+            answered = True
+            size, digest = _statement(response)
+            _receive(response, partial, dest.name, size)
+            return size, digest
         except requests.RequestException as error:
             have = partial.stat().st_size if partial.exists() else 0
             failed = failed + 1 if have <= best else 1
@@ -165,19 +176,18 @@ def _request(url: str, partial: Path) -> requests.Response:
 
     Raises NotFound, UserError, and requests' exceptions for what may be mended by another try.
     """
-    headers = {"Accept-Encoding": "identity", "User-Agent": "nanopref"}  # identity: bytes are counted as stored
+    headers = {}
     etag = _etag_file(partial).read_text() if _etag_file(partial).exists() else ""
     have = partial.stat().st_size - 1 if etag and partial.exists() else 0
     if have > 0:
         os.truncate(partial, have)  # one byte less, so that a partial file that is whole asks for a range that exists
-        headers |= {"Range": f"bytes={have}-", "If-Range": etag}
+        headers = {"Range": f"bytes={have}-", "If-Range": etag}
     token = os.environ.get("HF_TOKEN", "").strip() if _on_hub(url) else ""
-    response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT, auth=Bearer(token))
+    response = within(sum(TIMEOUT), lambda: send("GET", url, token, headers, timeout=TIMEOUT))
     status = response.status_code
     if status == 200:
         etag = response.headers.get("ETag", "")
-        # A weak ETag (W/"…") does not identify bytes, and ranges of an encoded content are not ranges of what we store.
-        _restart(partial, etag if etag.startswith('"') and "Content-Encoding" not in response.headers else "")
+        _restart(partial, etag if etag.startswith('"') else "")  # a weak ETag (W/"…") does not identify bytes
         return response
     ours = re.match(rf"bytes {have}-\d+/", response.headers.get("Content-Range", ""))
     if status == 206 and ours and response.headers.get("ETag", etag) == etag:
@@ -203,7 +213,7 @@ def _statement(response: requests.Response) -> tuple[int | None, str | None]:
     ETag of the store behind it means nothing to us.
     """
     total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
-    size = int(total) if total.isdigit() and "Content-Encoding" not in response.headers else None
+    size = int(total) if total.isdigit() else None
     answers = [answer for answer in (*response.history, response) if _on_hub(answer.url)]
     tags = [answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "") for answer in answers]
     tag = tags[-1].removeprefix("W/").strip('"').lower() if tags else ""
@@ -213,8 +223,9 @@ def _statement(response: requests.Response) -> tuple[int | None, str | None]:
 def _receive(response: requests.Response, partial: Path, name: str, size: int | None) -> None:
     """Append the response's body to the partial file."""
     progress = Progress(name, size and size / 1e6, "MB", done=partial.stat().st_size / 1e6)
+    chunks = response.iter_content(CHUNK)
     with open(partial, "ab") as file, contextlib.closing(progress):
-        for chunk in response.iter_content(CHUNK):
+        while chunk := within(TIMEOUT[1], lambda: next(chunks, b"")):
             progress.add(file.write(chunk) / 1e6)
         file.flush()
         os.fsync(file.fileno())

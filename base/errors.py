@@ -6,9 +6,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT}
+PATHS |= {errno.ELOOP}
 
 
 class UserError(Exception):
@@ -60,10 +62,14 @@ def _status_of(main: Callable[[], int | None]) -> int:
         if error.errno in PATHS and error.filename:
             return fail(f"{error.filename}: {error.strerror}: name another path or change its permissions")
         raise
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said:
+            return fail(
+                UserError(f"out of memory ({said}): lower micro_tokens or batch_size, or take a smaller model", here=True)
+            )
         if not lost_another(error):
             raise
-        said = str(error).splitlines()[0]
         print(f"rank {os.environ['RANK']}: another process of this job has ended ({said!r})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,12 +1,16 @@
 """Files: written whole or not at all, checked before the work begins, read with one plain sentence for what is wrong."""
 
+import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
+import tomllib
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,21 +18,33 @@ from torch import Tensor
 from base.errors import UserError
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
+def private(path: str | Path, end: str) -> Path:
+    """A name beside `path` for what is not finished: one that no user has given to a file."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.nanopref-{end}")
+
+
+def write_whole(path: str | Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader sees the old content or all of the new one, also if the process or machine dies.
 
-    The content goes to a temporary file beside it, which is synced and renamed. Its name is unique: of two processes that
-    write to one path, the last rename wins whole. Makes the folder where needed. Raises OSError, with nothing left behind.
+    The content (it may come in pieces) goes to a temporary file beside it, which is synced and renamed. Its name is unique: of
+    two processes that write to one path, the last rename wins whole. What killed processes left there is deleted. Makes the
+    folder where needed. Raises OSError, with nothing left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    for stale in path.parent.glob(glob.escape(str(private(path.name, ""))) + "?" * 16):
+        with contextlib.suppress(OSError), open(stale, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError where a process is still writing it
+            stale.unlink()
+    temporary = private(path, uuid.uuid4().hex[:16])
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with claim(temporary, wait=True) as file:
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -40,16 +56,33 @@ def claim(path: str | Path, wait: bool = False) -> IO | None:
 
     A file system without locks cannot say who holds it: there the claim is taken on trust.
     """
-    lock = open(path, "a")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return lock
+    while True:
+        lock = open(path, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        lock.close()  # its last holder has deleted it since it was opened
+
+
+@contextlib.contextmanager
+def held(path: str | Path, busy: str = "") -> Iterator[None]:
+    """Be the only process that writes `path` until the block ends. Where another one does, wait, or raise UserError(busy)."""
+    lock = claim(private(path, "lock"), wait=not busy)
+    if lock is None:
+        raise UserError(busy)
+    with lock:
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def check_file(key: str, path: str) -> None:
@@ -61,6 +94,18 @@ def check_file(key: str, path: str) -> None:
         raise UserError(f"key {key}: {path} cannot be written: {parent} is no folder that you may write to")
 
 
+def lies_in(path: str | Path, place: str | Path) -> bool:
+    """Whether `path` is `place`, or lies in it: by other spellings, links and hard links, too."""
+    path, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))
+    there = os.path.exists(place)  # Path.exists raises OSError for a text that is too long for a path
+    return any(p == place or (there and os.path.exists(p) and p.samefile(place)) for p in (path, *path.parents))
+
+
+def expand(path: str | Path) -> Path:
+    """A path that may begin with ~; one of a user who is not there stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -70,13 +115,44 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. ValueError for what is none, is nested too deeply, or has a whole number that no float holds."""
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def parse_toml(text: str) -> dict:
+    """What a TOML text says. ValueError for what is none, or is nested too deeply."""
+    if any(line.count(".") > 1000 for line in text.splitlines()):  # tomllib takes the square of a dotted key's length
+        raise ValueError("a key of more than 1,000 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's content. OSError if it cannot be read, UserError for what is no file: to read a pipe would never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: copy it again")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file; UserError if it does not hold one."""
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_plain(path).decode())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object: copy it again")

@@ -1,7 +1,13 @@
-"""What every request to a web server needs: a token that stays with it, plain words for a failure, Retry-After."""
+"""What every request to a web server needs: a token that stays with it, limits, plain words for a failure, Retry-After."""
 
 import email.utils
+import re
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import MaxRetryError
@@ -13,22 +19,51 @@ REASONS = {  # the name of the exception -> what it means for the user; by name,
     "ReadTimeout": "no answer in time",
     "SSLError": "no trusted TLS connection",
     "ProxyError": "no way through the proxy (HTTPS_PROXY)",
+    "ContentDecodingError": "an answer in an encoding that was not asked for",
 }
 
 
-class Bearer(requests.auth.AuthBase):
-    """Sends `Authorization: Bearer TOKEN`, or nothing if the token is empty.
+def is_local(url: str) -> bool:
+    """Whether an address is this machine's own: what is sent there meets no network."""
+    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", urlsplit(url).hostname or "") is not None
 
-    requests lets an entry of ~/.netrc replace a plain Authorization header. It does not replace an auth object.
+
+def send(method: str, url: str, token: str, headers: dict | None = None, **how) -> requests.Response:
+    """Send a request; returns when the head of the answer is there. how: more arguments of requests.request.
+
+    Sends `Authorization: Bearer TOKEN`, or nothing if the token is empty; never to another host that it is redirected to.
+    Nothing for this machine goes through a proxy. An answer may not be compressed: a small one could fill the memory. Raises
+    requests.RequestException.
     """
+    headers = {"Accept-Encoding": "identity", "User-Agent": "nanopref", **(headers or {})}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    how |= {"proxies": {urlsplit(url).scheme: ""}} if is_local(url) else {}
+    how["auth"] = lambda request: request  # without any, requests would let an entry of ~/.netrc replace the token
+    response = requests.request(method, url, headers=headers, stream=True, **how)
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise requests.exceptions.ContentDecodingError
+    return response
 
-    def __init__(self, token: str):
-        self.token = token
 
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.token:
-            request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises. Raises requests.ReadTimeout where that takes longer.
+
+    The time limit of requests is one between two bytes. A server that sends a byte now and then would hold us for ever. `call`
+    is then left to a thread that ends with its connection, or with the process.
+    """
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        raise requests.ReadTimeout from None
 
 
 def reached(error: requests.RequestException) -> bool:

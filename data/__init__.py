@@ -1,4 +1,4 @@
-"""Text in, examples out: `load` takes a recipe's name or a file and gives a list of `Example` (data/examples.py).
+"""Text in, examples out: `load` takes a recipe, a file or a data set of the hub and gives `Example`s (data/examples.py).
 
 A recipe is one file in this folder and one line in `RECIPES`. The file has
 
@@ -17,10 +17,13 @@ from functools import partial
 from pathlib import Path
 
 from base.errors import UserError
-from data import alpaca, hellaswag, hh, human_labels, math_problems, own, reviews, toy
+from data import alpaca, hellaswag, hh, hub, human_labels, math_problems, own, reviews, toy
 from data.examples import VIEWS, Example, local, move_space, only_text_views, question, report, split_of
+from data.tables import ENDINGS
 
 __all__ = ["RECIPES", "VIEWS", "Example", "load", "local", "move_space", "only_text_views", "question", "report", "split_of"]
+
+SPLITS = ("train", "val", "test")  # of a recipe; a data set of the hub has its own
 
 RECIPES = {
     "toy": toy.load,
@@ -33,17 +36,35 @@ RECIPES = {
 }
 
 
-def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0) -> list[Example]:
-    """Examples of a recipe's split, or of a file (which is its own only split), in the form of a view.
-
-    data_dir: a folder that holds a recipe's files under their published names, plain or .gz; "" = download them. limit:
-    above 0, only the first so many problems. Raises UserError, naming file and line, for whatever is wrong with the data.
-    """
-    assert view in VIEWS, view
-    if source in RECIPES:
-        return RECIPES[source](split, view, data_dir=data_dir, limit=limit)
-    if not source.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) and not Path(source).exists():
+def files(source: str, split: str) -> list[Path]:
+    """The files behind data that are no recipe: `source` itself, or those of a data set on the hub, downloaded."""
+    if source.startswith(hub.PREFIX):
+        return hub.files(source, split)
+    if not source.endswith(ENDINGS) and not Path(source).exists():
         known, near = ", ".join(sorted(RECIPES)), difflib.get_close_matches(source, RECIPES, n=1)
         hint = f": did you mean {near[0]}?" if near else ""
-        raise UserError(f"data {source!r} is neither a recipe ({known}) nor a .jsonl or .jsonl.gz file{hint}")
-    return own.load(source, view, limit)
+        raise UserError(
+            f"data {source!r} is neither a recipe ({known}) nor a file ({', '.join(ENDINGS)}) nor hub:owner/name{hint}"
+        )
+    if split not in SPLITS:
+        raise UserError(f"key split: {split!r}: the file {source} has no splits: leave it out")
+    return [Path(source)]
+
+
+def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, columns: str = "") -> list[Example]:
+    """Examples of a recipe's split, of a file (which is its own only split), or of a data set on the hub, in the form of a
+    view.
+
+    data_dir: a folder that holds a recipe's files under their published names, plain or .gz; "" = download them. limit:
+    above 0, only the first so many problems. columns: for what is no recipe, see `tables.read`. Raises UserError, naming file
+    and line, for whatever is wrong with the data.
+    """
+    assert view in VIEWS, view
+    if source not in RECIPES:
+        return list(own.load(files(source, split), view, limit, columns))
+    if split not in SPLITS or columns:
+        name = "columns" if columns else "split"
+        raise UserError(
+            f"key {name}: {columns or split!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns"
+        )
+    return RECIPES[source](split, view, data_dir=data_dir, limit=limit)

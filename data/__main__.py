@@ -18,9 +18,10 @@ from runtime.config import REQUIRED, key
 class Config:
     """Write a recipe's examples to a JSONL file."""
 
-    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …) or a file")
+    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
-    split: str = key("test", "the recipe's split", ["train", "val", "test"])
+    split: str = key("test", "the split of a recipe (train, val, test) or of the hub's data set")
     view: str = key(
         "prompts", "prompts: prompt and chosen, which sample.py and the judge read; else as in training", ["prompts", *VIEWS]
     )
@@ -32,6 +33,8 @@ def as_record(example: Example, view: str) -> dict:
     """An example of texts as a line in the view's format."""
     if view in ("mcq", "loglik"):
         return {"prompt": example.prompt, "choices": example.completions, "label": example.label}
+    if example.is_chat and not example.prompt:
+        return {"messages": example.completions[0]}
     names = {"prompts": ("chosen",), "sft": ("completion",), "preference": ("chosen", "rejected")}[view]
     return {"prompt": example.prompt, **dict(zip(names, example.completions, strict=True))}
 
@@ -39,7 +42,7 @@ def as_record(example: Example, view: str) -> dict:
 def to_text(examples: list[Example]) -> list[Example]:
     """Examples as text. Token ids are decoded, without <|endoftext|>; prints how many of them a tokenizer would not read back
     as the same ids."""
-    if all(isinstance(example.prompt, str) for example in examples):
+    if all(isinstance(example.prompt, str) or example.is_chat for example in examples):
         return examples
     tokenizer, made, changed = get("gpt2"), [], 0
     for e in examples:
@@ -55,7 +58,7 @@ def to_text(examples: list[Example]) -> list[Example]:
 def main() -> None:
     cfg = config.load(Config, prog="-m data")
     view = "sft" if cfg.view == "prompts" else cfg.view
-    examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit))
+    examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit, columns=cfg.columns))
     write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
     print(f"wrote {cfg.out}: {len(examples):,} lines")
 

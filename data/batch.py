@@ -5,6 +5,7 @@
     positions   0  1  2  3  2       each branch goes on from the prompt's end
     predicts       c  d  e  g       `b` predicts the first token of both branches: `c` and `f`
 
+A completion may have tokens that are fed but not predicted (`Encoded.targets`): the user's turns in a conversation.
 A row may hold several such examples, one behind the other; tokens of different examples do not see each other.
 """
 
@@ -67,9 +68,10 @@ def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
                 tokens[r, here], branch[r, here], example[r, here] = fed, b, e
                 positions[r, here] = np.arange(begin, begin + len(fed))
                 if b:
-                    source += [[last], np.arange(r * width + at, r * width + here.stop)]
-                    completion.append(np.full(len(ids), len(target)))
-                    target.append(ids)
+                    wanted = np.ones(len(ids), bool) if item.targets is None else item.targets[b - 1]
+                    source.append(np.append(last, np.arange(r * width + at, r * width + here.stop))[wanted])
+                    completion.append(np.full(wanted.sum(), len(target)))
+                    target.append(ids[wanted])
                 at = here.stop
     n = len(target)
     plain = all(len(row) <= 1 and all(len(item.completions) == 1 for item in row) for row in rows)

@@ -1,24 +1,31 @@
-"""Text -> tokens: `load_encoded` gives a recipe or a file as `Encoded` examples that fit the model's context."""
+"""Text and conversations -> tokens: `load_encoded` gives a recipe or a file as `Encoded` examples that fit the context."""
 
+import collections
 import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from base.errors import UserError
-from data import Example, load
+from data import RECIPES, Example, cache, files, load, own
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A tokenized example: `prompt` (p,) int32 with p >= 1, and k completions (c_j,) int32 with c_j >= 1."""
+    """A tokenized example: `prompt` (p,) int32 with p >= 1, and k completions (c_j,) int32 with c_j >= 1.
+
+    targets: which tokens of each completion are to be predicted, (c_j,) bool; the others are read only. None: all of them.
+    """
 
     prompt: np.ndarray
     completions: list[np.ndarray]
     number: int  # its place in the loaded data: messages and result files name an example by it
     group: int  # examples of one group are alternatives: an epoch may draw only some of them
     label: int | None = None  # the right completion, where the completions are options
+    targets: list[np.ndarray] | None = None
 
     @cached_property
     def row_tokens(self) -> int:
@@ -33,24 +40,52 @@ class Encoded:
     @cached_property
     def completion_tokens(self) -> int:
         """Tokens to predict, over all completions."""
-        return sum(len(c) for c in self.completions)
+        return sum(map(len, self.completions)) if self.targets is None else sum(int(t.sum()) for t in self.targets)
+
+
+GROUPED = 1 << 40  # more than there are examples
+CHUNK = 1000  # examples tokenized at once: a token in a Python list takes ten times the memory
+KEPT = ("number", "group", "label", "row_tokens", "completion_tokens")  # what the cache keeps of an Encoded, beside its tokens
+
+
+def packed(item: Encoded) -> tuple[list[np.ndarray], list[int]]:
+    """An example as a record of data/cache.py; `unpacked` makes it again."""
+    values = (getattr(item, name) for name in KEPT)
+    targets = [wanted.astype(np.int32) for wanted in item.targets or ()]
+    return [item.prompt, *item.completions, *targets], [*(-1 if value is None else value for value in values), len(targets)]
+
+
+def unpacked(parts: list[np.ndarray], numbers: list[int]) -> Encoded:
+    number, group, label, *_, n_targets = numbers
+    k = len(parts) - n_targets
+    targets = [part.astype(bool) for part in parts[k:]] or None
+    return Encoded(parts[0], parts[1:k], number, group, None if label < 0 else label, targets)
+
+
+def column(items: Sequence[Encoded], name: str) -> Sequence[int]:
+    """What one of KEPT is for every item; where they are in the cache, none of them is made for it."""
+    if isinstance(items, cache.Records):
+        return items.numbers[KEPT.index(name)]
+    return [getattr(item, name) for item in items]
 
 
 @dataclass
 class LengthReport:
     """How many examples there were, and what `encode` did to them."""
 
-    examples: int
+    examples: int = 0
     dropped: int = 0
     cut: int = 0
     cut_tokens: int = 0
     identical: int = 0
+    mismatched: int = 0
 
     def __str__(self) -> str:
         parts = {
             f"{self.examples:,} examples": True,
             f"{self.dropped:,} dropped as too long": self.dropped,
             f"{self.cut:,} prompts cut from the left by {self.cut_tokens:,} tokens in all": self.cut,
+            f"{self.mismatched:,} conversations dropped, which do not begin with what asks for their answer": self.mismatched,
             f"{self.identical:,} pairs dropped, chosen and rejected being the same tokens": self.identical,
         }
         return ", ".join(text for text, count in parts.items() if count)
@@ -64,27 +99,97 @@ def to_ids(texts: list[str | tuple[int, ...]], tokenizer) -> list[list[int]]:
     return [next(found) if isinstance(text, str) else list(text) for text in texts]
 
 
+def tokenize(examples: list[Example], tokenizer, end: bool) -> Iterator[tuple | None]:
+    """(prompt ids, completions' ids, targets as in `Encoded`) of each example; None for a conversation to be dropped."""
+    texts = [e for e in examples if not e.is_chat]
+    prompts = iter(to_ids([e.prompt for e in texts], tokenizer))
+    flat = iter(to_ids([c for e in texts for c in e.completions], tokenizer))
+    for e in examples:
+        if e.is_chat:
+            yield tokenize_chat(e, tokenizer)
+            continue
+        prompt, completions = next(prompts), [next(flat) for _ in e.completions]
+        if not all(completions):
+            raise UserError(f"{e.source}: an empty completion: every completion needs at least one token")
+        if end and isinstance(e.completions[0], str):
+            completions = [[*ids, tokenizer.eot] for ids in completions]
+        yield [*tokenizer.start, *prompt] if isinstance(e.prompt, str) else prompt, completions, None
+
+
+def tokenize_chat(example: Example, tokenizer) -> tuple | None:
+    """A conversation as `tokenize` gives it.
+
+    A token with a part of an answer in it belongs to the answer. What ends a turn is always to be predicted, also where the
+    template does not mark it as generated: the first special token in or behind the turn, or, at the end, an end-of-text token.
+    """
+    parts = tokenizer.need_chat(example.source).parts(example)
+    if parts is None:
+        return None
+    found, special = [], tokenizer.special | tokenizer.stops
+    for ids, wanted in (tokenizer.encode_rendered(text, spans) for text, spans in parts):
+        begins = np.flatnonzero(np.diff(wanted, prepend=False) & wanted).tolist()
+        if not begins:
+            raise UserError(f"{example.source}: the chat template of {tokenizer.name} writes no answer: give another")
+        for begin, behind in zip(begins, [*begins[1:], len(ids)], strict=True):
+            end = next((i for i in range(begin, behind) if ids[i] in special), behind)
+            wanted[end : end + 1] = True
+        if end == len(ids):
+            ids, wanted = [*ids, tokenizer.eot], np.append(wanted, True)
+        found.append((ids, wanted))
+    first, last = found[0][0], found[-1][0]  # the two of a pair: what they share may end before the prompt's end
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    begin = min(shared, *(int(wanted.argmax()) for _, wanted in found))
+    targets = None if example.prompt else [wanted[begin:] for _, wanted in found]
+    return first[:begin], [ids[begin:] for ids, _ in found], targets
+
+
+def shorten(prompt: list[int], over: int, tokenizer) -> list[int]:
+    """A prompt without its first `over` tokens; a beginning-of-text token stays."""
+    start = len(tokenizer.start) if prompt[: len(tokenizer.start)] == list(tokenizer.start) else 0
+    return prompt[:start] + prompt[start + over :] if over else prompt
+
+
 def encode(
     examples: list[Example], tokenizer, max_len: int, truncation: str, *, end: bool = True
 ) -> tuple[list[Encoded], LengthReport]:
-    """Tokenize prompts and completions, each on its own, and apply the length policy.
+    """`encoded` as a list, with what it did."""
+    report = LengthReport()
+    return list(encoded(examples, report, tokenizer, max_len, truncation, end)), report
+
+
+def encoded(
+    examples: Iterable[Example], report: LengthReport, tokenizer, max_len: int, truncation: str, end: bool
+) -> Iterator[Encoded]:
+    """Tokenize prompts and completions, each on its own, and apply the length policy; CHUNK examples at a time.
 
     max_len: most tokens of prompt + one completion. truncation: what to do with longer examples, "drop" them or cut the
     prompt's start ("left"). end: put end-of-text behind each completion that is text.
-    An empty prompt becomes one end-of-text token, because the first completion token needs a position that predicts it. A
-    pair whose two completions are the same tokens is dropped.
-    Raises UserError for an empty completion, for a completion that fits with no cut, and when no example is left.
+    Conversations become text by the tokenizer's chat template. An empty prompt becomes one end-of-text token, because the first
+    completion token needs a position that predicts it. A pair whose two completions are the same tokens is dropped.
+    Counts in `report`. Raises UserError for an empty completion, for a completion that fits with no cut, and when no example is
+    left.
     """
-    prompts = to_ids([e.prompt for e in examples], tokenizer)
-    flat = iter(to_ids([c for e in examples for c in e.completions], tokenizer))
-    kept, report, eot = [], LengthReport(len(examples)), [tokenizer.eot]
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        completions = [next(flat) for _ in example.completions]
-        if not all(completions):
-            raise UserError(f"{example.source}: an empty completion: every completion needs at least one token")
-        if end and isinstance(example.completions[0], str):
-            completions = [ids + eot for ids in completions]
-        prompt, longest = prompt or eot, max(map(len, completions))
+    examples, first, kept = iter(examples), None, 0
+    while chunk := list(itertools.islice(examples, CHUNK)):
+        items = _encoded(chunk, report, tokenizer, max_len, truncation, end)
+        first = first or chunk[0].source
+        kept += len(items)
+        yield from items
+    if not kept:
+        raise UserError(
+            f"no example is left of {report.examples}: {report}; max_len is {max_len}, the first is at {first}: "
+            "raise max_len (up to the model's context) or set truncation left"
+        )
+
+
+def _encoded(examples: list[Example], report: LengthReport, tokenizer, max_len, truncation, end) -> list[Encoded]:
+    kept = []
+    for number, (example, ids) in enumerate(zip(examples, tokenize(examples, tokenizer, end), strict=True), report.examples):
+        if ids is None:
+            report.mismatched += 1
+            continue
+        prompt, completions, targets = ids
+        prompt, longest = prompt or [tokenizer.eot], max(map(len, completions))
         over = max(0, len(prompt) + longest - max_len)
         if example.label is None and len(completions) == 2 and completions[0] == completions[1]:
             report.identical += 1
@@ -99,38 +204,69 @@ def encode(
             )
         report.cut += over > 0
         report.cut_tokens += over
-        arrays = [np.array(ids, dtype=np.int32) for ids in (prompt[over:], *completions)]
-        group = number if example.group is None else example.group
-        kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label))
-    if not kept:
-        raise UserError(
-            f"no example is left of {len(examples)}: {report}; max_len is {max_len}, the first is at {examples[0].source}: "
-            "raise max_len (up to the model's context) or set truncation left"
-        )
-    return kept, report
+        arrays = [np.array(ids, dtype=np.int32) for ids in (shorten(prompt, over, tokenizer), *completions)]
+        # an example without a group is one of its own: its number is no other's
+        group = number if example.group is None else GROUPED + example.group
+        kept.append(Encoded(arrays[0], arrays[1:], number, group, example.label, targets))
+    report.examples += len(examples)
+    return kept
 
 
 def load_encoded(
-    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", limit=0, end=True
-) -> list[Encoded]:
-    """`data.load`, then `encode`; prints how many examples and tokens there are, and what was dropped or cut."""
-    examples = load(source, split, view, data_dir=data_dir, limit=limit)
-    items, report = encode(examples, tokenizer, max_len, truncation, end=end)
-    fed, predicted = sum(i.row_tokens for i in items), sum(i.completion_tokens for i in items)
-    print(f"{split} data {source}: {report}; {fed:,} tokens in rows, {predicted:,} of them to predict", flush=True)
+    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", columns="", limit=0, end=True
+) -> Sequence[Encoded]:
+    """`data.load`, then `encode`; prints how many examples and tokens there are, what was dropped or cut, and the first one.
+
+    A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
+    disk, and what is returned then holds none of them in memory.
+    """
+    report, digest = LengthReport(), hashlib.sha256()
+    how = {"max_len": max_len, "truncation": truncation, "end": end}
+    paths = [] if source in RECIPES else files(source, split)
+    if 0 < limit < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
+        examples = load(source, split, view, data_dir=data_dir, limit=limit, columns=columns)
+        items: Sequence[Encoded] = list(encoded(examples, report, tokenizer, **how))
+    else:
+        # all that decides the tokens, beside the files and the code of this folder
+        chat = tokenizer.chat and tokenizer.chat.decisive()
+        decisive = {"tokenizer": tokenizer.fingerprint(), "view": view, "columns": columns, "limit": limit, "chat": chat, **how}
+        items = cache.kept(
+            cache.name(paths, decisive),
+            lambda: map(packed, hashed(encoded(own.load(paths, view, limit, columns), report, tokenizer, **how), digest)),
+            lambda: {"report": str(report), "sha256": digest.hexdigest()},
+            unpacked,
+        )
+    said = report if report.examples else f"{items.about['report']} (tokens of an earlier start)"
+    fed, predicted = (int(np.sum(column(items, name))) for name in ("row_tokens", "completion_tokens"))
+    print(f"{split} data {source}: {said}; {fed:,} tokens in rows, {predicted:,} of them to predict")
+    names = ("chosen", "rejected") if view == "preference" else itertools.repeat("completion")
+    texts = [("prompt", items[0].prompt), *zip(names, items[0].completions, strict=False)]
+    print("the first:", ", ".join(f"{name} {tokenizer.decode(ids.tolist())!r:.100}" for name, ids in texts), flush=True)
     return items
 
 
-def data_hash(items: list[Encoded]) -> str:
+def hashed(items: Iterable[Encoded], digest) -> Iterator[Encoded]:
+    """The items again, each added to the digest as it passes."""
+    first = None
+    for item in items:
+        first = item.group if first is None else first
+        for ids in (item.prompt, *item.completions):
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(ids.tobytes())
+        for wanted in item.targets or ():
+            digest.update(wanted.tobytes())
+        digest.update(len(item.completions).to_bytes(4, "little"))
+        digest.update((item.group - first).to_bytes(8, "little", signed=True))
+        yield item
+
+
+def data_hash(items: Sequence[Encoded]) -> str:
     """SHA-256 of the tokenized data in order: two runs with the same hash see the same tokens, after any cutting.
 
     Reference files and run folders hold this hash, so what goes into it must not change.
     """
+    if isinstance(items, cache.Records):
+        return items.about["sha256"]
     digest = hashlib.sha256()
-    for item in items:
-        for ids in (item.prompt, *item.completions):
-            digest.update(len(ids).to_bytes(4, "little"))
-            digest.update(ids.tobytes())
-        digest.update(len(item.completions).to_bytes(4, "little"))
-        digest.update((item.group - items[0].group).to_bytes(8, "little", signed=True))
+    collections.deque(hashed(items, digest), maxlen=0)
     return digest.hexdigest()

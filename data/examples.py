@@ -15,21 +15,28 @@ from pathlib import Path
 from base.errors import UserError
 
 VIEWS = ("sft", "preference", "mcq", "loglik")
+Messages = tuple[dict, ...]  # a conversation, or a part of one: {"role", "content"} each
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completions, as text or as token ids of GPT-2. Ids are used unchanged: no end-of-text is added.
+    """A prompt and its completions, as text, as token ids of GPT-2, or as messages. Ids are used unchanged: no end-of-text is
+    added. Messages without a prompt are a whole conversation, in which every turn of the assistant is to be learnt.
 
     label: the right option's index, where the completions are options. group: examples of one group are alternatives, of
     which an epoch may draw some. source: where the example stands ("file:line"), for messages.
     """
 
-    prompt: str | tuple[int, ...]
-    completions: tuple[str | tuple[int, ...], ...]
+    prompt: str | tuple[int, ...] | Messages
+    completions: tuple[str | tuple[int, ...] | Messages, ...]
     label: int | None = None
     group: int | None = None
     source: str = ""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is made of messages."""
+        return any(isinstance(part[0], dict) for part in self.completions[:1] if part)
 
 
 @dataclass(frozen=True)

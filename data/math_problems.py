@@ -9,7 +9,6 @@ problems to train on and 500 to test, one a line. `data_dir` may also hold MATH 
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from base.download import cache_dir, fetch
 from base.errors import UserError
+from base.files import read_json
 from data import toy_math
 from data.examples import Example, local
 from data.jsonl import get, read
@@ -35,6 +35,7 @@ SHA256 = {  # of the published files
 HELD_OUT = 500  # nothing published is for validation: we take the last so many problems of `train`
 
 LAST_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?|(?<![\w.])-?\$?\.\d+(?:\\?%)?")
+BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\(?!\\(?:boxed|fbox)).|[{}]", re.S)
 LINE = re.compile(r"^[ \t>*]*(?:A|Answer|Final answer)[*]*:[*]*[ \t]*(\S.*)$", re.M | re.I)
 
 
@@ -53,13 +54,13 @@ def extract(text: str, markers_only: bool = False) -> str | None:
 
 def boxed(text: str) -> str | None:
     """The content of the last `\\boxed{…}` whose braces close, or None. It may hold braces; `\\{` and `\\}` are letters."""
-    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for m in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
-            depth += {"{": 1, "}": -1}.get(m[0], 0)
-            if not depth:
-                return text[start : m.start()].strip()
-    return None
+    last, opened = (0, None), []  # where it starts and what it holds; the starts of all braces that are open, 0 for a bare one
+    for m in BRACES.finditer(text):
+        if m[0] == "}" and opened and (start := opened.pop()) > last[0]:
+            last = start, text[start : m.start()].strip()
+        elif m[0] == "{" or m[1]:
+            opened.append(m.end() if m[1] else 0)
+    return last[1]
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, dict]]:
     if not files:
         raise UserError(f"{folder}: no SUBJECT/NUMBER.json in it, as MATH was released")
     for file in files:
-        try:
-            record = json.loads(file.read_bytes())
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{file}: not a JSON object: extract MATH again")
-        yield str(file), record
+        yield str(file), read_json(file)
 
 
 def load(split: str, view: str, *, part: str, data_dir: str = "", limit: int = 0) -> list[Example]:

@@ -1,19 +1,24 @@
-"""Your own files: one JSON object a line (in a .json file: or one list of them), plain or .gz.
+"""Your own files and those of the hub: JSON lines, a JSON list, CSV (plain or .gz) or parquet; each row has the fields
 
     sft          {"prompt", "completion"}, or a preference file, whose "chosen" is taken
     preference   {"prompt", "chosen", "rejected"}
     mcq, loglik  {"prompt", "choices": […], "label": int}
 
-A file whose objects have the fields of a published data set (HellaSwag, Alpaca, Anthropic HH) is read as that data set.
+Conversations, lists of messages in these fields or in `messages`: see data/messages.py. A file whose objects have the fields
+of a published data set (HellaSwag, Alpaca, Anthropic HH) is read as that data set.
 """
 
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
 from base.errors import UserError
-from data import alpaca, hellaswag, hh
+from data import alpaca, hellaswag, hh, messages, tables
 from data.examples import Example, move_space, report
-from data.jsonl import completion, get, index, read
+from data.jsonl import completion, get, index
 
 # Each has is_record(record) and examples(record, view, group, where); DROPPED says why examples() may give none.
-PUBLISHED = (hellaswag, alpaca, hh)
+PUBLISHED = (messages, hellaswag, alpaca, hh)
 
 
 def examples(record: dict, view: str, where: str) -> list[Example]:
@@ -30,15 +35,25 @@ def examples(record: dict, view: str, where: str) -> list[Example]:
     return [move_space(example) if view == "loglik" else example]
 
 
-def load(path: str, view: str, limit: int = 0) -> list[Example]:
-    """A file as the examples of a view; `limit` above 0 takes so many lines."""
-    found, dropped = [], {}
-    for number, (where, record) in enumerate(read(path, limit)):
+def load(files: list[Path], view: str, limit: int = 0, columns: str = "") -> Iterator[Example]:
+    """Files, one behind the other, as the examples of a view, one by one; `limit` above 0 takes so many rows.
+
+    columns: see `tables.read`. Prints what the first row is taken as.
+    """
+    found, number, dropped = 0, -1, {}
+    rows = (row for path in files for row in tables.read(path, limit, columns))
+    for number, (where, record) in enumerate(itertools.islice(rows, limit or None)):
         published = next((recipe for recipe in PUBLISHED if recipe.is_record(record)), None)
+        if number == 0:
+            form = f"in the form of {published.__name__.removeprefix('data.')}" if published else "in the project's own form"
+            renamed = f" (by columns {columns})" if columns else ""
+            print(f"{where}: fields {', '.join(record)}{renamed}, read {form}", flush=True)
         made = published.examples(record, view, number, where) if published else examples(record, view, where)
         if not made:
             dropped[published.DROPPED] = dropped.get(published.DROPPED, 0) + 1
-        found += made
+        found += len(made)
+        yield from made
+    if number < 0:
+        raise UserError(f"{files[0]}: no row there: it needs at least one")
     if dropped:
-        report(path, len(found), dropped)
-    return found
+        report(str(files[0]), found, dropped)

@@ -12,34 +12,32 @@ Which examples a step takes depends on the seed and the step's number alone. How
 ranks depends on lengths and settings, and must not change any loss (dropout apart: its random numbers follow the layout).
 """
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from data.encode import Encoded
+from data.encode import Encoded, column
 
 Rows = list[list[int]]  # a micro-batch: rows of examples
 
 
-def epoch_order(groups: list[int], seed: int, epoch: int, per_group: int = 0, shuffle: bool = True) -> list[int]:
-    """The examples of one epoch in the order of training.
+def epoch_order(groups: Sequence[int], seed: int, epoch: int, per_group: int = 0, shuffle: bool = True) -> np.ndarray:
+    """The examples of one epoch in the order of training, (examples,) int64.
 
     per_group: above 0, draw that many examples of every group, anew each epoch. shuffle: without it the data's own order
     stays, and the first examples of a group are drawn.
     """
-    order = list(range(len(groups)))
-    if shuffle:
-        order = np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist()
+    n = len(groups)
+    order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
     if not per_group:
         return order
-    seen, drawn = Counter(), []
-    for i in order:
-        seen[groups[i]] += 1
-        if seen[groups[i]] <= per_group:
-            drawn.append(i)
-    return drawn
+    drawn = np.asarray(groups)[order]
+    by_group = np.argsort(drawn, kind="stable")  # places in `order`, one group behind the other, each in the order's order
+    drawn = drawn[by_group]
+    place = np.arange(n) - np.searchsorted(drawn, drawn)  # within its group, from 0
+    return order[np.sort(by_group[place < per_group])]
 
 
 def pack(step: list[int], lengths: list[int], row_len: int) -> Rows:
@@ -97,7 +95,7 @@ class BatchPlan:
     shuffle: bool = True
 
     def __post_init__(self, items: list[Encoded]):
-        self.lengths, groups = [item.row_tokens for item in items], [item.group for item in items]
+        self.lengths, groups = column(items, "row_tokens"), column(items, "group")
         self.order = lru_cache(maxsize=1)(lambda epoch: epoch_order(groups, self.seed, epoch, self.per_group, self.shuffle))
         self.examples_per_epoch = len(self.order(0))
         self.steps_per_epoch = -(-self.examples_per_epoch // self.batch_size)
@@ -105,7 +103,7 @@ class BatchPlan:
     def examples(self, step: int) -> list[int]:
         """The examples of a step, over all ranks."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
+        return self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size].tolist()
 
     def __getitem__(self, step: int) -> list[list[Rows]]:
         """Rows go, longest first, to the rank with the fewest tokens. Ranks with fewer micro-batches get empty ones at the
@@ -127,7 +125,7 @@ def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64, 
 
     The micro-batches are the same for every `world`. Ranks take them in turns; a rank that gets one less has an empty one.
     """
-    lengths = [item.row_tokens for item in items]
+    lengths = column(items, "row_tokens")
     micros = micro_batches(pack(list(range(len(items))), lengths, 0), lengths, micro_tokens, spare_padding)
     micros += [[]] * (-len(micros) % world)
     return [micros[rank::world] for rank in range(world)]

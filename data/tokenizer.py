@@ -1,23 +1,33 @@
-"""Text <-> token ids: GPT-2's byte-level BPE (by tiktoken) and the word lists of the toy tasks, behind one interface.
+"""Text <-> token ids: GPT-2's byte-level BPE (by tiktoken), any model's tokenizer.json (by the package tokenizers), and the
+word lists of the toy tasks, behind one interface.
 
-A special token that is written out in a text is plain text: only a caller that means to end a text appends `eot`.
+A special token that is written out in a text is plain text. Real ones come from a chat template (data/chat.py), and from a
+caller that means to begin a text (`start`) or to end one (`eot`).
 """
 
 import base64
+import copy
 import functools
 import gzip
 import hashlib
 import itertools
 import os
 import re
+import secrets
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
+from base.download import hub_files
 from base.errors import UserError
-from base.files import read_json, write_json
+from base.files import expand, read_json, write_json
 from data import reviews, toy, toy_math
-from weights import on_hub
+from data.chat import MARK, Chat, Span
+from weights import HUB_NAMES, on_hub
+from weights import TOKENIZER_FILES as FILES
 
 EOT = "<|endoftext|>"
 GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in base64, a space, i
@@ -26,33 +36,88 @@ GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken.gz"  # line i: token i in ba
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TOY_PATTERN = r"\n| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]"  # a newline, a word or a mark, each with its leading space
 KEY = "nanopref_tokenizer"  # the key in tokenizer_config.json that holds the name of a tokenizer saved by this project
+JSON, CONFIG, TEMPLATE, GENERATION = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
+SPECIAL_MAP = "special_tokens_map.json"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REAL = f"{secrets.randbelow(10**18):018}"  # behind a special token that is one: no text can hold it
+AT_ONCE = 1000  # texts that the package tokenizers is given at once: what it returns takes far more memory than the ids
 
 
 class Tokenizer:
     """What the project asks of a tokenizer. One for another family is a class with these, and a line in `KNOWN` or `get`.
 
-    name: what a run and a reference file say of it. eot: the id of <|endoftext|>. size: how many ids there are.
-    vocab: token -> id, the tokens spelled as in the saved files.
+    name: what a run and a reference file say of it. size: how many ids there are. special: the ids of special tokens. eot: the
+    one that ends a text. stops: those that end what a model writes, `eot` among them. bos: the one that begins a text, or None.
+    start: what stands before every text, [bos] where the model wants that, else [].
+    chat: the chat template, or None. named: what it is told of special tokens. written: a pattern of special tokens in a text.
+    files: what is saved as it came, {name: bytes}.
     encode(text) -> ids. decode(ids) -> text. encode_batch(texts) -> a list of ids for each text.
+    vocab: token -> id, the tokens spelled as in the saved files. pieces: the bytes of each id.
     save(folder): write files with which transformers' AutoTokenizer gives the same ids.
     fingerprint(): SHA-256 (hex) of all that decides the ids. A reference file names it.
     """
 
+    start: list[int] = []  # noqa: RUF012 (nobody writes to it)
+    files: dict[str, bytes] = {}  # noqa: RUF012 (nor to this)
+    chat: Chat | None = None
+    named, written = dict.fromkeys(NAMED[:3], EOT), re.compile(re.escape(EOT))
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def encode_rendered(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], np.ndarray]:
+        """The ids of a text that a chat template wrote, and which of them overlap the spans of characters, (ids,) bool.
+
+        A special token in the text is a real one, but for one with a `chat.MARK` in it: that was written out in a message.
+        """
+        ids: list[int] = []
+        for n, part in enumerate(text.split(EOT)):
+            ids += [self.eot] * (n > 0) + self.encode(part.replace(MARK, ""))
+        at = np.cumsum([0, *(len(self.pieces[i]) for i in ids)])  # in bytes: a token may end within a character
+        spans = [[len(text[:edge].replace(MARK, "").encode()) for edge in span] for span in spans]
+        return ids, _overlap(spans, at[:-1], at[1:])
+
+    def with_chat(self, text: str | None, **settings: str) -> "Tokenizer":
+        """This tokenizer with another chat template, which is saved with it; None: with its own. settings: those of `Chat`."""
+        new = copy.copy(self)
+        if text is not None:
+            new.files = self.files | {TEMPLATE: text.encode()}
+        if text is not None or self.chat:
+            new.chat = Chat(self.chat.text if text is None else text, self, **settings)
+        return new
+
+    def need_chat(self, where: str) -> Chat:
+        """The chat template for a conversation at `where`, or a UserError."""
+        if self.chat is None:
+            raise UserError(f"{where}: a conversation, and {self.name} has no chat template: give --chat_template FILE")
+        return self.chat
+
+    def turn_stops(self) -> frozenset[int]:
+        """`stops`, and the special token with which the chat template ends an answer."""
+        asked, word = {"role": "user", "content": "Say zebra."}, "Zebra!"
+        text, _ = self.chat.render((asked, {"role": "assistant", "content": word}), "an example")
+        ids, behind = self.encode_rendered(text, [(text.rfind(word) + len(word), len(text))])
+        return self.stops | {*[i for i, it_is in zip(ids, behind, strict=True) if it_is and i in self.special][:1]}
+
     def _save_config(self, folder: Path, tokenizer_class: str, **more: object) -> None:
         config = {KEY: self.name, "tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
-        write_json(folder / "tokenizer_config.json", config | {"bos_token": EOT, "eos_token": EOT} | more)
+        write_json(folder / CONFIG, config | {"bos_token": EOT, "eos_token": EOT} | more)
+        Tokenizer.save(self, folder)
+
+    def save(self, folder: str | Path) -> None:
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
 
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's 50,257 tokens, from the vocabulary that comes with the project."""
 
-    name, eot, size = "gpt2", 50256, 50257
+    name, eot, bos, size = "gpt2", 50256, 50256, 50257
+    special = stops = frozenset([50256])
 
     def __init__(self) -> None:
         self.tokens = [base64.b64decode(word) for word in gzip.decompress(GPT2_RANKS.read_bytes()).split()[::2]]
+        self.pieces = [*self.tokens, EOT.encode()]
         self.ranks = {token: i for i, token in enumerate(self.tokens)}
         self.bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={EOT: self.eot})
 
@@ -67,7 +132,7 @@ class GPT2Tokenizer(Tokenizer):
         return self.bpe.decode(ids)
 
     def fingerprint(self) -> str:
-        return _sha256([*self.tokens, EOT.encode()])
+        return _sha256(self.pieces)
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -113,8 +178,11 @@ class WordTokenizer(Tokenizer):
     def __init__(self, name: str, words: list[str], pattern: str) -> None:
         self.name, self.pattern = name, pattern
         self.tokens = [*words, EOT]
+        self.pieces = [token.encode() for token in self.tokens]
         self.vocab = {token: i for i, token in enumerate(self.tokens)}
-        self.eot, self.size = len(words), len(self.tokens)
+        self.eot = self.bos = len(words)
+        self.special = self.stops = frozenset([self.eot])
+        self.size = len(self.tokens)
         self.cut = re.compile(pattern + r"|[\s\S]")  # the last alternative catches what the list cannot spell
 
     def encode(self, text: str) -> list[int]:
@@ -129,7 +197,7 @@ class WordTokenizer(Tokenizer):
         return "".join(self.tokens[i] for i in ids)
 
     def fingerprint(self) -> str:
-        return _sha256([text.encode() for text in (*self.tokens, self.pattern)])
+        return _sha256([*self.pieces, self.pattern.encode()])
 
     def save(self, folder: str | Path) -> None:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -145,6 +213,86 @@ class WordTokenizer(Tokenizer):
         self._save_config(Path(folder), "PreTrainedTokenizerFast")
 
 
+class JsonTokenizer(Tokenizer):
+    """A model's own tokenizer.json, read by the package tokenizers, and the files that came with it."""
+
+    def __init__(self, name: str, paths: dict[str, Path]) -> None:
+        """paths: those of FILES that there are. UserError for what is missing or damaged."""
+        try:
+            from tokenizers import AddedToken
+            from tokenizers import Tokenizer as Package
+        except ImportError:
+            raise UserError(f"tokenizer {name}: its {JSON} needs the package tokenizers: pip install tokenizers") from None
+        self.name, self.files = name, {file: path.read_bytes() for file, path in paths.items()}
+        try:
+            self.package = package = Package.from_buffer(self.files[JSON])
+            package.no_truncation()
+            package.no_padding()
+            framed, plain = (package.encode("a", add_special_tokens=framed).ids[:1] for framed in (True, False))
+        except Exception as error:  # the package has no class for what is wrong with a file
+            raise UserError(f"{paths[JSON]}: damaged, or too new for the package tokenizers ({error}): get both anew") from None
+        config, more, generation = (read_json(paths[f]) if f in paths else {} for f in (CONFIG, SPECIAL_MAP, GENERATION))
+        config = config if "added_tokens_decoder" in config else config | more  # as in transformers
+        named = {key: token.get("content") if isinstance(token := config.get(key), dict) else token for key in NAMED}
+        self.named = {key: token for key, token in named.items() if isinstance(token, str)}
+        known = {token.content for token in package.get_added_tokens_decoder().values()}
+        package.add_special_tokens([token for token in self.named.values() if token not in known])
+        self.vocab = package.get_vocab()
+        self.size = max(self.vocab.values(), default=-1) + 1
+        self.bos, self.eot, self.unknown = (self.vocab.get(self.named.get(key)) for key in NAMED[:3])
+        self.start = framed if framed == [self.bos] != plain else []
+        ends = generation.get("eos_token_id", [])
+        ends = [id for id in [self.eot, *(ends if isinstance(ends, list) else [ends])] if type(id) is int]
+        if not ends:
+            raise UserError(f"{paths[JSON]}: no token that ends a text: name it as eos_token in {CONFIG} beside it")
+        self.eot, self.stops = ends[0], frozenset(ends)
+
+        # A special token in a text is to be read as text, and a real one is written with REAL behind it. The package knows that
+        # as a token of its own, with an id that is not used anywhere else.
+        package.encode_special_tokens = True
+        tokens = {id: token for id, token in package.get_added_tokens_decoder().items() if token.special}
+        self.special, texts = frozenset(tokens), sorted((token.content for token in tokens.values()), key=len, reverse=True)
+        self.written = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        real = {id: AddedToken(t.content + REAL, **{f: getattr(t, f) for f in flags}) for id, t in tokens.items()}
+        package.add_tokens(list(real.values()))
+        self.real_ids = {package.token_to_id(token.content): id for id, token in real.items()}
+        if (text := _template(paths)) is not None:
+            self.chat = Chat(text, self)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Half a surrogate pair becomes U+FFFD. UserError for a text in which the package sees a special token all the same."""
+        found: list[list[int]] = []
+        for at in range(0, len(texts), AT_ONCE):
+            part = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts[at : at + AT_ONCE]]
+            try:
+                found += [made.ids for made in self.package.encode_batch_fast(part, add_special_tokens=False)]
+            except Exception as error:  # a vocabulary without a token for what it does not know
+                raise UserError(f"tokenizer {self.name} cannot read a text ({error}): leave that out") from None
+        special = self.special - {self.unknown}
+        for text, ids in zip(texts, found, strict=True):
+            if not special.isdisjoint(ids):
+                raise UserError(f"tokenizer {self.name} takes a part of {text!r:.60} for a special token: leave that out")
+        return found
+
+    def encode_rendered(self, text: str, spans: Sequence[Span] = ()) -> tuple[list[int], np.ndarray]:
+        made = self.package.encode(self.written.sub(rf"\g<0>{REAL}", text).replace(MARK, ""), add_special_tokens=False)
+        ends = [found.end() for found in self.written.finditer(text)]
+        more, less = len(REAL), len(MARK)
+        spans = [[at + more * bisect_right(ends, at) - less * text.count(MARK, 0, at) for at in span] for span in spans]
+        ids = [self.real_ids.get(i, i) for i in made.ids]
+        return ids, _overlap(spans, *np.array(made.offsets, dtype=np.int64).reshape(-1, 2).T)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.package.decode(ids, skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        return _sha256([self.files[JSON], repr((self.start, self.eot)).encode()])
+
+
 KNOWN = {
     "gpt2": GPT2Tokenizer,
     "reviews": functools.partial(WordTokenizer, "reviews", reviews.VOCAB, reviews.PATTERN),
@@ -154,56 +302,82 @@ KNOWN = {
 _named = functools.cache(lambda name: KNOWN[name]())  # each is made once a process
 
 
-def get(name_or_folder: str | Path) -> Tokenizer:
-    """The tokenizer of that name ("gpt2", "toy", "toy_math"), or the one that a model folder was saved with.
+def get(source: str | Path) -> Tokenizer:
+    """The tokenizer of that name ("gpt2", "toy", "toy_math"), or the one of a model's folder, or of the hub's "owner/name".
 
-    A folder that this project did not save has GPT-2's tokenizer if its vocab.json (or tokenizer.json) holds GPT-2's ids, or,
-    having neither, if its config.json has GPT-2's vocab_size. Raises UserError for any other name, folder or vocabulary.
+    A model that this project did not save has GPT-2's tokenizer if its vocab.json (or tokenizer.json) holds GPT-2's ids, or,
+    having neither, if its config.json has GPT-2's vocab_size; else that of its tokenizer.json. Raises UserError for any other.
     """
-    if str(name_or_folder) in KNOWN:
-        return _named(str(name_or_folder))
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise UserError(f"unknown tokenizer {str(folder)!r}: use one of {', '.join(KNOWN)}, or the folder of a saved model")
-    name = read_json(folder / "tokenizer_config.json").get(KEY, "gpt2")
+    if str(source) in KNOWN:
+        return _named(str(source))
+    folder = Path(source)
+    if folder.is_dir():
+        paths = {name: folder / name for name in FILES if (folder / name).is_file()}
+    elif on_hub(str(source)):
+        paths = hub_files(str(source), FILES)
+    else:
+        raise UserError(f"unknown tokenizer {str(folder)!r}: use one of {', '.join(KNOWN)}, or a saved model's folder")
+    name = read_json(paths.get(CONFIG, folder / CONFIG)).get(KEY, "gpt2")
     if not isinstance(name, str) or name not in KNOWN:
-        raise UserError(f"{folder}/tokenizer_config.json: unknown {KEY} {name!r}: known are {', '.join(KNOWN)}")
+        raise UserError(f"{folder}/{CONFIG}: unknown {KEY} {name!r}: known are {', '.join(KNOWN)}")
     tokenizer = _named(name)
-    path, found = _vocab_of(folder)
+    path, found = _vocab_of(paths)
     if found is None:
         path = folder / "config.json"
         found = read_json(path).get("vocab_size")
         if found is None:
             hint = f"did you mean {folder / 'model'}?" if (folder / "model").is_dir() else "name a saved model's folder"
-            raise UserError(f"no tokenizer files and no vocab_size in config.json, folder {folder}: {hint}")
-    if found != (tokenizer.size if isinstance(found, int) else tokenizer.vocab):
-        help = "this project knows no other of that kind" if name == "gpt2" else f"train the {name} model again"
-        raise UserError(f"{path} does not have the {tokenizer.size:,} tokens of the tokenizer {name}: {help}")
-    return tokenizer
+            raise UserError(f"no tokenizer files and no vocab_size in config.json, {source}: {hint}")
+    if found == (tokenizer.size if isinstance(found, int) else tokenizer.vocab):
+        return tokenizer.with_chat(text) if (text := _template(paths)) is not None else tokenizer
+    if name == "gpt2" and JSON in paths:
+        return JsonTokenizer(str(source), paths)
+    help = f"and there is no {JSON}: copy it there" if name == "gpt2" else f"train the {name} model again"
+    raise UserError(f"{path} does not have the {tokenizer.size:,} tokens of the tokenizer {name}: {help}")
 
 
 def choose(name: str, init_from: str) -> Tokenizer:
-    """The tokenizer `name`; for "auto" the one of the model folder `init_from`, and GPT-2's where that is no folder."""
+    """The tokenizer `name`; for "auto" that of the model `init_from`, and GPT-2's for GPT-2's names and for scratch."""
     if name != "auto":
         return get(name)
-    folder = Path(init_from).expanduser()
+    folder = expand(init_from)
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(base, str) and _vocab_of(folder)[1] is None:  # an adapter without a tokenizer has that of its base
-        init_from, folder = base, Path(base).expanduser()
-    return get(folder if not on_hub(init_from) and folder.is_dir() else "gpt2")
+    if isinstance(base, str) and not any((folder / file).exists() for file in FILES):  # one without a tokenizer has its base's
+        init_from, folder = base, expand(base)
+    if init_from.removeprefix("openai-community/") in (*HUB_NAMES, "scratch"):
+        return get("gpt2")
+    return get(init_from if on_hub(init_from) else folder if folder.is_dir() else "gpt2")
 
 
-def _vocab_of(folder: Path) -> tuple[Path, dict[str, int] | None]:
-    """(file, token -> id) of a folder's vocab.json or tokenizer.json; None where it has neither."""
-    path = folder / "vocab.json"
-    if path.exists():
+def _template(paths: dict[str, Path]) -> str | None:
+    """The chat template among a tokenizer's files."""
+    if TEMPLATE in paths:
+        return paths[TEMPLATE].read_text(encoding="utf-8")
+    found = read_json(paths[CONFIG]).get("chat_template") if CONFIG in paths else None
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+def _vocab_of(paths: dict[str, Path]) -> tuple[Path | None, dict[str, int] | None]:
+    """(file, token -> id) of vocab.json or tokenizer.json; None where there is neither."""
+    if path := paths.get("vocab.json"):
         return path, read_json(path)
-    if not (found := read_json(path := folder / "tokenizer.json")):
+    if (path := paths.get(JSON)) is None:
         return path, None
+    found = read_json(path)
     try:
         return path, found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     except (TypeError, KeyError):
         return path, {}  # another kind of model: equal to no vocabulary of ours
+
+
+def _overlap(spans: Sequence[Sequence[int]], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Which tokens, by where they start and end, have a part of a span in them, (tokens,) bool."""
+    found = np.zeros(len(starts), dtype=bool)
+    for begin, end in spans:
+        found |= (ends > begin) & (starts < end)
+    return found
 
 
 def _sha256(parts: list[bytes]) -> str:

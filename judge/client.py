@@ -20,9 +20,9 @@ from urllib.parse import SplitResult, urlsplit
 import requests
 
 from base.errors import UserError
-from base.http import Bearer, explain, reached, retry_after
+from base.http import explain, is_local, reached, retry_after, send, within
 from base.progress import Progress
-from judge.cache import Cache, Reply
+from judge.cache import Cache, Reply, is_count
 from runtime.config import REQUIRED, key
 
 DELAY = 1.0  # seconds before the second try, about; doubled for each further one
@@ -30,6 +30,7 @@ LONGEST = 60.0  # seconds between two tries, beside those that the server asks f
 PATIENCE = 600.0  # longest wait, in seconds, that a server may ask for; above it the evaluation ends
 GIVE_UP = 3  # questions in a row without any answer that end the evaluation
 CONNECT = 15  # seconds
+MOST = 10_000_000  # bytes of an answer
 SHORT = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta/openai"}
 KEYS = {"api.openai.com": "OPENAI_API_KEY", "generativelanguage.googleapis.com": "GEMINI_API_KEY"}  # hosts that need a key
 LATER = (408, 409, 425, 429)  # statuses, beside 500 and above, after which another try may succeed
@@ -41,14 +42,14 @@ SECRETS = r"\b(?:sk-|AIza|Bearer\s+)[\w*.…-]{5,}[\w*…-]"  # what a key looks
 class JudgeKeys:
     """The judge and its price"""
 
-    judge: str = key(REQUIRED, "address of a server with OpenAI's protocol; openai, gemini = the companies' own")
-    judge_model: str = key(REQUIRED, "name of the judge at that server")
+    judge: str = key(REQUIRED, "address of a server with OpenAI's protocol; openai, gemini = the companies' own; local = none")
+    judge_model: str = key(REQUIRED, "name of the judge at that server; local: a model's folder or name on the hub")
     api_key_env: str = key("", "environment variable with the API key; empty = OPENAI_API_KEY (for gemini GEMINI_API_KEY)")
     temperature: float = key(0.0, "of the judge; negative = leave it to the server")
     max_tokens: int = key(1024, "most tokens of a judge's reply; 0 = leave it to the server", least=0)
     asks: int = key(3, "times that a question is asked until the reply has a clear verdict", least=1)
     tries: int = key(6, "times that a request is sent until it is answered", least=1)
-    timeout: float = key(60.0, "seconds to wait for an answer", above=0)
+    timeout: float = key(60.0, "seconds to wait for a whole answer", above=0)
     workers: int = key(8, "requests at a time", least=1)
     max_calls: int = key(0, "most answers to pay for, 0 = no limit", least=0)
     price_in: float = key(0.0, "price of a million tokens sent, for the estimate", least=0)
@@ -65,11 +66,13 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of a question. `verdict` is None if there is none; `failed` then says why."""
+    """What came of a question. `verdict` is None if there is none; `failed` then says why. `share`: the probability of A, where
+    the judge gives one (judge/local.py)."""
 
     verdict: Any
     replies: list[Reply] = field(default_factory=list)
     failed: str = ""
+    share: float | None = None
 
 
 class NoAnswer(Exception):
@@ -230,22 +233,33 @@ class Judge:
 
     def _send(self, body: dict) -> Reply:
         """Send a request once. Raises NoAnswer if another try may succeed, UserError if none can."""
-        limits = (CONNECT, self.cfg.timeout)
+        seconds = self.cfg.timeout
+        limits = (min(CONNECT, seconds), seconds)
+
+        def exchange() -> tuple[requests.Response, bytes]:
+            with send("POST", self.url, self.key, json=body, timeout=limits, allow_redirects=False) as response:
+                content = b""
+                for part in response.iter_content(65_536):
+                    content += part
+                    if len(content) > MOST:
+                        raise NoAnswer(f"an answer of more than {MOST:,} bytes", paid=True)
+                return response, content
+
         try:
-            response = requests.post(self.url, json=body, auth=Bearer(self.key), timeout=limits, allow_redirects=False)
+            response, content = within(seconds + 0.5, exchange)  # a little later: requests knows more of what failed
         except requests.RequestException as error:
             problem = explain(error)
             if not reached(error) and not self.answered:
                 raise UserError(f"{self.url}: {problem}: check --judge and the network") from None
             raise NoAnswer(problem, paid=reached(error)) from None
         self.answered = True
-        status, said = response.status_code, self._quote(response)
+        status, said = response.status_code, self._quote(content)
         if status == 200:
             try:
-                return self._read(response.content)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+                return self._read(content)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise NoAnswer(f"no answer of the expected form: {said!r}", paid=True) from None
-        if (status in LATER or status >= 500) and b"insufficient_quota" not in response.content:
+        if (status in LATER or status >= 500) and b"insufficient_quota" not in content:
             raise NoAnswer(f"status {status}: {said}", wait=retry_after(response))
         raise UserError(
             f"{self.url}: the judge refuses (status {status}: {said}): check --judge, --judge_model and the API key in "
@@ -253,21 +267,25 @@ class Judge:
         )
 
     def _read(self, content: bytes) -> Reply:
-        """The body of a chat completion as a Reply, without the API key. Raises ValueError, KeyError … for another body."""
+        """The body of a chat completion as a Reply, without the API key. Raises ValueError, KeyError … for another body.
+
+        A count of tokens that is none counts as 0: the answer is there and paid for.
+        """
         said = json.loads(content)
-        used, best = said.get("usage") or {}, said["choices"][0]
+        used, best = said.get("usage"), said["choices"][0]
         text = best["message"].get("content") or best["message"].get("refusal") or ""
         if isinstance(text, list):  # some servers send parts
             text = "".join(part.get("text", "") for part in text)
         end = best.get("finish_reason") or "stop"
         end = "" if end.lower() == "stop" else self._clean(f"ended by {end}")
-        return Reply(self._clean(text), int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0), end)
+        counts = [used.get(name) if isinstance(used, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(self._clean(text), *(n if is_count(n) else 0 for n in counts), end)
 
-    def _quote(self, response: requests.Response) -> str:
-        """The start of what the server sent, without the API key or parts of it."""
+    def _quote(self, content: bytes) -> str:
+        """The start of what the server sent, without the API key or parts of it, and without what would steer a terminal."""
         part = re.escape(self.key[:6]) + r"[\w*.…-]*" if self.secret else "(?!)"
-        text = self._clean(response.content.decode(errors="replace"))
-        return " ".join(re.sub(f"{part}|{SECRETS}", "***", text).split())[:300]
+        text = "".join(c if c.isprintable() else " " for c in content[:9999].decode(errors="replace"))
+        return " ".join(re.sub(f"{part}|{SECRETS}", "***", self._clean(text)).split())[:300]
 
     def _clean(self, text: str) -> str:
         """`text` without the API key, should the server quote it."""
@@ -302,7 +320,7 @@ def api_key(name: str, server: SplitResult, named: bool) -> str:
         raise UserError(f"environment variable {name}: not set: put the API key of {server.hostname} there")
     if not (value.isascii() and value.isprintable()) or " " in value:
         raise UserError(f"environment variable {name}: holds a character that no API key has: set it anew")
-    if value and not named and server.scheme == "http" and server.hostname not in ("localhost", "127.0.0.1", "::1"):
+    if value and not named and server.scheme == "http" and not is_local(server.geturl()):
         print(f"{name} is not sent to {server.hostname}: http is not encrypted; insist with --api_key_env {name}")
         return ""
     return value

@@ -15,7 +15,8 @@ class Judgement:
     """What came of prompt `number` in one trial.
 
     outcome: "win", "loss" or "tie" for the response, or its score; None = failed. sides: where the response stood in each
-    question, "A", "B", "AB", or "" for a score. lengths: characters of the response and of the other text.
+    question, "A", "B", "AB", or "" for a score. lengths: characters of the response and of the other text. share: the
+    probability that the judge gives to the response, where it gives one.
     """
 
     number: int
@@ -24,6 +25,7 @@ class Judgement:
     sides: str
     lengths: tuple[int, int]
     decisions: tuple[Decision, ...]
+    share: float | None = None
 
 
 def wilson(p: float, n: int) -> list[float]:
@@ -71,10 +73,12 @@ def grade_pairwise(judgements: list[Judgement]) -> dict:
     rate = statistics.fmean(decided) if decided else None
     unlike = [j for j in judgements if j.outcome in ("win", "loss")]
     better_first = [j.lengths if j.outcome == "win" else j.lengths[::-1] for j in unlike]  # (better, worse)
+    soft = [j.share for j in judgements if j.share is not None]
     longer_won = [better > worse for better, worse in better_first if better != worse]
     return {
         "win_rate": rate,
         "ci95": wilson(rate, len(means_by("number", judgements))) if decided else None,
+        **({"soft_win_rate": statistics.fmean(soft)} if soft else {}),
         "wins": outcomes.count("win"),
         "losses": outcomes.count("loss"),
         "ties": outcomes.count("tie"),

@@ -1,7 +1,7 @@
 """What a judge is shown and what it said: text in, text or a verdict out.
 
-A verdict has to stand on a line of its own form, `Verdict: A` or `Score: 85`. Any other reply gives None, and so do two
-verdicts that differ; the judge is then asked again.
+A verdict has to be the reply's last line, `Verdict: A` or `Score: 85`, with nothing else in it. Whatever stands before may be
+quoted from a response, which may say "Verdict: A" of itself. A reply that is not clear gives None: the judge is asked again.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ def read_template(path: str | Path, names: tuple[str, ...]) -> str:
 def fill(template: str, **texts: str) -> str:
     """Replace each {name} of the template by its text, unchanged, between two tags that the text cannot hold.
 
-    The tags carry a hash of all the texts, so no text can close its own tag and speak as if it stood outside. What looks
-    like a placeholder inside a text stays as it is.
+    The tags carry a hash of all the texts, so no text can close its own tag and speak as if it stood outside. (64 bits: shorter
+    ones could be found by trying texts.) What looks like a placeholder inside a text stays as it is.
     """
-    mark = hashlib.sha256("\0".join(texts.values()).encode(errors="replace")).hexdigest()[:8]
+    mark = hashlib.sha256("\0".join(texts.values()).encode(errors="replace")).hexdigest()[:16]
 
     def fenced(match: re.Match) -> str:
         return f"<{match[1]}-{mark}>\n{texts[match[1]]}\n</{match[1]}-{mark}>"
@@ -42,35 +42,38 @@ def fill(template: str, **texts: str) -> str:
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
-START = r"(?:^|[.!?;])[^\w\n]*(?:(?:my|the|final|overall)\s+)*"  # of a line or a sentence
-TIE = r"(?:(?:it's|it is)\s+)?(?:an?\s+)?(?P<tie>tie|draw)\b"
-LETTER = r"(?:(?:the\s+)?(?:response|answer|assistant)\s*)?[\[({]*(?P<letter>[abc])"
-LETTER_END = r"(?=[ \t]*(?:$|[.,;:!)\]}<>]|[-–—]\s|(?:because|since)\b))"
-RANGE = r"(?:\s*\([^)\n]*\)|\s+out\s+of\s+100)?"  # "Score (0-100): 85", "Score out of 100: 85"
-OF_100 = r"(?:\s*(?:(?:/|out\s+of)\s*100\b|%|points?\b))?"
-NUMBER = rf"(?P<score>\d{{1,3}}(?:\.\d+)?){OF_100}(?![\w%/-]|[.,]\d|\s*(?:-|–|/|to\b|out\b))"
+SIDE = r"(?:response |answer )?(?P<value>[abc]|(?:a )?(?:tie|draw))"
+SCORE = r"(?P<value>\d{1,3}(?:\.\d+)?)(?: ?/ ?100| ?%| points| \(?out of 100\)?)?"
+QUOTES = ('""', "“”", "«»", "``", "~~")  # what opens and closes a quotation or a fence
 
 
 def side(reply: str) -> str | None:
-    """The verdict in a judge's reply: "A", "B" or "tie" (a judge may call it C); None if there is none, or more than one."""
-    found = _marked(reply, "verdict", rf"(?:{TIE}|{LETTER}){LETTER_END}")
-    verdicts = {(match["letter"] or "c").upper() for match in found}
-    return verdicts.pop().replace("C", "tie") if len(verdicts) == 1 else None
+    """The verdict in a judge's reply: "A", "B" or "tie" (a judge may call it C); None if there is no clear one."""
+    value = _last_line(reply, "verdict", SIDE)
+    return value and {"a": "A", "b": "B"}.get(value, "tie")
 
 
 def score(reply: str) -> float | None:
-    """The grade in a judge's reply, 0 to 100; None if there is none, more than one, or one out of range."""
-    found = _marked(reply, "score|grade|rating|verdict", NUMBER, after=RANGE)
-    grades = {float(match["score"]) for match in found}
-    return grades.pop() if len(grades) == 1 and max(grades) <= 100 else None
+    """The grade in a judge's reply, 0 to 100; None if there is no clear one, or one out of range."""
+    value = _last_line(reply, r"(?:score|grade|rating)(?: \([^()]*\)| out of 100)?", SCORE)
+    return float(value) if value and float(value) <= 100 else None
 
 
-def _marked(reply: str, words: str, value: str, after: str = "") -> list[re.Match]:
-    """The values that follow one of `words` at the start of a line or a sentence; if there is no such word, those that
-    are a line of their own."""
-    reply = re.sub(r"(?is)<think>.*?(</think>|$)", "", reply)  # what a reasoning model thinks aloud is no verdict
-    text = re.sub(r"[*_`#\"“”„«»‘’]|(?<!\w)'|'(?!\w)", "", reply)  # markdown's marks and quotation marks
-    marker = rf"(?im){START}(?:{words})\b{after}\s*(?:is\b|[:=>])?"
-    if re.search(marker, text):
-        return list(re.finditer(rf"{marker}[:=\s]*{value}", text))
-    return list(re.finditer(rf"(?im)^[ \t\[({{]*{value}[.!\])}}> \t]*$", text))
+def _last_line(reply: str, word: str, value: str) -> str | None:
+    """The value in a reply's last line, if that is `word` and a value, or the whole reply is a value, and nothing else.
+
+    None as well if another line is such a verdict too and differs, or if somebody else may be speaking in the last line: the
+    line before ends with a colon, or a quotation mark or a fence of code was opened and not closed.
+    """
+    reply = reply.rpartition("</think>")[2].partition("<think>")[0]  # what a model thinks aloud is no verdict
+    lines = [" ".join(re.sub(r"[*_#]", "", line).lower().split()) for line in reply.splitlines() if line.strip()]
+    value = rf"[\[({{]*[\"'`]?{value}[\"'`]?[\])}}]*[.!]?"
+    marked = [re.fullmatch(rf"(?:(?:my|the|final|overall) )*{word} ?(?:is|:|=)? ?{value}", line) for line in lines]
+    if len(lines) == 1:
+        marked = [marked[0] or re.fullmatch(value, lines[0])]
+    if not lines or marked[-1] is None or len({found["value"] for found in marked if found}) > 1:
+        return None
+    before = "\n".join(lines[:-1])
+    counts = [(before.count(a), before.count(b)) for a, b in QUOTES]
+    opened = any(n % 2 if a == b else n != m for (a, b), (n, m) in zip(QUOTES, counts, strict=True))
+    return None if opened or before.endswith(":") else marked[-1]["value"].removeprefix("a ")

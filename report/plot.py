@@ -8,7 +8,7 @@ The table needs no matplotlib.
 
 import io
 import itertools
-import json
+import math
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from base.errors import UserError, run
-from base.files import write_whole
+from base.files import parse_json, read_plain, write_whole
 from report.runs import ACCURACY, GAINS, MARGIN, Records, read_run, series, warn_of_jumps
 from runtime import config
 from runtime.config import REQUIRED, key
@@ -184,19 +184,21 @@ def read_result(path: str | Path) -> dict[str, Any]:
     Raises UserError for any other file, and for a result without a verdict or without the model's size.
     """
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = parse_json(read_plain(Path(path)))
         unit, name, scale = ("win rate (%)", "win_rate", 100) if "win_rate" in found else ("score (0 to 100)", "mean", 1)
-        value, interval = found[name], found["ci95"]
+        value, n, (low, high) = found[name], found["n"], (None, None) if found["ci95"] is None else found["ci95"]
+        if not all(x is None or isinstance(x, int | float) for x in (value, low, high, found.get("parameters"))):
+            raise TypeError
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: name a result of eval_winrate.py") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: no result of eval_winrate.py --mode pairwise or score: it has no win_rate or mean") from None
-    if value is None or interval is None:
+    if None in (value, low, high):
         raise UserError(f"{path}: holds no verdict, so there is nothing to draw: leave it out")
-    if not found.get("parameters"):
+    if not 0 < (found.get("parameters") or 0) < math.inf:
         raise UserError(f"{path}: does not hold the model's size: judge again with --model or --parameters (verdicts are kept)")
-    numbers = {"value": scale * value, "low": scale * interval[0], "high": scale * interval[1]}
-    return {"label": found.get("label") or "", "parameters": found["parameters"], "unit": unit, **numbers, "n": found["n"]}
+    numbers = {"value": scale * value, "low": scale * low, "high": scale * high}
+    return {"label": str(found.get("label") or ""), "parameters": found["parameters"], "unit": unit, **numbers, "n": n}
 
 
 def size(parameters: float) -> str:
@@ -259,7 +261,7 @@ def command(cls: type[T], name: str) -> tuple[list[str], T]:
             paths.append(word)
         else:
             options += [word] if "=" in word else [word, *itertools.islice(words, 1)]
-    settings = config.load(cls, options, prog=f"-m {name} PATH …")
+    settings = config.load(cls, options, f"-m {name} PATH …", paths)
     if not paths:
         raise UserError(f"{config.COMMAND_LINE}: no path: see python -m {name} --help")
     return paths, settings

@@ -3,15 +3,14 @@
 A run may still be going on while it is read.
 """
 
-import json
 import math
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from base.errors import UserError, warn
+from base.files import parse_json, parse_toml, read_plain
 from losses import REFERENCE_FREE
 
 Records = list[dict[str, Any]]
@@ -28,13 +27,13 @@ def read_run(folder: str | Path) -> Records:
     """
     path = Path(folder) / "metrics.jsonl"
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_plain(path).splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record["step"], int) or record["split"] not in ("train", "val"):
                 raise ValueError
             records.append(record)
@@ -52,7 +51,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings in a run folder's config.toml. Raises UserError where it is missing or damaged."""
     path = Path(folder) / "config.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(read_plain(path).decode())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
     except ValueError as error:
@@ -64,12 +63,13 @@ def add_gains(records: Records, settings: dict[str, Any]) -> None:
 
     It is the logged reward divided by beta. A run without a reference has no gains.
     """
-    if settings.get("loss") in (None, *REFERENCE_FREE):
+    beta = settings.get("beta")
+    if settings.get("loss") in (None, *REFERENCE_FREE) or not isinstance(beta, int | float) or not beta > 0:
         return
     for record in records:
         for name, reward in GAINS.items():
             if isinstance(record.get(reward), int | float):
-                record[name] = record[reward] / settings["beta"]
+                record[name] = record[reward] / beta
 
 
 def series(records: Records, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:

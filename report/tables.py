@@ -6,14 +6,13 @@
 Of a run folder it reads config.toml, metrics.jsonl, and the results of eval_winrate.py in it (*.json).
 """
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError, run
-from base.files import write_whole
+from base.files import parse_json, read_plain, write_whole
 from data.jsonl import get, read
 from report.plot import aligned, by_label, command, figure, save
 from report.runs import MARGIN, Records, jumps, read_config, read_run, series, warn_of_jumps
@@ -54,9 +53,9 @@ def judged(folder: str | Path) -> str:
     found = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            result = json.loads(path.read_bytes())
+            result = parse_json(read_plain(path))
             found.append(f"{100 * result['win_rate']:.1f}%" if "win_rate" in result else f"{result['mean']:.2f}")
-        except (ValueError, KeyError, TypeError):
+        except (UserError, ValueError, KeyError, TypeError):
             continue  # not a judge's result
     return ", ".join(found) or "-"
 
@@ -64,17 +63,18 @@ def judged(folder: str | Path) -> str:
 def run_row(label: str, folder: str | Path, records: Records) -> list[str]:
     """One run's row. The loss is the best of validation, which is that of the saved model. Perplexity is exp of it, where the
     loss is one a token. The time is the sum of its steps' seconds, without validation and saving."""
-    cfg = read_config(folder)
+    cfg = {name: value for name, value in read_config(folder).items() if isinstance(value, str | int | float)}
+    numbers = {name: value for name, value in cfg.items() if not isinstance(value, str)}
     steps, val = series(records, "val", "loss")
     loss = min(val[steps > 0], default=None)  # step 0 is the model before training
     seconds = series(records, "train", "step_s")[1].sum()
-    rank = cfg.get("lora_rank", 0)
+    rank = numbers.get("lora_rank", 0)
     preference = any(MARGIN in record for record in records)
     return [
         label,
         model_of(str(cfg.get("init_from", "-"))),
-        *(f"{cfg[name]:g}" if name in cfg else "-" for name in ("batch_size", "lr", "min_lr", "warmup")),
-        f"{rank}/{cfg.get('lora_alpha') or rank:g}" if rank else "full",
+        *(f"{numbers[name]:g}" if name in numbers else "-" for name in ("batch_size", "lr", "min_lr", "warmup")),
+        f"{rank}/{numbers.get('lora_alpha') or rank:g}" if rank else "full",
         str(max(record["step"] for record in records)),
         "-" if loss is None else f"{loss:.3f}",
         "-" if loss is None or preference else f"{math.exp(min(loss, 700)):.3f}",

@@ -1,17 +1,47 @@
 """What a stage starts from: its model, its data, and the plan of which examples each step takes."""
 
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
 import torch
 
 import adapters
 import weights
 from base.errors import UserError
+from base.files import parse_toml, read_plain
 from data import RECIPES
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
+from data.tokenizer import Tokenizer, choose
 from logprobs import LanguageModel
 from lora import add_lora, initial_lora
-from runtime import distributed
-from runtime.keys import SCRATCH, DataKeys, ModelKeys, TrainKeys
+from runtime import distributed, optim, reference
+from runtime.keys import SCRATCH, ChatKeys, DataKeys, ModelKeys, TrainKeys
+
+
+def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
+    """The tokenizer of `init_from`, or the key's, with the chat template that the keys ask for. Where that writes the day's
+    date, `cfg.date` is set: a resumed run goes on with its own day, and a reference is used with the day that it was made."""
+    tokenizer, text = choose(cfg.tokenizer, init_from), None
+    if cfg.chat_template:
+        try:
+            text = Path(cfg.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"key chat_template: {cfg.chat_template} cannot be read as text ({error}): name another") from None
+    if not cfg.date and "strftime_now" in (text or (tokenizer.chat.text if tokenizer.chat else "")):
+        cfg.date = compute.once(lambda: _date(cfg))
+    settings = {"kwargs": cfg.chat_template_kwargs, "date": cfg.date, "on_mismatch": getattr(cfg, "on_mismatch", "error")}
+    return tokenizer.with_chat(text, **settings)
+
+
+def _date(cfg: ChatKeys) -> str:
+    run = Path(getattr(cfg, "out_dir", "")) / "config.toml"
+    try:
+        before = parse_toml(read_plain(run).decode()).get("date", "")
+    except (OSError, ValueError):  # no run, or one that will be refused
+        before = reference.read(cfg.ref)[1].get("date", "") if getattr(cfg, "ref", "") else ""
+    return before or date.today().isoformat()
 
 
 def source_options(cfg: ModelKeys, tokenizer) -> dict:
@@ -51,26 +81,48 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
         for block in model.blocks if cfg.compile else ():
             block.forward = torch.compile(block.forward, dynamic=True)
         distributed.shard(model, compute, cfg.replicate)
+    check_memory(cfg, model, compute)
     # on other ranks than 0 there are no tensors: `fill` sends them
     distributed.fill(model, (pair for part in tensors for pair in part), compute)
     model.origin = compute.once(found.origin)  # only now: the fingerprint was made while the weights were read
     return model
 
 
-def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[list[Encoded], list[Encoded], int]:
+def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:
+    """UserError if this process's part of a model, with its gradients and optimizer, cannot fit into the device's memory."""
+    state = optim.STATES[cfg.optimizer] if isinstance(cfg, TrainKeys) else -1  # nothing is trained: no gradients
+    needed = sum(distributed.own(p).nbytes * (2 + state if p.requires_grad else 1) for p in model.parameters())
+    if needed > compute.memory:
+        raise UserError(
+            f"init_from {cfg.init_from}: the model and what training keeps of it take {needed / 1e9:,.1f} GB on each process, "
+            f"{compute.device} has {compute.memory / 1e9:,.1f} GB: take a smaller model, or more processes"
+        )
+
+
+def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequence[Encoded], Sequence[Encoded], int]:
     """The training and the validation examples (none where a file has none), and the most tokens that one may have."""
     block_size = model.config.block_size
     if cfg.max_len > block_size:
         raise UserError(f"key max_len: {cfg.max_len} is more than the model's context of {block_size} tokens")
     max_len = cfg.max_len or block_size
 
-    def load(source: str, split: str, limit: int) -> list[Encoded]:
-        how = {"data_dir": cfg.data_dir, "limit": limit}
-        return compute.once(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how))
+    def load(source: str, split: str, limit: int) -> Sequence[Encoded]:
+        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit}
+        return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
-    train = load(cfg.data, "train", cfg.limit)
-    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES else "")
-    return train, load(val_source, "val", cfg.val_limit) if val_source else [], max_len
+    val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
+    if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
+        raise UserError(f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data")
+    train = load(cfg.data, cfg.split, cfg.limit)
+    return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len
+
+
+def share(load: Callable[[], Sequence[Encoded]], compute) -> Sequence[Encoded]:
+    """What `load` gives on rank 0, on every rank. Tokens in the cache are not sent, each rank maps their file; unless a machine
+    does not see the file."""
+    items = compute.once(load)
+    seen = all(compute.gather(items is not None))
+    return items if seen else compute.once(lambda: list(items))
 
 
 def batch_plan(cfg: TrainKeys, items: list[Encoded], compute, per_group: int = 0) -> BatchPlan:

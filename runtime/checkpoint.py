@@ -1,31 +1,35 @@
-"""Checkpoints: torch.distributed.checkpoint files + state.json in out_dir/checkpoints/step_N, whole or absent.
+"""Checkpoints: safetensors files + state.json in out_dir/checkpoints/step_N, whole or absent. Nothing in them is unpickled.
+
+Each process writes the rows that it holds into a file of its own, with the number of each tensor's first row in the header.
+So any number of processes can read what any other number wrote.
 
 A checkpoint is written under another name, synced, and renamed. state.json holds every file's size and SHA-256, so that one
 that was damaged later is noticed and passed over for the one before.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-import warnings
+from operator import itemgetter
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import state_dict as sd
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from base.errors import UserError, lost_another
-from base.files import sync, write_whole
+import weights
+from base.errors import UserError
+from base.files import read_json, sync, write_whole
+from runtime.distributed import own
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
 
 
 def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
-    """Write a checkpoint to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its shards.
+    """Write a checkpoint to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its rows.
 
     Frozen parameters are left out: whoever builds the model reads them anew. Nothing else is needed to go on: the data's
     order and dropout's random numbers follow from seed and step.
@@ -35,9 +39,21 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
     final, folder = root / f"step_{step}", root / f"step_{step}{UNFINISHED}"
     state = {"step": step, **state}
 
-    def make_room() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    def write() -> dict[str, list] | OSError:
+        file = folder / f"rank_{compute.rank}.safetensors"
+        mine, starts = {}, {}
+        for name, tensor in _tensors(model, optimizer).items():
+            rows, start, first = _part(tensor, compute)
+            if first and len(rows):
+                mine[name], starts[name] = rows, str(start)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(file, "wb") as out:
+                weights.write_safetensors(out, {n: tuple(rows.shape) for n, rows in mine.items()}, mine.items(), starts)
+            sync(file)
+            return {file.name: [file.stat().st_size, _sha256(file)]}
+        except OSError as error:
+            return OSError(error.errno, error.strerror, str(final))
 
     def publish() -> None:
         for name, (size, _) in state["files"].items():
@@ -49,36 +65,38 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
         os.rename(folder, final)
         sync(root)
 
-    compute.once(make_room)
+    compute.once(lambda: shutil.rmtree(folder, ignore_errors=True))
     try:
-        writer = dcp.FileSystemWriter(folder, thread_count=1)
-        with _quiet():
-            tensors = _tensors(model, optimizer)
-            dcp.save(tensors, storage_writer=writer, process_group=compute.control, no_dist=compute.world == 1)
-        names = (f"__{compute.rank}_", *([".metadata"] if compute.rank == 0 else []))  # the shards are __RANK_N
-        mine = [f for f in sorted(folder.iterdir()) if f.name.startswith(names)]
-        hashes = compute.gather({f.name: [f.stat().st_size, _sha256(f)] for f in mine})
-        state["files"] = {name: entry for part in hashes for name, entry in part.items()}
+        written = compute.gather(write())
+        if failed := [part for part in written if isinstance(part, OSError)]:
+            raise failed[0]
+        state["files"] = {name: entry for part in written for name, entry in part.items()}
         compute.once(publish)
-    except BaseException as error:
+    except BaseException:
         if compute.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        cause = _os_error(error)
-        if cause is not None and cause is not error:
-            raise OSError(cause.errno, cause.strerror, str(final)) from error
         raise
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, compute) -> None:
     """Read model (and, if given, optimizer) from a checkpoint folder that `newest` has found whole, saved by any number of
-    processes. Every rank reads its shards."""
-    tensors = _tensors(model, optimizer)
-    with _quiet():
-        reader = dcp.FileSystemReader(folder)
-        dcp.load(tensors, storage_reader=reader, process_group=compute.control, no_dist=compute.world == 1)
-    sd.set_model_state_dict(model, tensors["model"], options=sd.StateDictOptions(strict=False))  # the frozen ones stay
-    if optimizer is not None:
-        sd.set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    processes. Every rank reads its rows. UserError if they are not those of this model and optimizer."""
+    if optimizer is not None and not optimizer.state:  # a step makes the state that is then read
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+    pieces: dict[str, list] = {}
+    try:
+        with contextlib.ExitStack() as opened, torch.no_grad():
+            for path in filter(Path.is_file, sorted(folder.glob("rank_*.safetensors"))):
+                file = opened.enter_context(safe_open(path, "pt"))
+                for name, start in (file.metadata() or {}).items():
+                    pieces.setdefault(name, []).append((int(start), file.get_slice(name)))
+            for name, tensor in _tensors(model, optimizer).items():
+                _read(name, tensor, pieces.get(name, []), compute)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{folder} is no checkpoint of this run ({error}): start anew with --overwrite") from None
 
 
 def newest(root: Path) -> tuple[Path, dict] | None:
@@ -94,7 +112,13 @@ def newest(root: Path) -> tuple[Path, dict] | None:
 def inspect(folder: Path) -> tuple[dict, str | None]:
     """(state, None) of a whole checkpoint, ({}, what is wrong) of a damaged one. Reads every file through."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = read_json(folder / "state.json")
+        best = {"step": 0, "loss": 0.0} if state["best"] is None else state["best"]
+        numbers = [(state["step"], int), (state["metrics_bytes"], int), (best["step"], int), (best["loss"], float)]
+        if not all(type(number) is kind for number, kind in numbers) or state["metrics_bytes"] < 0:
+            return {}, "state.json does not hold what was saved"
+        if folder.name != f"step_{state['step']}":
+            return {}, f"it is step {state['step']}"
         for name, (size, digest) in state["files"].items():
             file = folder / name
             if not file.is_file():
@@ -103,14 +127,14 @@ def inspect(folder: Path) -> tuple[dict, str | None]:
                 return {}, f"{name} has {file.stat().st_size:,} of {size:,} bytes"
             if _sha256(file) != digest:
                 return {}, f"{name} does not have the bytes that were saved"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"state.json cannot be read: {type(error).__name__}"
     return state, None
 
 
 def steps(root: Path) -> list[Path]:
     """The step_N folders of root, oldest first."""
-    named = (f for f in root.glob("step_*") if f.name.removeprefix("step_").isdigit())
+    named = (f for f in root.glob("step_*") if f.name.removeprefix("step_").isdecimal())
     return sorted(named, key=lambda f: int(f.name.removeprefix("step_")))
 
 
@@ -130,35 +154,49 @@ def prune(root: Path, keep: int, best: int | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
-    tensors = {"model": sd.get_model_state_dict(model, options=sd.StateDictOptions(ignore_frozen_params=True))}
-    if optimizer is not None:
-        tensors["optimizer"] = sd.get_optimizer_state_dict(model, optimizer)
-    return tensors
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """What training changes, by name: the parameters, and beside each what the optimizer keeps of it."""
+    model.state_dict()  # where FSDP has gathered parameters, it puts back the shards, which the optimizer knows
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kept = optimizer.state.get(p, {}) if optimizer else {}
+            found |= {name: p.detach()} | {f"{name} {key}": value for key, value in kept.items()}
+    return found
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without torch's warning that one process saves alone: it is meant to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
-        yield
+def _part(tensor: Tensor, compute) -> tuple[Tensor, int, bool]:
+    """This rank's rows of a tensor, the number of the first one, and whether this rank is the one to save them."""
+    start, first = 0, compute.rank == 0
+    if hasattr(tensor, "placements"):
+        mesh, first = tensor.device_mesh, True
+        for dim, placement in enumerate(tensor.placements):
+            rank = mesh.get_local_rank(dim)
+            if placement.is_shard(0):
+                start = rank * -(-len(tensor) // mesh.size(dim))  # equal shards, but for the last ones
+            else:
+                first = first and rank == 0
+    rows = own(tensor)
+    return rows if rows.dim() else rows.view(1), start, first
+
+
+def _read(name: str, tensor: Tensor, pieces: list, compute) -> None:
+    """Fill this rank's rows of a tensor from pieces of it, (number of the first row, slice) each. ValueError if they do not
+    make up the tensor."""
+    rows, start, _ = _part(tensor, compute)
+    at = 0
+    for begin, piece in sorted(pieces, key=itemgetter(0)):
+        n, *row = piece.get_shape()
+        if begin != at or row != list(rows.shape[1:]):
+            raise ValueError(f"{name}: rows of {row} from {begin}, not of {list(rows.shape[1:])} from {at}")
+        low, high = max(start, at), min(start + len(rows), at + n)
+        if low < high:
+            rows[low - start : high - start] = piece[low - at : high - at]
+        at += n
+    if at != (len(tensor) if tensor.dim() else 1):
+        raise ValueError(f"{name}: {at} rows of {tuple(tensor.shape)}")
 
 
 def _sha256(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's complaint inside what torch raises: it wraps it, and of another rank's full disk it may say only
-    that a write failed or that the file's end is at an unexpected position."""
-    if isinstance(error, OSError):
-        return error
-    for inner in (error.__cause__, error.__context__, *(e for e, _ in getattr(error, "failures", {}).values())):
-        if isinstance(inner, BaseException) and inner is not error and (found := _os_error(inner)):
-            return found
-    too_short = any(words in str(error).lower() for words in ("write", "unexpected pos"))
-    if isinstance(error, RuntimeError) and too_short and not lost_another(error):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None

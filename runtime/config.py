@@ -11,23 +11,29 @@ config = load(Config)   # python script.py --config FILE.toml --lr 2e-5 --ref=re
 
 import argparse
 import difflib
+import itertools
 import json
 import math
+import os
 import re
 import sys
-import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from base.errors import UserError
-from base.files import check_file
+from base.files import check_file, lies_in, parse_toml, read_json, read_plain
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
 COMMAND_LINE = "command line"
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+# in a folder of a model, of an adapter, or of a recipe
+READ = re.compile(
+    r"(adapter_)?model[\w.-]*|\w*config\.json|tokenizer\.json|vocab\.json|merges\.txt|alpaca_data\.json|\w+/o\w+line_\w+\.json"
+    r"|(h\w+-[\w-]+/|hellaswag_|gsm8k_|math_)?(train|val|test)\.jsonl|(train|test)/\w+/\d+\.json"
+)
 EXPECTED = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str (in a file: in quotes)"}
 
 
@@ -42,6 +48,7 @@ class Rules:
     below: float | None = None
     most: float | None = None
     writes: str | None = None
+    replaces: tuple[str, ...] = ()
     free: bool = False
 
     def check(self, name: str, value: Any, required: bool) -> None:
@@ -69,8 +76,9 @@ def key(default: Any, help: str, choices: Iterable = (), **rules: Any) -> Any:
 
     help: a line for `--help`. choices: the values allowed, all where empty. least, most, above, below: bounds of a number;
     floats are always finite, and a REQUIRED text is never empty. writes: the key names a file that the script will write,
-    with this ending ("" = any); a place that cannot be written is refused before the work begins. free: a resumed run may
-    change it.
+    with this ending ("" = any); a place that cannot be written is refused before the work begins. replaces: the key names a
+    folder in which the script replaces or deletes what has these names ("" = the folder itself). No other text of the
+    settings may name what is written, see `keep_apart`. free: a resumed run may change it.
     """
     return field(default=default, kw_only=True, metadata={"rules": Rules(help, tuple(choices), **rules)})
 
@@ -79,12 +87,12 @@ def rules(f: Field) -> Rules:
     return f.metadata["rules"]
 
 
-def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, paths: Iterable[str] = ()) -> T:
     """The settings `cls`: command line over `--config` file over defaults. Each key's own rules are checked, then the
-    method `check` of `cls`, if there is one: it is for what two keys say together.
+    method `check` of `cls`, if there is one: it is for what two keys say together; then `keep_apart`.
 
     argv: by default sys.argv[1:]; holds `--key value`, `--key=value`, or for a bool that is to be true a bare `--key`.
-    prog: the script's name in `--help`, which prints every key and exits 0.
+    prog: the script's name in `--help`, which prints every key and exits 0. paths: what the script reads beside its keys.
     Raises UserError for anything the user wrote that does not fit.
     """
     keys = {f.name: f for f in fields(cls)}
@@ -101,7 +109,32 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -
         rules(f).check(name, getattr(config, name), f.default is REQUIRED)
     if hasattr(config, "check"):
         config.check()
+    keep_apart(config, [*([path] if path else ()), *paths])
     return config
+
+
+def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
+    """Raise UserError where the script would write over what it reads, or write two files to one place.
+
+    Any text of the settings is taken for a path that is read, and so are `paths` and the base of an adapter. In a folder that
+    is read the names in `READ` are.
+    """
+    read, written = {f"PATH {n}": path for n, path in enumerate(paths, 1)}, {}
+    for f in fields(config):
+        value, rule = getattr(config, f.name), rules(f)
+        if value and (rule.writes is not None or rule.replaces):
+            written[f.name] = [Path(value, name) for name in rule.replaces or [""]]
+        elif _kind(f) is str and not rule.choices and "\0" not in value:
+            read[f.name] = os.path.expanduser(value)
+    configs = {name: read_json(Path(path, "adapter_config.json")) for name, path in read.items() if os.path.isdir(path)}
+    read |= {f"{name} (its base)": str(found.get("base_model_name_or_path", "")) for name, found in configs.items()}
+    read = {name: path for name, path in read.items() if path}
+    for name, places in written.items():
+        for place, (other, path) in itertools.product(places, read.items()):
+            inside = place.is_file() and lies_in(place, path) and READ.fullmatch(os.path.relpath(place, path))
+            if inside or lies_in(path, place):
+                raise UserError(f"key {name}: the run would write over {path}, which key {other} names: name another {name}")
+        read[name] = str(places[0])
 
 
 def to_toml(config: Any) -> str:
@@ -111,6 +144,40 @@ def to_toml(config: Any) -> str:
 
 def _kind(f: Field) -> type:
     return TYPES.get(f.type, f.type)  # under `from __future__ import annotations` the type is its name
+
+
+# --- a run folder's config.toml ----------------------------------------------------------------------------------------
+
+
+def written(config: Any, names: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings that an earlier run wrote into out_dir/config.toml; {} where there are none.
+
+    UserError where that file, or one of `names` beside it, is there and no run wrote it. A run writes every key (some may be
+    younger than it), a user only a few.
+    """
+    folder = Path(config.out_dir)
+    path, known = folder / "config.toml", {f.name for f in fields(config)}
+    there = [name for name in ("config.toml", *names) if os.path.lexists(folder / name)]
+    away = f"move it away{' (--overwrite does not delete it)' if 'overwrite' in known else ''}, or name another out_dir"
+    try:
+        table = parse_toml(read_plain(path).decode() if path.exists() else "")
+    except ValueError:
+        raise UserError(f"{path}: not valid TOML, so no run wrote it: {away}") from None
+    if there and len(known & table.keys()) <= len(known) / 2:
+        raise UserError(f"{folder / there[0]} is there, and no run wrote it: {away}")
+    return table
+
+
+def check_same(config: Any, before: dict[str, Any], what: str) -> None:
+    """Raise UserError where the settings `before` of the run in out_dir are not those of now; `free` keys may differ."""
+    for f in fields(config):
+        now = getattr(config, f.name)
+        was = before.get(f.name, now if f.default is REQUIRED else f.default)  # a key may be younger than the run
+        if not rules(f).free and was != now:
+            raise UserError(
+                f"out_dir {config.out_dir} holds {what} with {f.name} = {was!r}, not {now!r}: go on with the same settings, "
+                f"name another out_dir{', or start anew with --overwrite' if hasattr(config, 'overwrite') else ''}"
+            )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,13 +214,13 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
 def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
     """A flat TOML file -> {key: checked value}."""
     try:
-        source = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
-        table = tomllib.loads(source)
+        source = read_plain(Path(path)).decode("utf-8-sig")  # some editors put a byte-order mark first
+        table = parse_toml(source)
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}: check --config") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what, at, line = str(error).partition(" (at line ")  # tomllib: "… (at line 3, column 5)"
         where = f"{path}:{line.split(',')[0]}" if at else path
         raise UserError(f"{where}: not valid TOML: {what}") from None

@@ -46,6 +46,13 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     @property
+    def memory(self) -> int:
+        """Bytes of the device, all that is in use included."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @property
     def row_multiple(self) -> int:
         """Row lengths are rounded up to this on CUDA: FlexAttention works in blocks of 128 and compiles once a shape."""
         return 128 if self.device.type == "cuda" else 1

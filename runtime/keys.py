@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from base.errors import UserError
 from runtime.config import REQUIRED, key
 
+OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id")  # what a run leaves in its folder, beside config.toml
 SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
 MOST_SEED = 2**63 - 1
 
@@ -14,7 +15,7 @@ class ModelKeys:
     """Model"""
 
     init_from: str = key("gpt2", "gpt2 (or -medium, -large, -xl), owner/name on the hub, a model or adapter folder, or scratch")
-    tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, or auto = the one of init_from (gpt2 for scratch)")
+    tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, owner/name, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
     n_head: int = key(0, "scratch: attention heads per block", least=0)
     n_embd: int = key(0, "scratch: width", least=0)
@@ -22,23 +23,42 @@ class ModelKeys:
 
 
 @dataclass
-class DataKeys:
+class ChatKeys:
+    """Conversations"""
+
+    chat_template: str = key("", "a Jinja file, to use instead of the model's own chat template")
+    chat_template_kwargs: str = key("", "more variables for the chat template, a JSON object")
+    date: str = key(
+        "", "the day that a chat template may write, YYYY-MM-DD; empty = that of out_dir's run or of ref, else today"
+    )
+
+
+@dataclass
+class DataKeys(ChatKeys):
     """Data"""
 
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag, hh, alpaca, human_labels:sentiment, …) or a .jsonl / .jsonl.gz file")
+    data: str = key(
+        REQUIRED, "a recipe (toy, hh, alpaca, …), a file (.jsonl, .json, .csv, .parquet), or hub:owner/name[:config]"
+    )
     val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
+    split: str = key("train", "the split of data to train on")
+    val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     limit: int = key(0, "use only the first so many training problems, 0 = all", least=0)
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
+    on_mismatch: str = key(
+        "error", "what to do with a conversation that does not begin with what asks for its answer", ["error", "drop"]
+    )
 
 
 @dataclass
 class RunKeys:
     """Run"""
 
-    out_dir: str = key(REQUIRED, "the run folder; a run that is there is resumed", free=True)
+    out_dir: str = key(REQUIRED, "the run folder; a run that is there is resumed", replaces=OURS, free=True)
     overwrite: bool = key(False, "delete the run that out_dir holds and start anew", free=True)
     epochs: float = key(1.0, "passes over the data", least=0)
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)

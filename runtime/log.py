@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError
+from base.files import write_whole
 from base.progress import duration
 
 
@@ -59,7 +60,7 @@ def _wandb(project: str, folder: Path, settings: dict):
     except wandb.Error as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"key wandb: {said[0]}: mend that, set WANDB_MODE=offline, or leave the key empty") from None
-    note.write_text(run.id)
+    write_whole(note, run.id)
     return run
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,13 @@ import adapters
 import generate
 import weights
 from base.errors import UserError, warn
-from base.files import claim, write_whole
+from base.files import claim, read_plain, write_whole
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
-from runtime.config import REQUIRED
-from runtime.keys import TrainKeys
+from runtime.keys import OURS, TrainKeys
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
 
-OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "config.toml", "wandb_id")  # what a run leaves in its folder
+MARKS = {"model": weights.CONFIG, "adapter": adapters.CONFIG}
 
 
 class Run:
@@ -52,6 +50,7 @@ class Run:
     def _lock_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out_dir {self.folder} is a file: name a folder")
+        config.written(self.cfg, OURS)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.folder / ".lock")
         if self.lock is None:
@@ -61,11 +60,6 @@ class Run:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
         if model.lora:
             self.binding["base"] = model.origin.start_sha256  # the checkpoints hold the adapters only
-            if Path(model.origin.base).is_relative_to(self.folder.resolve()):
-                raise UserError(
-                    f"out_dir {self.folder}: the base of the adapters, {model.origin.base}, lies in it, and the run would "
-                    "write over it: name another out_dir"
-                )
         again = any(self.compute.gather(restarted()))  # --overwrite was for the first start
         if self.cfg.overwrite and not again:
             self.compute.once(self._delete)
@@ -84,9 +78,15 @@ class Run:
         return done
 
     def _delete(self) -> None:
-        for path in (self.folder / name for name in OURS):
+        """Delete what the run that is there has written, but for config.toml, which is replaced."""
+        paths = [self.folder / name for name in OURS]
+        for path in paths:
             if path.is_symlink():
                 raise UserError(f"key overwrite: {path} is a link, and what lies behind it is not deleted: remove it yourself")
+            if strange := path.name in MARKS and weights.strangers(path, MARKS[path.name]):
+                raise UserError(f"key overwrite: {path} holds {strange}, which no run wrote: move it away")
+        checkpoint.drop_after(self.checkpoints, -1)
+        for path in paths[1:]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -97,8 +97,8 @@ class Run:
         found = checkpoint.newest(self.checkpoints)
         if not found and checkpoint.steps(self.checkpoints):
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
-        if found or self._holds_another():
-            self._check_settings()  # what is there is not wiped for another run
+        if found or self._did_a_step():  # what is there is not wiped for another run
+            config.check_same(self.cfg, config.written(self.cfg), "a run")
         if not found:
             return None
         folder, state = found
@@ -111,30 +111,10 @@ class Run:
         checkpoint.drop_after(self.checkpoints, state["step"])  # damaged ones: they must not count as the newest
         return found
 
-    def _holds_another(self) -> bool:
-        """Whether there is a config.toml to be kept: of a run that did a step, or one that no run wrote. A run that was refused
-        before its first step may be started with other settings."""
-        config_file, metrics = self.folder / "config.toml", self.folder / "metrics.jsonl"
-        if not config_file.exists():
-            return False
-        ours = b"\nout_dir = " in config_file.read_bytes()
-        return not ours or (metrics.exists() and b'"split": "train"' in metrics.read_bytes())
-
-    def _check_settings(self) -> None:
-        """Refuse to go on with other settings than the run was begun with; keys that are `free` may differ."""
-        path = self.folder / "config.toml"
-        try:
-            before = tomllib.loads(path.read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{path}: cannot be read, so this run cannot be resumed: start anew with --overwrite") from None
-        for field in dataclasses.fields(self.cfg):
-            name, now = field.name, getattr(self.cfg, field.name)
-            was = before.get(name, now if field.default is REQUIRED else field.default)  # a key may be younger than the run
-            if not config.rules(field).free and was != now:
-                raise UserError(
-                    f"out_dir {self.folder} holds a run with {name} = {was!r}, not {now!r}: resume it with the same "
-                    "settings, name another out_dir, or start anew with --overwrite"
-                )
+    def _did_a_step(self) -> bool:
+        """A run that was refused before its first step may be started with other settings."""
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.exists() and b'"split": "train"' in read_plain(metrics)
 
     def _open(self, seen: int) -> None:
         write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))
@@ -285,7 +265,7 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
     try:
         with compute.autocast():
             prompts = [item.prompt.tolist() for item in items]
-            written = generate.greedy(model, prompts, new_tokens, tokenizer.eot, tokenizer.size)
+            written = generate.greedy(model, prompts, new_tokens, tokenizer.stops, tokenizer.size)
     except FloatingPointError as error:
         print(f"  no samples: {error}", flush=True)
         return

@@ -1,11 +1,12 @@
 """Samples of a run that was stopped: finished prompts beside the output file, for the same command to go on from."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import claim, write_whole
+from base.files import held, read_plain, write_whole
 from runtime.run import restarted
 
 FIRST = b'{"weights_sha256": "'  # how a part file begins
@@ -21,11 +22,19 @@ class Unfinished:
     def __init__(self, out: str, settings: dict, overwrite: bool, compute):
         self.out, self.settings, self.compute = Path(out), settings, compute
         self.overwrite = overwrite and not any(compute.gather(restarted()))
-        self.lock = None  # on rank 0
-        self.done: dict[int, list[str]] = compute.once(self._take_over)
-        self.file = open(f"{out}.part{compute.rank}", "ab")  # noqa: SIM115
-        if compute.rank:
-            self._write(settings)
+        self.stack = contextlib.ExitStack()  # of what is held until the end: on rank 0 the lock, too
+        with self.stack:
+            self.done: dict[int, list[str]] = compute.once(self._take_over)
+            self.file = self.stack.enter_context(open(f"{out}.part{compute.rank}", "ab"))  # noqa: SIM115
+            if compute.rank:
+                self._write(settings)
+            self.stack = self.stack.pop_all()
+
+    def __enter__(self) -> "Unfinished":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stack.close()
 
     def _paths(self) -> list[Path]:
         name = re.compile(re.escape(self.out.name) + r"\.part[0-9]+")
@@ -34,18 +43,17 @@ class Unfinished:
     def _take_over(self) -> dict[int, list[str]]:
         """On rank 0: gather what earlier part files hold into the first one. Refuses files of other settings, or not ours."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = claim(f"{self.out}.lock")
-        if self.lock is None:
-            raise UserError(f"key out: another process is writing {self.out}: wait, or name another file")
+        busy = f"key out: another process is writing {self.out}: wait, or name another file"
+        self.stack.enter_context(held(self.out, busy))
         done = {}
         for path in self._paths():
-            content = path.read_bytes()
+            content = read_plain(path)
             if not FIRST.startswith(content[: len(FIRST)]):  # not with --overwrite either
                 raise UserError(f"{path} was not written by sample.py: rename it, or name another --out")
             if self.overwrite:
                 continue
             theirs, found = _parse(content)
-            if theirs is not None and theirs != self.settings:
+            if found and theirs != self.settings:
                 name = next((k for k in self.settings if theirs.get(k) != self.settings[k]), "key")
                 was, now = theirs.get(name), self.settings.get(name)
                 raise UserError(
@@ -67,21 +75,25 @@ class Unfinished:
         self.file.flush()  # a full disk is an OSError here
 
     def remove(self) -> None:
-        self.file.close()
         Path(self.file.name).unlink(missing_ok=True)
-        if self.lock:
-            Path(self.lock.name).unlink(missing_ok=True)
-            self.lock.close()
 
 
-def _parse(content: bytes) -> tuple[dict | None, dict[int, list[str]]]:
-    """A part file's settings (None where a kill came before the first line's end) and its completions by prompt number, up to
-    the first line that is not whole: there a kill, a power cut or a full disk came between."""
-    lines = []
+def _parse(content: bytes) -> tuple[dict, dict[int, list[str]]]:
+    """A part file's settings and its completions by prompt number, up to the first line that is not whole: there a kill, a
+    power cut, a full disk or an editor came between."""
+    settings, done = {}, {}
     for line in content.splitlines():
         try:
             value = json.loads(line)
-            lines.append(value if not lines else (int(value[0]), value[1]))
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, RecursionError):
             break
-    return lines[0] if lines else None, dict(lines[1:])
+        match value:
+            case dict() if not settings:
+                settings = value
+            case [number, [*texts]] if type(number) is int and all(isinstance(t, str) for t in texts):
+                if len(texts) != settings.get("n"):
+                    break
+                done[number] = texts
+            case _:
+                break
+    return settings, done

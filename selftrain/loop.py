@@ -29,13 +29,15 @@ from pathlib import Path
 
 import precompute_ref
 from base.errors import UserError, run, warn
-from base.files import write_whole
+from base.files import read_json, write_whole
 from data import math_problems
 from data.jsonl import read
 from losses import REFERENCE_FREE
 from runtime import config, distributed
-from runtime.config import REQUIRED, key, rules
+from runtime.config import REQUIRED, key
 from selftrain import eval_math, problems
+
+MADE = ("rounds.json", "rounds.md", "rounds.png", "eval_prompts.jsonl")  # in its folder, beside config.toml and round_N
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Config:
     plot: bool = key(False, "draw accuracy over k, all rounds, into rounds.png", free=True)
     seed: int = key(0, "seed of sampling, pairs and training", least=0)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
-    out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", free=True)
+    out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", replaces=MADE, free=True)
 
     def check(self) -> None:
         if self.data not in math_problems.NAMES and not self.eval_data:
@@ -158,7 +160,8 @@ def check_steps(cfg: Config) -> None:
 def run_step(script: str, keys: dict, compute) -> None:
     """Print a step's command and run it in this process, unless what it makes is there. This room's scripts run on rank 0."""
     makes = Path(keys.get("out") or f"{keys['out_dir']}/model")
-    if compute.once(makes.exists):
+    left = makes.with_name(f"{makes.name}.part0")  # sample.py, killed when all was written, deletes it
+    if compute.once(lambda: makes.exists() and not left.exists()):
         return
     module, in_room = importlib.import_module(script), script.startswith("selftrain.")
     command = f"-m {script}" if in_room else os.path.relpath(module.__file__)
@@ -173,18 +176,10 @@ def run_step(script: str, keys: dict, compute) -> None:
 
 
 def take(cfg: Config) -> None:
-    """Make the folder this loop's. Raises UserError if it holds a loop with other settings."""
-    path = Path(cfg.out_dir) / "config.toml"
-    if path.exists():
-        before = config.load(Config, ["--config", str(path)])
-        for f in dataclasses.fields(cfg):
-            was, now = getattr(before, f.name), getattr(cfg, f.name)
-            if was != now and not rules(f).free:
-                raise UserError(
-                    f"out_dir {cfg.out_dir} holds a loop with {f.name} = {was!r}, not {now!r}: "
-                    "go on with the same settings, or name another out_dir"
-                )
-    write_whole(path, config.to_toml(cfg))
+    """Make the folder this loop's. Raises UserError if it holds a loop with other settings, or files that no loop wrote."""
+    if before := config.written(cfg, MADE):
+        config.check_same(cfg, before, "a loop")
+    write_whole(Path(cfg.out_dir) / "config.toml", config.to_toml(cfg))
 
 
 def shares(path: Path) -> list[float]:
@@ -193,15 +188,30 @@ def shares(path: Path) -> list[float]:
 
 
 def figures(cfg: Config, r: int) -> dict:
-    """A round's row of the table. `gain` is its pass@1 less that of the round before; `gain_ci95` is the half-width of the 95%
+    """A round's row of the table. UserError where a file that it is made of is damaged."""
+    try:
+        row = _figures(cfg, r)
+        if not all(isinstance(value, int | float) for name, value in row.items() if not name.endswith("_ci95")):
+            raise TypeError("a number is missing")
+        table([row])
+        return row
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+        at = Path(cfg.out_dir) / f"round_{r}"
+        raise UserError(
+            f"{at}: its *.json or *_graded.jsonl are damaged ({error!r}): delete these, they are made anew"
+        ) from None
+
+
+def _figures(cfg: Config, r: int) -> dict:
+    """`gain` is its pass@1 less that of the round before; `gain_ci95` is the half-width of the 95%
     interval, from the differences problem by problem."""
     at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
-    result = json.loads((at / "eval.json").read_text())
+    result = read_json(at / "eval.json")
     row = {"round": r, "k": result["k"]}
     row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
     row |= {"marker": result["marker"]} if "marker" in result else {}
     if r:
-        train, pairs = (json.loads((at / f"{n}.json").read_text()) for n in ("train", "pairs"))
+        train, pairs = (read_json(at / f"{n}.json") for n in ("train", "pairs"))
         row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
         row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
         both = zip(shares(at / "eval_graded.jsonl"), shares(before / "eval_graded.jsonl"), strict=True)

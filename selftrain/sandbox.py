@@ -2,20 +2,21 @@
 
 `run_program` starts this file under `python -I -S`. The new process gives up its rights one by one, and then runs the program:
 
-    time       a limit on processor seconds in the process. The parent watches the clock and kills the whole session. The
-               program cannot leave the session, nor undo the signal that ends it when its parent dies
+    time       a limit on processor seconds in the process. The parent watches the clock and kills. The program has a session of
+               its own, so it can stop nobody else; it cannot undo the signal that ends it when its parent dies
     memory     a limit on address space. Shared memory, which would outlive the process, is refused
     processes  a seccomp filter refuses fork, clone and exec. A process namespace hides all other processes
     network    a network namespace without any interface. Calls that open sockets are refused
-    files      the whole tree is mounted read-only and without devices. The working folder is an empty tmpfs of 1 MB and 256
-               files, which ends with the process
+    files      a root folder of its own, in memory: 1 MB and 256 files, which end with the process. There are the system's
+               programs and Python's library, read-only; no other file, no /proc, no device
     output     the parent reads a limited number of bytes, then kills
     the rest   no environment, no inherited files, no new privileges
 
 It needs user namespaces and seccomp. Where the kernel or the container does not grant them, `Refused` is raised and nothing
-runs. The program can still read every file that its user can read.
+runs.
 """
 
+import builtins
 import contextlib
 import ctypes
 import os
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 
 REFUSED = 97  # exit status where a part of the sandbox could not be set up
@@ -74,8 +76,7 @@ def run_program(code: str, seconds: float = 5.0, memory_mb: int = 512, output_by
             process.terminate()  # so that it kills the program and waits for it; nobody else may be there to do that
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             status = process.wait()
             process.stdout.close()
     if status == REFUSED and end == "failed":  # it was not stopped while it set the sandbox up
@@ -88,15 +89,16 @@ def run_program(code: str, seconds: float = 5.0, memory_mb: int = 512, output_by
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 PDEATHSIG, NO_NEW_PRIVS, SECCOMP = 1, 38, 22  # prctl
 MOUNT_SETATTR, RECURSIVE, READ_ONLY_NODEV = 442, 0x8000, 1 | 4  # the system call has one number everywhere
-NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+NOSUID_NODEV_NOEXEC, RECURSE = 2 | 4 | 8, 0x4000  # mount
+SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store")  # what Python's library needs beside its own folder
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH
 # the numbers of these system calls: clone fork vfork execve execveat clone3, socket socketpair connect bind, ptrace mount
 # umount2 pivot_root chroot unshare setns mount_setattr move_mount open_tree fsopen, bpf keyctl add_key perf_event_open
-# io_uring_setup userfaultfd process_vm_writev, prctl setsid setpgid, shmget msgget semget
+# io_uring_setup userfaultfd process_vm_writev, prctl setsid setpgid, shmget msgget semget, flock request_key
 COMMON = [435, MOUNT_SETATTR, 429, 428, 430, 425]
 CALLS = {
-    "x86_64": "56 57 58 59 322 41 53 42 49 101 165 166 155 161 272 308 321 250 248 298 323 311 157 112 109 29 68 64",
-    "aarch64": "220 221 281 198 199 203 200 117 40 39 41 51 97 268 280 219 217 241 282 271 167 157 154 194 186 190",
+    "x86_64": "56 57 58 59 322 41 53 42 49 101 165 166 155 161 272 308 321 250 248 298 323 311 157 112 109 29 68 64 73 249",
+    "aarch64": "220 221 281 198 199 203 200 117 40 39 41 51 97 268 280 219 217 241 282 271 167 157 154 194 186 190 32 218",
 }
 
 
@@ -126,14 +128,20 @@ def shut_in(seconds: float, memory_mb: int, parent: int) -> None:
         stands = os.read(ready, 1)  # so that a program that exits with REFUSED is not taken for a refusal
         _, status = os.waitpid(child, 0)
         os._exit((1 if status else 0) if stands else REFUSED)
+    os.setsid()
     must(libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     os.close(ready)  # so that writing to `tell` fails if the process above has ended by now
-    must(libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))  # MS_REC | MS_PRIVATE: no mount shows outside
+    must(libc.mount(b"none", b"/", None, RECURSE | 0x40000, None))  # MS_PRIVATE: no mount shows outside
     attributes = struct.pack("QQQQ", READ_ONLY_NODEV, 0, 0, 0)
     must(libc.syscall(MOUNT_SETATTR, -100, b"/", RECURSIVE, attributes, len(attributes)))
-    folder = os.getcwd()
-    must(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", NOSUID_NODEV_NOEXEC, f"size={WRITABLE},nr_inodes={FILES}".encode()))
-    os.chdir(folder)
+    root = os.getcwd()
+    must(libc.mount(b"tmpfs", root.encode(), b"tmpfs", NOSUID_NODEV_NOEXEC, f"size={WRITABLE},nr_inodes={FILES}".encode()))
+    for path in filter(os.path.isdir, (*SYSTEM, sys.base_prefix)):
+        os.makedirs(root + path, exist_ok=True)
+        must(libc.mount(path.encode(), (root + path).encode(), None, RECURSE | 0x1000, None))  # MS_BIND, read-only as above
+    os.mkdir(root + "/tmp")
+    os.chroot(root)
+    os.chdir("/tmp")
     # processor seconds: more than the parent waits, or a loop would sometimes end as "failed" and not as "time"
     limits = {"CPU": int(seconds) + 2, "AS": memory_mb << 20, "FSIZE": WRITABLE, "NOFILE": 64, "CORE": 0}
     for name, most in limits.items():
@@ -175,8 +183,9 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(REFUSED)
     sys.argv = ["program.py"]
-    names = {"__name__": "__main__", "__builtins__": __builtins__, "exit": sys.exit, "quit": sys.exit}  # -S leaves these out
-    exec(compile(code, "program.py", "exec"), names)
+    builtins.exit = builtins.quit = sys.exit  # -S leaves these out
+    sys.modules["__main__"] = program = types.ModuleType("__main__")
+    exec(compile(code, "program.py", "exec"), vars(program))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data, where there is some; tests that want it skip without it
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--fuzz", type=int, default=0, help="draw so many new cases in tests/test_fuzz.py")
+    parser.addoption("--copies", type=int, default=12, help="damaged copies of each kind of file (tests/test_corruption.py)")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """End with a line for each reason why tests were skipped, and how many. Also under -q and -n."""
     skipped = terminalreporter.stats.get("skipped", [])
@@ -144,6 +149,12 @@ def metrics(folder: Path | str, timeless: bool = True) -> list[dict]:
     return records
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder, by its path there, but for empty lock files, which a run or a kill leaves."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock" and not p.name.endswith("nanopref-lock"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
 @pytest.fixture
 def run(call, stage):
     """run("sft", folder, lr=1): a run that must succeed; returns (what it printed, what it wrote on stderr, its metrics)."""
@@ -206,7 +217,7 @@ def spawn():
     """Start a script in a forked process of a server that has imported everything: no start-up to wait for."""
     context = multiprocessing.get_context("forkserver")
     stages = ["sft", "dpo", "precompute_ref", "eval_mcq", "sample"]
-    context.set_forkserver_preload([*stages, "tests.conftest", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+    context.set_forkserver_preload([*stages, "tests.conftest", "torch.distributed.fsdp"])
 
     def start(name: str, args: list, stderr: Path, limit: int = 0, env: dict | None = None):
         process = context.Process(target=_child, args=(name, [*map(str, args)], str(stderr), limit, env or {}))

@@ -2,7 +2,9 @@
 
 As the real one it answers `/{repo}/resolve/main/{file}`, redirects bare names (`gpt2`) to `openai-community/…`, states
 size and checksum, and sends large files (by their ending) through a redirect to another host, whose ETag is one of its
-own. By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT HF_HUB_CACHE=/none`.
+own. Of data sets it lists the files (`/api/datasets/{repo}`) and those of the branch refs/convert/parquet, which are in the
+folder of that name (`/api/datasets/{repo}/parquet`).
+By hand: `python -m tests.hub FOLDER PORT [REPO]`, then `HF_ENDPOINT=http://localhost:PORT HF_HUB_CACHE=/none`.
 """
 
 import contextlib
@@ -16,10 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".bin", ".gz")
+LARGE = (".safetensors", ".bin", ".gz", ".parquet")
+CONVERTED = "refs/convert/parquet"
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Fault:
     status: int = 0  # answer with this status
     headers: dict = field(default_factory=dict)  # add or replace these headers
     cut: int = -1  # close the connection after so many bytes of the body
+    slow: int = -1  # after so many bytes of the body send one every tenth of a second, for half a minute
     hang_up: bool = False  # close it without an answer
     sleep: float = 0.0  # seconds to wait before the answer
 
@@ -56,6 +60,7 @@ class Hub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.with_etag = self.heeds_if_range = True
+        self.token = ""  # without it the hub's own host shows nothing
         hub = self
 
         class Handler(_Handler):
@@ -64,6 +69,7 @@ class Hub:
         Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that hung up
         # Two names for one machine: the hub's own host, and the one large files are kept at.
         self.url = f"http://localhost:{self.server.server_port}"
         self.store = f"http://127.0.0.1:{self.server.server_port}"
@@ -118,9 +124,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.fault.status:
             self.answer(self.fault.status)
+        elif self.hub.token and not path.startswith("/store") and self.headers["Authorization"] != f"Bearer {self.hub.token}":
+            self.answer(401)
+        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
+            self.list_files(f"datasets/{match[1]}")
+        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/parquet", path):
+            self.list_converted(f"datasets/{match[1]}")
+        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/parquet/(.+)/(\d+)\.parquet", path):
+            self.redirect(
+                302, f"/datasets/{match[1]}/resolve/{quote(CONVERTED, safe='')}/{quote(match[2])}/{match[3]:0>4}.parquet", {}
+            )
         elif match := re.fullmatch(r"/([^/]+)/resolve/main/(.+)", path):
             self.redirect(307, f"/openai-community/{match[1]}/resolve/main/{match[2]}", {})
-        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/(?:main|[0-9a-f]{40})/(.+)", path):
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/(?:main/|[0-9a-f]{40}/|(?=refs/))(.+)", path):
             self.resolve(*match.groups())
         elif match := re.fullmatch(r"/(?:store|files)/(.+)", path):
             if file := self.hub.find(match[1]):
@@ -146,6 +162,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.redirect(302, f"{self.hub.store}/store/{repo}/{name}?signature=secret", about)
         else:
             self.send(content, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), about)
+
+    def list_files(self, repo: str) -> None:
+        folder = self.hub.repos.get(repo)
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) if folder else []
+        siblings = [{"rfilename": name} for name in names if not name.startswith("refs/")]
+        self.answer_json(200 if folder else 401, {"id": repo, "siblings": siblings} if folder else {"error": "not found"})
+
+    def list_converted(self, repo: str) -> None:
+        folder, found = self.hub.repos.get(repo, Path("/none")) / CONVERTED, {}
+        for path in sorted(folder.glob("*/*/*.parquet")):
+            config, split = path.parts[-3:-1]
+            urls = found.setdefault(config, {}).setdefault(split, [])
+            urls.append(f"https://huggingface.co/api/{repo}/parquet/{config}/{split}/{len(urls)}.parquet")
+        self.answer_json(200 if found else 404, found or {"error": "not found"})
+
+    def answer_json(self, status: int, value: dict) -> None:
+        self.answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def redirect(self, status: int, to: str, headers: dict) -> None:
         self.answer(status, {"Location": to, **headers})
@@ -178,6 +211,13 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: self.fault.cut]
             self.close_connection = True
         with contextlib.suppress(ConnectionError):  # a client that gave up
+            if self.fault.slow >= 0:
+                self.close_connection = True
+                self.wfile.write(body[: self.fault.slow])
+                for byte in body[self.fault.slow :][:300]:
+                    threading.Event().wait(0.1)  # not sleep, which tests replace
+                    self.wfile.write(bytes([byte]))
+                return
             self.wfile.write(body)
 
     def log_message(self, *_):

@@ -29,7 +29,7 @@ RECIPES = {f"{load.__module__.replace('.', '/')}.py" for load in LOADS} | {"data
 FLAT = ("lora.py", "logprobs.py", "generate.py", "weights.py", "adapters.py", "losses.py")
 CORE = {*FAMILIES, *FLAT, "sft.py", "precompute_ref.py", "dpo.py", "eval_mcq.py", "sample.py"}
 A_STAGE, A_FAMILY, A_FILE = 200, 200, 300
-THE_CORE, ALL = 3_850, 7_200  # the aim is 2,900 and 5,900: lower these with every line that goes
+THE_CORE, ALL = 5_000, 8_350  # the aim is 3,300 and 6,800: lower these with every line that goes
 SKIPPED = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 

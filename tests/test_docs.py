@@ -87,7 +87,12 @@ def test_the_example_of_a_loss(monkeypatch):
     refusal, pair = (code for code in blocks("CONTRIBUTING.md", "") if "orpo" in code)
     (case,) = eval(f"[\n{pair}]")
     test_losses.test_by_hand(*case)
-    for test in ("halves_of_a_batch", "reference_free", "far_from_the_reference_stays_finite"):
+    for test in (
+        "halves_of_a_batch",
+        "reference_free",
+        "rounding_at_the_start_decides_nothing",
+        "far_from_the_reference_stays_finite",
+    ):
         getattr(test_losses, f"test_{test}")("orpo")
 
     def check(**keys):

@@ -105,6 +105,29 @@ def test_evaluation(files, sft_run, refused, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{"n_layer": 900, "n_embd": 2**14}, {"n_embd": 2**22}, {"n_layer": 10**7}])
+def test_a_scratch_model_that_no_machine_holds(sizes, files, refused, tmp_path):
+    says = "is above 1,000" if "n_embd" not in sizes else "take a smaller model, or more processes"
+    refused("sft", *sft_args(files, tmp_path / "run", **sizes), says=says)
+    assert not (tmp_path / "run").exists()
+
+
+def on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …")
+
+
+@pytest.mark.parametrize("work", [lambda: torch.empty(2**60), lambda: bytearray(2**62), on_a_gpu])
+def test_out_of_memory_is_one_line(work, capsys):
+    with pytest.raises(SystemExit) as end:
+        errors.run(work)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: out of memory (") and said.count("\n") == 1
+    assert "lower micro_tokens or batch_size" in said
+
+
 # --- the reference file ----------------------------------------------------------------------------------------------
 
 
@@ -171,6 +194,25 @@ def test_folders_that_are_not_ours(files, refused, tmp_path):
     refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
     refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="is a file: name a folder")
+
+
+def test_a_demo_deletes_only_what_a_demo_made(refused, tmp_path, monkeypatch):
+    """Killed in the middle, it begins anew; notes of a user beside its files stay."""
+    out = tmp_path / "demo"
+    for name in ("sft/model/x", "ref.safetensors", "notes.txt", "mine/x", ".demo"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (out / "dpo").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+
+    def stop(*_, **__):
+        raise errors.UserError("stopped")
+
+    monkeypatch.setattr("demo.step", stop)
+    for _ in range(2):
+        refused("demo", "--out_dir", out, says="stopped")
+        assert {p.name for p in out.iterdir()} == {"notes.txt", "mine", ".demo"} and (out / "mine/x").exists()
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 @pytest.mark.parametrize(("world", "says"), [("2", "start with torchrun --nproc_per_node 2"), ("abc", "'abc' is no number")])

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
-import dpo
 import sft
 import weights
 from data.batch import collate
@@ -23,7 +20,7 @@ from data.tokenizer import get
 from generate import greedy
 from lora import LoRA, LoRAConfig, add_lora, as_started, is_target
 from model import GPT, SIZES, GPTConfig
-from runtime import checkpoint, config, distributed
+from runtime import config, distributed
 from runtime.build import build_model
 from tests import tiny
 from tests.conftest import close, dpo_args, flags, good, metrics, ref_args, script, sft_args
@@ -130,9 +127,8 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call):
     assert "model and adapter" in printed.splitlines()[-1]
     # a token: 4 operations a frozen weight (12 width^2 + 13 width a block), 6 one of an adapter (rank * 18 width a block)
     assert f"{2 * (4 * (12 * 32 * 32 + 13 * 32) + 6 * 4 * 18 * 32) / 1e6:,.1f} MFLOP a token" in printed
-    state = torch.distributed.checkpoint.FileSystemReader(lora_sft / "checkpoints/step_10").read_metadata()
-    names = [".".join(map(str, keys)) for keys in state.planner_data.values()]
-    assert not [name for name in names if ".lora." not in name and not name.startswith("optimizer.param_groups")], names
+    saved = load_file(lora_sft / "checkpoints/step_10/rank_0.safetensors")
+    assert saved and all(".lora." in name for name in saved)
 
     merged, start = (load_file(f / "model/model.safetensors") for f in (lora_sft, sft_run))
     assert merged.keys() - start.keys() == {"lm_head.weight"}
@@ -231,39 +227,6 @@ def test_from_scratch(files, call, refused, tmp_path):
 # --- resumed, and many -----------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """dpo.py, killed behind its second checkpoint."""
-    save, saved = checkpoint.save, []
-
-    def killed(*rest):
-        save(*rest)
-        saved.append(rest)
-        if len(saved) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint.save = killed
-    dpo.main()
-
-
-def test_a_killed_run_resumes_to_the_bit(files, lora_sft, sft_run, spawn, call, tmp_path):
-    """A DPO run that goes on from an adapter, with dropout: all is as in the unbroken run."""
-
-    def args(folder):
-        more = {"init_from": lora_sft / "adapter", "dropout": 0.1, "max_steps": 8, "save_every": 2, "eval_every": 3}
-        return lora_dpo(files, sft_run, folder, **more)
-
-    run, whole = tmp_path / "broken", tmp_path / "whole"
-    assert call("dpo", *args(whole))[0] == 0
-    process = spawn("tests.test_lora", args(run), tmp_path / "err")
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL and not (run / "adapter").exists()
-    status, printed, err = call("dpo", *args(run))
-    assert status == 0 and "resuming" in printed, err
-    assert metrics(run) == metrics(whole)
-    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_another_base_is_not_resumed(files, sft_run, lora_sft, call, refused, tmp_path):
     """The checkpoints hold adapters only: weights that changed under the run are noticed, at the end too."""
     folder = shutil.copytree(sft_run / "model", tmp_path / "base")
@@ -290,7 +253,11 @@ def test_a_run_does_not_write_over_its_own_base(files, sft_run, refused, tmp_pat
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     for overwrite in ("true", None):
         args = lora_args(files, sft_run, tmp_path / "run", init_from=tmp_path / "run/model", overwrite=overwrite)
-        refused("sft", *args, says="lies in it, and the run would write over it: name another out_dir")
+        refused(
+            "sft",
+            *args,
+            says="would write over {}, which key init_from names: name another out_dir".format(tmp_path / "run/model"),
+        )
         assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
 
 

@@ -137,6 +137,30 @@ def test_by_hand(name, changed, pair, expected):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
+def test_rounding_at_the_start_decides_nothing(name):
+    """Policy and reference are the same, but for what float32 makes of their sums under two layouts: rounding of 1e-6 nats
+    may not move a loss or its gradient by more than it moves beta times a log-ratio."""
+    length, o = torch.tensor([1.0, 6.0, 30.0, 200.0]), settings(label_smoothing=0.1)
+    sums, found = -3 * length, []
+    for sign in (0.0, 1.0, -1.0):
+        noise = sign * 2**-22 * (sums.abs() + 30) * torch.tensor([1.0, -1.0, 1.0, -1.0])
+        p = Pairs((sums + noise).requires_grad_(), (sums - noise).requires_grad_(), sums, sums, length, length)
+        found.append(torch.cat([x.reshape(-1) for x in value_and_grads(LOSSES[name](p, o).mean(), p)]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1.0, 30.0])
+def test_dpop_beyond_rounding_is_the_papers(spread):
+    p, o = random_pairs(n=50, spread=spread), settings()
+    penalty = torch.clamp(p.ref_chosen - p.chosen, min=0)
+    paper = -torch.log(torch.sigmoid(o.beta * (p.chosen - p.ref_chosen - p.rejected + p.ref_rejected - 50 * penalty)))
+    told = (p.ratio_chosen.abs() > 2e-3) & paper.isfinite()
+    assert told.sum() > 15 and (penalty[told] > 0).any()
+    torch.testing.assert_close(LOSSES["dpop"](p, o)[told], paper[told], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
 def test_halves_of_a_batch(name):
     """What lets micro-batches be added up holds for every loss but those that dpo.py must see whole."""
     p, o = random_pairs(n=8, spread=30.0), settings(label_smoothing=0.1)

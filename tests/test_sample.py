@@ -18,7 +18,7 @@ import generate
 import sample
 import weights
 from base.errors import UserError
-from base.files import claim
+from base.files import held
 from data.tokenizer import get
 from generate import greedy, stream
 from runtime import config
@@ -112,6 +112,40 @@ def test_stop_texts_over_several_tokens():
     assert text.certain(list("caf\u00e9\nx".encode())) == "caf\u00e9\nx"
 
 
+def test_what_is_printed_is_the_text_up_to_the_first_stop(monkeypatch, capsys):
+    """Random texts, cut into tokens anywhere, also inside a character, and stop texts that overlap with themselves."""
+
+    class Pieces:
+        def decode(self, ids):
+            return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+        start = ()
+
+        def encode_batch(self, texts):
+            return [[] for _ in texts]
+
+    def drawn(cfg, prompts, batch_size, ended, *_):
+        """What `sample.completions` yields: the tokens up to the one that ends the completion."""
+        n = next((n for n in range(1, len(pieces) + 1) if ended(list(range(n)))), len(pieces))
+        yield 0, 0, list(range(n))
+
+    monkeypatch.setattr(sample, "fit", lambda *_: 0)
+    monkeypatch.setattr(sample, "completions", drawn)
+    terminal = config.load(sample.Config, flags(model="gpt2"))
+    cases = [(b"hi\n\n\nQ", "\n\nQ"), (b"hi\n\n\nQ more", "\n\nQ"), (b"aabaaab", "aaab"), (b"ab\xf0\x9f", "b")]
+    rng = np.random.default_rng(0)
+    for case in range(3000):
+        letters = ["a", "b", "\n", "\u00e9", "\U0001f600"]
+        raw = "".join(rng.choice(letters, rng.integers(12))).encode()
+        raw += bytes(rng.integers(128, 256, rng.integers(3), dtype=np.uint8)) if case % 2 else b""
+        raw, stop = cases[case] if case < len(cases) else (raw, "".join(rng.choice(letters, rng.integers(5))))
+        cuts = np.flatnonzero(rng.random(max(0, len(raw) - 1)) < rng.random()) + 1
+        pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+        sample.answer(terminal, "", 0, sample.Text(Pieces(), stop), None, Pieces(), None)
+        text = raw.decode(errors="replace")
+        assert capsys.readouterr().out == (text.partition(stop)[0] if stop else text) + "\n", (pieces, stop)
+
+
 def test_adapters_and_untied_models(folder, asked, whole, call, tmp_path):
     """An adapter's folder is sampled from as the model that it makes of its base, whose head is no longer tied."""
     model = tiny.with_lora(weights.load(folder))
@@ -169,6 +203,53 @@ def test_a_damaged_line_costs_only_what_stands_behind_it(folder, asked, whole, p
     (tmp_path / "out.jsonl.part0").write_bytes(b"".join(lines[:2]) + lines[2][:9] + b"".join(lines[2:]))
     status, printed, _ = call("sample", *args(folder, asked, tmp_path / "out.jsonl"))
     assert status == 0 and "1 finished before" in printed and (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("rest", [b"", b'[0, ["a"', b"null\n", b"{}\n"])
+def test_a_part_file_without_a_finished_prompt_blocks_nobody(folder, asked, part, call, tmp_path, rest):
+    """There is nothing in it to be lost by other settings."""
+    (tmp_path / "out.jsonl.part0").write_bytes(part.splitlines(keepends=True)[0] + rest)
+    assert call("sample", *args(folder, asked, tmp_path / "out.jsonl", seed=6))[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_line_that_no_run_wrote_ends_a_part_file(folder, asked, whole, part, call, tmp_path):
+    """Of the right number of texts for one prompt, and nothing else."""
+    first, second, *_ = part.splitlines(keepends=True)
+    lines = (
+        "null",
+        "{}",
+        "[]",
+        "7",
+        "[0]",
+        "[0, null]",
+        "[0, []]",
+        '[0, ["a"]]',
+        '[0, ["a", 1]]',
+        '["0", ["a", "b"]]',
+        "[" * 9999,
+    )
+    for line in (*lines, '[true, ["a", "b"]]', '[0.5, ["a", "b"]]', '{"0": ["a", "b"]}', '[0, ["a", "b"], 1]', first.decode()):
+        (tmp_path / "out.jsonl.part0").write_bytes(first + second + line.encode() + b"\n")
+        status, printed, err = call("sample", *args(folder, asked, tmp_path / "out.jsonl"))
+        assert status == 0 and "1 finished before" in printed, (line, err)
+        assert (tmp_path / "out.jsonl").read_bytes() == whole, line
+
+
+def test_a_refused_run_leaves_no_lock(folder, asked, part, refused, tmp_path):
+    """Nor one that fails while it samples; a lock of that name that a user has is not touched."""
+    (tmp_path / "out.lock").write_text("mine")
+    (tmp_path / "out.part3").write_bytes(part)
+    refused("sample", *args(folder, asked, tmp_path / "out", seed=6), says="unfinished samples with another seed")
+    assert {p.name for p in tmp_path.iterdir()} == {"out.lock", "out.part3"}
+    model = weights.load(folder)
+    with torch.no_grad():
+        model.blocks[1].mlp.proj.bias.fill_(float("nan"))
+    weights.save(model, get("toy"), tmp_path / "model")
+    refused("sample", *args(tmp_path / "model", asked, tmp_path / "nan"), says="its weights are damaged")
+    assert {p.name for p in tmp_path.iterdir()} == {"out.lock", "out.part3", "model", "nan.part0"}
+    assert (tmp_path / "out.lock").read_text() == "mine"
 
 
 def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, call, tmp_path, monkeypatch):
@@ -230,7 +311,7 @@ def test_files_of_others_are_left_alone(folder, asked, whole, part, call, refuse
 
 
 def test_two_runs_never_share_a_file(folder, asked, refused, tmp_path):
-    with claim(tmp_path / "out.lock"):
+    with held(tmp_path / "out"):
         refused("sample", *args(folder, asked, tmp_path / "out"), says="another process is writing")
 
 
@@ -242,7 +323,7 @@ def test_wrong_keys(folder, asked, tmp_path):
     for keys, says in (
         ({"out": None}, "key out: --prompts needs --out"),
         ({"prompts": None}, "key prompts: --out needs --prompts"),
-        ({"out": asked}, "is the prompts file"),
+        ({"out": asked}, "which key prompts names: name another out"),
         ({"out": tmp_path / "out.jsonl.gz"}, "leave out .gz"),
         ({"out": tmp_path / "file" / "out"}, "cannot be written"),
         ({"out": tmp_path}, "is a folder"),

@@ -3,8 +3,11 @@
 import errno
 import hashlib
 import json
+import os
 import resource
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from base.errors import UserError
+from base.files import private
 from data.tokenizer import get
 from model import GPT, GPTConfig
 from tests import peers, tiny
@@ -203,13 +207,68 @@ def test_configs_of_other_models(folder, key, value):
     fails(folder, rf"config.json: {key} is|config.json: n_embd 32 is no multiple of n_head 3")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_layer": 10**7}, {"n_embd": 4 * 10**12}, {"vocab_size": 10**18}, {"n_positions": 10**18}, {"n_layer": 10**300},
+     {"n_head": 0}, {"n_head": -2}, {"n_head": 64}, {"n_head": 2.0}, {"n_head": True}, {"n_head": [2]}, {"n_embd": None},
+     {"n_embd": -32}, {"n_layer": "2"}, {"n_layer": 999, "n_embd": 2**24}, {"layer_norm_epsilon": float("nan")},
+     {"model_type": ["gpt2"]}, {"tie_word_embeddings": {}}],
+)  # fmt: skip
+def test_sizes_of_no_model_are_refused_at_once(changes, folder):
+    """Before anything is allocated, and before a model of so many layers is laid out."""
+    edit_config(folder, **changes)
+    start = time.monotonic()
+    fails(folder, "config.json")
+    assert time.monotonic() - start < 5
+    scratch = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128, "vocab_size": 97}
+    asked = {key.replace("n_positions", "block_size"): value for key, value in changes.items()}
+    if asked.keys() <= scratch.keys() and all(type(v) is int and v > weights.MOST // 2 for v in asked.values()):
+        fails("scratch", "init_from is scratch, but .* is above", **scratch | asked)
+
+
+def test_nothing_is_read_of_weights_that_do_not_fit(folder, monkeypatch):
+    """The headers tell: also of sizes that would fit no memory, and of a tensor that is missing in the last file."""
+    shard(folder)
+    edit_config(folder, n_embd=2**20)
+    with pytest.raises(UserError, match="has shape"):
+        weights.source(folder)
+    edit_config(folder, n_embd=32, n_layer=3)
+    with pytest.raises(UserError, match="missing"):
+        weights.source(folder)
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, link_to_itself])
+def test_what_is_no_file_is_not_waited_for(make, folder, tmp_path):
+    """A pipe, a folder or a circle of links in a file's place."""
+    for name, read, says in (
+        ("config.json", weights.load, "no config.json in"),
+        ("model.safetensors", weights.load, "no weights for"),
+        ("tokenizer_config.json", get, "tokenizer_config.json is no file|does not have the .* tokens"),
+        ("vocab.json", get, "vocab.json is no file|does not have the .* tokens"),
+        ("tokenizer.json", get, "tokenizer.json is no file|does not have the .* tokens"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / name)
+        (copy / name).unlink(missing_ok=True)
+        make(copy / name)
+        with pytest.raises(UserError, match=says):
+            read(copy)
+
+
+def test_the_home_of_nobody():
+    fails("~no_such_user/model", "~no_such_user/model is no folder")
+
+
 CASES = {  # tensors to change, changes in config.json, what is said
     "missing": ({BLOCK + "mlp.c_fc.bias": None}, {}, f"model.safetensors: tensor {BLOCK}mlp.c_fc.bias missing"),
     "foreign": ({"score.weight": torch.zeros(1, 8)}, {}, "tensor score.weight is none of a 2-layer gpt2's"),
     "fewer layers": ({}, {"n_layer": 1}, r"tensor transformer.h.1\..* is none of a 1-layer gpt2's"),
     "more layers": ({}, {"n_layer": 3}, "tensor transformer.h.2.ln_1.weight and 11 more missing"),
     "shape": ({BLOCK + "attn.c_attn.weight": torch.zeros(96, 32)}, {}, r"has shape \(96, 32\), not \(32, 96\)"),
-    "float64": ({BLOCK + "ln_1.bias": torch.zeros(32).double()}, {}, "ln_1.bias is torch.float64"),
+    "float64": ({BLOCK + "ln_1.bias": torch.zeros(32).double()}, {}, "ln_1.bias is F64, not F32, F16 or BF16"),
     "vocabulary": ({}, {"vocab_size": 99}, r"transformer.wte.weight has shape \(97, 32\), not \(99, 32\)"),
     "another head": ({"lm_head.weight": torch.zeros(97, 32)}, {}, "lm_head.weight differs from the embedding"),
     "head's shape": ({"lm_head.weight": torch.zeros(96, 32)}, {}, "lm_head.weight has shape"),
@@ -313,15 +372,52 @@ def test_the_old_folder_stays_until_the_new_one_is_whole(model, tmp_path):
 def test_save_after_a_kill(model, tmp_path):
     out = tmp_path / "out"
     weights.save(model, NoTokenizer(), out)
-    (tmp_path / "out.saving").mkdir()
-    (tmp_path / "out.saving/model.safetensors").write_text("half")
-    shutil.copytree(out, tmp_path / "out.old")
+    new, old = private(out, "new"), private(out, "old")
+    new.mkdir()
+    (new / "model.safetensors").write_text("half")
+    shutil.copytree(out, old)
     weights.save(model, NoTokenizer(), out)
     assert contents(out)
-    out.rename(tmp_path / "out.old")  # killed between the two renames: a failure now must leave the old one in its place
+    out.rename(old)  # killed between the two renames: a failure now must leave the old one in its place
     with pytest.raises(OSError, match="full"):
         weights.save(model, Broken(OSError(errno.ENOSPC, "full")), out)
     weights.load(out)
+
+
+def test_backups_of_a_user_are_left_alone(model, tmp_path):
+    """Names that a user may give are no names of ours: they are neither deleted nor renamed into place."""
+    out = tmp_path / "out"
+    for name in ("out.old", "out.saving", "out.tmp", "out.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    for _ in range(2):
+        with pytest.raises(OSError, match="full"):
+            weights.save(model, Broken(OSError(errno.ENOSPC, "full")), out)
+        assert not out.exists()
+    weights.save(model, NoTokenizer(), out)
+    weights.save(model, NoTokenizer(), out)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "out.old", "out.saving", "out.tmp", "out.new"}
+    assert all(
+        (tmp_path / name / "config.json").read_text() == name for name in ("out.old", "out.saving", "out.tmp", "out.new")
+    )
+
+
+def test_two_writers_to_one_folder_leave_one_model_whole(tmp_path):
+    models = [tiny.gpt(vocab_size=97 + i) for i in range(2)]
+    save = lambda i: [weights.save(models[i], NoTokenizer(), tmp_path / "out") for _ in range(5)]  # noqa: E731
+    threads = [threading.Thread(target=save, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert weights.fingerprint(weights.load(tmp_path / "out")) in map(weights.fingerprint, models)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("tokenizer", ["toy", "toy_math", "gpt2"])
+def test_every_tokenizer_writes_files_that_are_known_as_ours(tokenizer, tmp_path):
+    get(tokenizer).save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= weights.FILES
 
 
 def test_other_folders_and_other_models_are_not_written(model, tmp_path):
@@ -331,7 +427,15 @@ def test_other_folders_and_other_models_are_not_written(model, tmp_path):
     with pytest.raises(UserError, match="out is there and not a model's folder"):
         weights.save(model, NoTokenizer(), out)
     assert contents(out) == {"thesis.tex": b"dear"}
-    (out / "thesis.tex").unlink()
+    (out / "config.json").write_text("{}")  # a model's folder, and more
+    with pytest.raises(UserError, match=r"out is there and not a model's folder: move it away \(thesis.tex\)"):
+        weights.save(model, NoTokenizer(), out)
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "vocab.json").write_text("{}")  # a tokenizer of somebody's
+    with pytest.raises(UserError, match=r"out is there and not a model's folder"):
+        weights.save(model, NoTokenizer(), out)
+    (out / "vocab.json").unlink()
     model.blocks[0].attn.extra = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="not a plain model's parameters"):
         weights.save(model, NoTokenizer(), out)

@@ -39,7 +39,7 @@ def with_lora(model: GPT, rank: int = 4, alpha: float = 8.0, targets: tuple[str,
 class NoTokenizer:
     """What `save` needs of a tokenizer that nobody uses."""
 
-    eot = 96
+    eot = bos = 96
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text("{}")

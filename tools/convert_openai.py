@@ -18,7 +18,7 @@ from torch import Tensor
 import weights
 from base.download import cache_dir, fetch, openai_endpoint
 from base.errors import UserError, run
-from base.files import read_json
+from base.files import expand, read_json
 from data import tokenizer
 from model import GPT, GPTConfig
 from runtime.config import REQUIRED, key, load
@@ -33,7 +33,7 @@ PARTS = {"ln1": "ln_1", "ln2": "ln_2", "qkv": "c_attn", "proj": "c_proj", "fc": 
 class Config:
     """Write OpenAI's released GPT-2 weights as a model folder."""
 
-    out: str = key(REQUIRED, "the model folder to write")
+    out: str = key(REQUIRED, "the model folder to write", replaces=("",))
     size: str = key("124M", "which released model to download", ["124M", "355M", "774M", "1558M"])
     folder: str = key("", "a folder that holds the checkpoint's three files, instead of downloading them")
 
@@ -51,7 +51,7 @@ def _file(cfg: Config, name: str) -> Path:
     if not cfg.folder:
         url = f"{openai_endpoint()}/gpt-2/models/{cfg.size}/{name}"
         return fetch(url, cache_dir() / "openai" / cfg.size / name)
-    path = Path(cfg.folder).expanduser() / name
+    path = expand(cfg.folder) / name
     if not path.is_file():
         raise UserError(f"key folder: no {name} in {cfg.folder}: copy it there, a checkpoint is {HPARAMS}, {INDEX} and {DATA}")
     return path
@@ -65,7 +65,7 @@ def read_hparams(path: Path) -> GPTConfig:
         if type(size) is not int or size <= 0:
             raise UserError(f"{path}: {name} is {size!r}, not a positive whole number: get the file again")
     try:
-        return GPTConfig(**{ours: sizes[name] for name, ours in SIZES.items()})
+        return weights.bounded(GPTConfig(**{ours: sizes[name] for name, ours in SIZES.items()}))
     except ValueError as error:
         raise UserError(f"{path}: {error}: get the file again") from None
 

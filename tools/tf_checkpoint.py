@@ -71,6 +71,8 @@ def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
         rest, at = _varint(block, at)
         length, at = _varint(block, at)
         key = key[:shared] + block[at : at + rest]
+        if len(key) > 1000:  # each may share what the one before has: keys could take the square of the file's size
+            raise ValueError("a name of more than 1,000 letters")
         yield key, block[at + rest : at + rest + length]
         at += rest + length
 
@@ -94,7 +96,7 @@ def _fields(message: bytes) -> dict[int, int]:
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """The number that begins at byte `at`, in groups of 7 bits, lowest first, the last one below 128; and where it ends."""
     value, shift = 0, 0
-    while data[at] > 127:
+    while data[at] > 127 and shift < 56:  # 64 bits at most
         value |= (data[at] & 127) << shift
         at, shift = at + 1, shift + 7
     return value | data[at] << shift, at + 1

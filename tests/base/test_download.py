@@ -108,6 +108,30 @@ def test_cut_is_resumed_by_the_next_call(hub, dest, monkeypatch):
     assert hub.requests[-1].headers["Range"] == f"bytes={len(CONTENT) - 1}-"
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_asked_again(hub, dest, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", (1, 1))
+    hub.fault("files", slow=1_000_000)
+    began = time.monotonic()
+    fetch(plain(hub), dest, sha256=SHA)
+    assert [request.status for request in hub.requests] == [200, 206] and time.monotonic() - began < 8
+
+
+def test_what_was_not_asked_for_packed_is_not_unpacked(hub, dest):
+    """A small answer could fill the disk."""
+    hub.fault("files", times=-1, headers={"Content-Encoding": "gzip"})
+    with pytest.raises(UserError, match="an answer in an encoding that was not asked for"):
+        fetch(plain(hub), dest)
+    assert left(dest) == []
+
+
+def test_a_mirror_on_this_machine_meets_no_proxy(hub, dest, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("NO_PROXY")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody is there
+    assert hub_file("gpt2", "small.json").read_text() == '{"a": 1}\n'
+
+
 @pytest.mark.parametrize("changed", [CONTENT[::-1], CONTENT[:1000]])
 @pytest.mark.parametrize("heeds_if_range", [True, False])
 def test_changed_file_starts_over(hub, dest, monkeypatch, changed, heeds_if_range):

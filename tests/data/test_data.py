@@ -2,11 +2,15 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
 import data
 from base.errors import UserError
+from data.encode import load_encoded
+from data.plan import epoch_order
+from data.tokenizer import get
 from tests.conftest import SHARED, flags
 from tests.data.published import hh_folder, labels_folder, write
 
@@ -94,6 +98,20 @@ def test_missing_and_damaged_files(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             data.load(str(path), "train", "sft")
+
+
+def test_groups_of_lines_in_several_forms_stay_apart(tmp_path):
+    """A HellaSwag line is three pairs of one group, a plain line a pair of its own: an epoch draws one of each."""
+    swag = {
+        "ctx": "Today Mia washes the old rose. Then Mia",
+        "endings": [f"{v} the old rose." for v in ("dries", "cuts", "hides", "buys")],
+    }
+    pair = {"prompt": " Tom", "chosen": " cuts", "rejected": " dries"}
+    lines = [{**swag, "label": 0}, pair, pair, {**swag, "label": 2}, *[pair] * 6, {**swag, "label": 1}, *[pair] * 9]
+    items = load_encoded(str(write(tmp_path / "mixed.jsonl", *lines)), "train", "preference", get("toy"), 128, "drop")
+    groups = [item.group for item in items]
+    assert len(items) == 26 and sorted(Counter(groups).values()) == [1] * 17 + [3] * 3
+    assert len(epoch_order(groups, 0, 0, per_group=1)) == len(lines) == 20
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")

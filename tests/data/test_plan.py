@@ -1,5 +1,8 @@
 """The batch plan as a function of numbers, and tokenization with its length policy."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -29,7 +32,7 @@ def test_a_step_depends_on_seed_and_number_alone():
     epoch = [i for step in range(7) for i in plans[0].examples(step)]
     assert sorted(epoch) == list(range(50)) and plans[0].steps_per_epoch == 7
     assert epoch != [i for step in range(7, 14) for i in plans[0].examples(step)], "the second epoch has another order"
-    assert epoch != epoch_order(list(range(50)), 4, 0), "another seed has another order"
+    assert epoch != epoch_order(list(range(50)), 4, 0).tolist(), "another seed has another order"
 
 
 def test_every_rank_gets_as_many_forwards_and_a_fair_share():
@@ -61,7 +64,14 @@ def test_an_epoch_draws_some_of_every_group():
     first, second = (epoch_order(groups, 0, epoch, per_group=1) for epoch in (0, 1))
     assert sorted(groups[i] for i in first) == list(range(10)) and sorted(first) != sorted(second)
     assert len(epoch_order(groups, 0, 0, per_group=2)) == 20 and len(epoch_order(groups, 0, 0)) == 30
-    assert epoch_order(groups, 0, 0, per_group=1, shuffle=False) == list(range(0, 30, 3))
+    assert epoch_order(groups, 0, 0, per_group=1, shuffle=False).tolist() == list(range(0, 30, 3))
+    mixed = np.random.default_rng(0).integers(-5, 5, 200).tolist()
+    for per_group, shuffle in itertools.product((0, 1, 3, 99), (True, False)):
+        order, seen, drawn = epoch_order(mixed, 7, 1, 0, shuffle).tolist(), Counter(), []
+        for i in order:  # the rule, one example at a time
+            seen[mixed[i]] += 1
+            drawn += [i] if seen[mixed[i]] <= (per_group or 200) else []
+        assert epoch_order(mixed, 7, 1, per_group, shuffle).tolist() == drawn
 
 
 def test_plan_once_has_everything_once():

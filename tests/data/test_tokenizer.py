@@ -1,7 +1,9 @@
 """The tokenizers: their ids, what they write for transformers, and which one a folder gets."""
 
 import gzip
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,11 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+from base import download
 from base.errors import UserError
 from data import tokenizer as tok
 from data.toy import VOCAB
+from tests.chats import tokenizer_folder
 from tests.conftest import SHARED
 
 TEXTS = [
@@ -27,6 +31,10 @@ TEXTS = [
     "def f(x):\n    return x**2  # {}[]\x00\x7f",
 ]
 TOY_TEXT = "\n".join(VOCAB)
+
+
+def theirs_of(folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +139,7 @@ def test_a_folder_gets_the_tokenizer_that_it_was_saved_with(gpt2, gpt2_folder, t
     assert tok.get(str(gpt2_folder)) is gpt2
     assert tok.choose("toy", str(gpt2_folder)).name == "toy"
     assert tok.choose("auto", "gpt2-medium") is tok.choose("auto", "scratch") is gpt2
+    assert tok.choose("auto", "openai-community/gpt2") is gpt2, "without a request"
     with pytest.raises(UserError, match=r"gpt3.*gpt2, toy"):
         tok.get("gpt3")
     adapter = tmp_path / "adapter"
@@ -165,7 +174,12 @@ def test_a_folder_with_the_ids_of_gpt2_gets_gpt2(gpt2, gpt2_folder, tmp_path):
         ({"config.json": "{"}, "config.json is not valid JSON"),
         ({"config.json": "[1]"}, "does not hold a JSON object"),
         ({"tokenizer_config.json": '{"nanopref_tokenizer": "bert"}'}, "'bert'"),
-        ({"tokenizer.json": '{"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}'}, "tokenizer.json does not have"),
+        (
+            {"tokenizer.json": '{"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}'},
+            "tokenizer.json: no token that ends a text",
+        ),
+        ({"tokenizer.json": '{"model": {"type": "Quantum", "vocab": {}}}'}, "tokenizer.json: damaged, or too new"),
+        ({"config.json": '{"vocab_size": 32000}'}, "there is no tokenizer.json: copy it there"),
         (
             {"tokenizer_config.json": '{"nanopref_tokenizer": "toy"}', "vocab.json": json.dumps({w: 0 for w in VOCAB})},
             "vocab.json does not have the .* tokens of the tokenizer toy: train the toy model again",
@@ -178,3 +192,129 @@ def test_folders_of_other_tokenizers_are_refused(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         tok.get(tmp_path)
+
+
+ODD_TEXTS = [
+    *TEXTS,
+    "שלום עולם",
+    "مرحبا بالعالم \u200f!",
+    "a<|done|>b</s><s> <|turn|>",
+    "<think>x</think>",
+    "\u202eabc",
+    "\ufffd",
+]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_ids_of_a_tokenizer_json_are_those_of_transformers(bos, tmp_path):
+    ours, theirs = tok.get(tokenizer_folder(tmp_path, None, bos)), theirs_of(tmp_path)
+    assert isinstance(ours, tok.JsonTokenizer) and (ours.size, ours.eot, ours.bos) == (len(theirs), 2, 1)
+    assert ours.chat is None and ours.named == theirs.special_tokens_map
+    found = ours.encode_batch(ODD_TEXTS)
+    for text, ids in zip(ODD_TEXTS, found, strict=True):
+        assert [*ours.start, *ids] == theirs(text, split_special_tokens=True)["input_ids"], text
+        assert ours.encode(text) == ids and ours.decode(ids) == text == theirs.decode(ids)
+        assert ours.special.isdisjoint(ids), "a special token written out is text"
+    assert ours.encode("<think>") == [ours.vocab["<think>"]], "a token of the vocabulary that is not special is one"
+    assert ours.encode("a\ud800b\udc00") == theirs.encode("a\ufffdb\ufffd", add_special_tokens=False)
+    assert ours.encode("\ud83d\ude00") == theirs.encode("😀", add_special_tokens=False), "two halves are a whole"
+
+
+@pytest.mark.slow
+def test_ids_of_smollm2_on_all_texts_at_hand():
+    folder = os.environ.get("NANOPREF_SMOLLM2")
+    if not folder or not (SHARED / "data").is_dir():
+        pytest.skip("NANOPREF_SMOLLM2 names no folder of SmolLM2, or no ../shared with texts")
+    ours, theirs = tok.get(folder), theirs_of(folder)
+    texts = list(ODD_TEXTS)
+    for path in sorted((SHARED / "data").glob("*.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            texts += [str(value) for line in itertools.islice(lines, 500) for value in json.loads(line).values()]
+    assert ours.encode_batch(texts) == theirs(texts, split_special_tokens=True)["input_ids"]
+    talk = ({"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "It scatters blue light."})
+    text, _ = ours.chat.render(talk, "")
+    assert text == theirs.apply_chat_template(list(talk), tokenize=False)
+    assert ours.encode_rendered(text)[0] == theirs.apply_chat_template(list(talk))["input_ids"]
+    assert ours.turn_stops() == {theirs.eos_token_id}
+
+
+def test_tokenizer_files_are_saved_byte_for_byte(tmp_path):
+    folder = tokenizer_folder(tmp_path / "a", add_bos_token=False)
+    (folder / "special_tokens_map.json").write_text('{ "pad_token" : "<unk>"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id":[2,\n4], "temperature": 0.6}')
+    (folder / "config.json").write_text("{}")
+    ours = tok.choose("auto", str(folder))
+    assert ours.stops == {2, 4} and ours.named["pad_token"] == "<unk>"
+    (tmp_path / "b").mkdir()
+    ours.save(tmp_path / "b")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+    again = tok.get(tmp_path / "b")
+    assert again.fingerprint() == ours.fingerprint() != tok.get(tokenizer_folder(tmp_path / "c", None, True)).fingerprint()
+    assert again.encode("Paris") == ours.encode("Paris") and again.chat.text == ours.chat.text
+    mine = ours.with_chat("{{ messages }}")
+    mine.save(tmp_path / "b")
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}", "a template that was given is saved"
+
+
+def test_where_a_chat_template_comes_from(gpt2, gpt2_folder, tmp_path):
+    folder = tokenizer_folder(tmp_path / "a", None, chat_template="in the config")
+    assert tok.get(folder).chat.text == "in the config"
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    folder = tokenizer_folder(tmp_path / "a", None, chat_template=several)
+    assert tok.get(folder).chat.text == "yes"
+    assert tok.get(tokenizer_folder(tmp_path / "a", "a file", chat_template=several)).chat.text == "a file"
+    shutil.copytree(gpt2_folder, tmp_path / "b")
+    (tmp_path / "b" / "chat_template.jinja").write_text("for GPT-2")
+    ours = tok.get(tmp_path / "b")
+    assert ours.chat.text == "for GPT-2" and ours.encode("x") == gpt2.encode("x") and gpt2.chat is None
+    ours.save(tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == "for GPT-2"
+
+
+def test_the_end_of_a_turn_is_found_in_the_template(tmp_path):
+    ours = tok.get(tokenizer_folder(tmp_path))
+    assert ours.stops == {2} and ours.turn_stops() == {2, ours.vocab["<|done|>"]}
+
+
+def test_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    """The files that there are, in one go; later without a request."""
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "none"))
+    folder, asked = tokenizer_folder(tmp_path / "a"), []
+
+    def fetch(url, dest):
+        asked.append(dest.name)
+        if not (folder / dest.name).exists():
+            raise download.NotFound(f"{url}: no such file")
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(folder / dest.name, dest))
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    ours = tok.choose("auto", "owner/name")
+    assert ours.name == "owner/name" and ours.encode("Paris") == tok.get(folder).encode("Paris") and ours.chat
+    assert asked[-1] == "tokenizer.json", "where it is, all others are"
+    count = len(asked)
+    assert tok.get("owner/name").files == ours.files and len(asked) == count
+
+
+def test_without_the_package_tokenizers(tmp_path, monkeypatch):
+    folder = tokenizer_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"its tokenizer\.json needs the package tokenizers: pip install tokenizers"):
+        tok.get(folder)
+
+
+def test_a_tokenizer_that_cannot_keep_text_apart(tmp_path):
+    """In a list of words a special token may be a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>", "<unk>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "<unk>"}')
+    ours = tok.get(tmp_path)
+    assert ours.encode("a b") == [0, 2]
+    with pytest.raises(UserError, match="takes a part of 'a </s>' for a special token"):
+        ours.encode_batch(["a", "a </s>"])

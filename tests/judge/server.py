@@ -17,7 +17,7 @@ class Server(ThreadingHTTPServer):
 
     plan: N -> what it does the first, second, … time it is asked; after that it answers rightly. always: what it does
     each time. Each is a status with headers and body, a text to say, a function of the right answer, or "late", "hang",
-    "garbage", "empty", "cut".
+    "garbage", "empty", "cut", "slow head", "slow body".
     """
 
     daemon_threads = True
@@ -40,6 +40,9 @@ class Server(ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+    def handle_error(self, *_):
+        """A client that hangs up is no news."""
 
     def count(self, number: int) -> int:
         return sum(n == number for n, _ in self.asked)
@@ -71,6 +74,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(status, data, headers)
         if does in ("garbage", "empty"):
             return self.send(200, b"<html>busy</html>" if does == "garbage" else b'{"choices": []}')
+        if does in ("slow head", "slow body"):
+            return self.trickle(does == "slow head")
         if does in ("late", "hang"):
             time.sleep(1.0 if does == "late" else 60)
         elif callable(does):
@@ -95,6 +100,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.wfile.write(data)
+
+    def trickle(self, head: bool):
+        """A byte every tenth of a second, for half a minute."""
+        start = b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n"
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.wfile.write(start + (b"X-Slow: " if head else b"\r\n"))
+            for _ in range(300):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+        self.close_connection = True
 
     def log_message(self, *_):
         pass

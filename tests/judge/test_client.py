@@ -2,6 +2,7 @@
 
 import email.utils
 import functools
+import gzip
 import json
 import os
 import re
@@ -10,17 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from random import Random
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 
 from base.errors import UserError
-from base.http import retry_after
+from base.http import is_local, retry_after
+from judge import client
 from judge.cache import Reply, open_cache
 from judge.client import address, api_key
-from tests.judge.server import args, responses
+from tests.judge.server import Server, args, responses
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-test-0123456789abcdef"
@@ -53,7 +57,7 @@ TROUBLE = {
     1: [(500, {}, b"oops"), (503, {}, b"")],
     2: ["garbage", "empty"],
     3: ["late"],
-    4: [lambda v: f"Well. Response A has its points, and so has B. All in all,\n\n**my {v.lower()}**.\n\nHope this helps!"],
+    4: [lambda v: f"Well. Response A has its points, and so has B. All in all,\n\n**my {v.lower()}**."],
     5: ["cut"],
     6: ["I cannot decide.", "Verdict: A\nVerdict: B"],
     7: ["hm", "hm", "hm"],
@@ -118,6 +122,7 @@ def test_what_no_second_try_can_mend_ends_at_once(server, refused, tmp_path, mon
             (401, {}, words, "check --judge, --judge_model and the API key in OPENAI_API_KEY"),
             (429, {}, b'{"error": {"message": "no quota", "code": "insufficient_quota"}}', "no quota"),
             (429, {"Retry-After": "7200"}, b"daily limit", "daily limit; it asks to wait 7200 s"),
+            (400, {}, b"no \x1b[2J\x07\xe2\x80\xaemodel", "status 400: no [2J model"),
             (302, {"Location": "http://elsewhere.example.com/x?code=1"}, b"", "status 302"),
         ]
     ):
@@ -126,6 +131,62 @@ def test_what_no_second_try_can_mend_ends_at_once(server, refused, tmp_path, mon
         assert f"status {status}" in line and "sk-" not in line and "cdef" not in line and "code=1" not in line
         assert len(server.asked) == n + 1, "one call and no more"
         assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+@pytest.mark.parametrize("does", ["slow head", "slow body"])
+def test_a_server_that_sends_a_byte_now_and_then_holds_nobody(server, refused, tmp_path, does):
+    server.always = does
+    began = time.monotonic()
+    refused(
+        "eval_winrate", *args(server, responses(tmp_path / "r.jsonl", 3, 1), timeout=0.5, tries=1), says="no answer in time"
+    )
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_answer_of_any_size_takes_little_memory(server, refused, tmp_path, packed):
+    body = gzip.compress(bytes(60_000_000), 1) if packed else b"x" * 60_000_000
+    server.always = (200, {"Content-Encoding": "gzip"} if packed else {}, body)
+    tracemalloc.start()
+    try:
+        says = "encoding that was not asked for" if packed else "an answer of more than 10,000,000 bytes"
+        refused("eval_winrate", *args(server, responses(tmp_path / "r.jsonl", 3, 1), tries=1, workers=1), says=says)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def chat(content: object, **usage) -> tuple[int, dict, bytes]:
+    """An answer with this content and count of tokens."""
+    said = {"choices": [{"message": {"content": content}, "finish_reason": None}], **usage}
+    return 200, {}, json.dumps(said).replace("Infinity", "1e999").encode()
+
+
+def test_odd_answers_are_asked_again_or_counted_as_they_can_be(server, call, tmp_path, monkeypatch):
+    """And never kept: what is kept answers the same command the next time."""
+    monkeypatch.setattr(client, "DELAY", 0)
+    right = "Verdict: " + "AB"[Random("0 0 0").choice("AB") == "B"]
+    odd = [{"verdict": "A"}, 5, True, [["Verdict: A"]], [{"text": 3}], [{"text": {"verdict": "A"}}]]
+    bodies = [
+        b'{"choices": null}',
+        b'{"choices": [null]}',
+        b'{"choices": [{"message": [1]}]}',
+        b"[" * 90_000,
+        b"9" * 9_000,
+        b"null",
+    ]
+    counts = [1e999, float("nan"), -1, "7", True, None, 10**30, [1], 7.5]
+    steps = [*map(chat, odd), *((200, {}, body) for body in bodies)]
+    server.plan = {0: [*steps, chat(right)]}
+    server.plan |= {i: [chat(right, usage={"prompt_tokens": n, "completion_tokens": 3})] for i, n in enumerate(counts, 1)}
+    server.plan |= {10: [chat(right, usage=5)], 11: [chat(right, usage=None)]}
+    command = args(server, responses(tmp_path / "r.jsonl", 12, 6), tries=len(steps) + 1)
+    status, _, err = call("eval_winrate", *command)
+    assert status == 0 and [server.count(n) for n in range(12)] == [len(steps) + 1] + [1] * 11, err
+    found = result(tmp_path)
+    assert found["failed"] == 0 and found["usage"] == {"calls": 12, "tokens_in": 0, "tokens_out": 3 * len(counts)}
+    asked = len(server.asked)
+    assert call("eval_winrate", *command)[0] == 0 and len(server.asked) == asked and result(tmp_path) == found
 
 
 def test_a_judge_that_refuses_the_connection(server, refused, tmp_path):
@@ -200,6 +261,24 @@ def test_damaged_lines_are_asked_again(server, call, tmp_path):
     assert call("eval_winrate", *command)[0] == 0 and len(server.asked) == 8
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_poisoned_lines_are_asked_again(server, call, tmp_path, n):
+    command, cache = args(server, responses(tmp_path / "r.jsonl", n, 1)), tmp_path / "out.cache.jsonl"
+    assert call("eval_winrate", *command)[0] == 0
+    keys = [json.loads(line)["key"] for line in cache.read_text().splitlines()]
+    for fields in (
+        '"text": {"verdict": "A"}',
+        '"text": "Verdict: A", "tokens_in": 1e999',
+        '"text": "x", "tokens_out": true',
+        "",
+    ):
+        cache.write_text("".join(f'{{"key": "{key}", {fields}}}\n' for key in keys))
+        asked = len(server.asked)
+        status, _, err = call("eval_winrate", *command)
+        assert status == 0 and err.count("warning: ") == 1 and f"{n} damaged lines are skipped" in err, err
+        assert len(server.asked) == asked + n and result(tmp_path)["wins"] == 1
+
+
 def test_a_cache_is_one_process_own_and_no_other_file_is_written_to(tmp_path):
     path, notes = tmp_path / "sub" / "c.jsonl", tmp_path / "notes.jsonl"
     with open_cache(path) as cache:
@@ -252,6 +331,29 @@ def test_which_key_is_sent_where(monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert sent("http://gpu.example.com/v1") == "" and "is not sent" in capsys.readouterr().out
     assert sent("https://gpu.example.com") == sent("http://127.0.0.1:1") == sent("http://gpu.example.com", named=True) == KEY
+
+
+def test_what_is_for_this_machine_meets_no_proxy(server, call, tmp_path, monkeypatch):
+    """A proxy would read the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    path = responses(tmp_path / "r.jsonl", 3, 2)
+    with Server() as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        assert call("eval_winrate", *args(server, path))[0] == 0
+        assert len(server.asked) == 3 and not proxy.asked and server.heads[0][1]["Authorization"] == f"Bearer {KEY}"
+        command = args(server, path, judge="http://judge.example.com", cache=tmp_path / "c")  # an address elsewhere goes there
+        assert call("eval_winrate", *command)[0] == 0
+        assert len(proxy.asked) == 3 and all("Authorization" not in head for _, head in proxy.heads)
+    local = {
+        "127.0.0.1": True,
+        "127.8.9.1": True,
+        "[::1]": True,
+        "localhost": True,
+        "10.0.0.1": False,
+        "localhost.example.com": False,
+    }
+    assert {host: is_local(f"http://{host}:1/v1") for host in local} == local
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(server, call, tmp_path, monkeypatch):

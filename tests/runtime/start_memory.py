@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401  (imported before the count begins)
 

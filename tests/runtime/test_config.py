@@ -142,7 +142,7 @@ def test_mistakes_in_the_file(tmp_path, text, words):
 
 def test_file_that_is_not_there_or_of_another_system(tmp_path):
     assert "none.toml: No such file" in refused("--config", str(tmp_path / "none.toml"))
-    assert "Is a directory" in refused("--config", str(tmp_path))
+    assert "is no file" in refused("--config", str(tmp_path))
     path = toml(tmp_path, b"\xef\xbb\xbflr = 1\r\nbatch_size = 2\r\n")
     assert load(Common, ["--config", path]) == Common(lr=1.0, batch_size=2)
 

@@ -151,8 +151,8 @@ def cut_back(folder: Path, step: int) -> None:
 @pytest.mark.parametrize(("name", "saved", "resumed"), [("sigmoid", 4, (1, 2)), pytest.param("sft", 1, (2, 4), marks=SLOW)])
 def test_saved_by_some_resumed_by_others(name, saved, resumed, alone, stage, world, tmp_path):
     good(world(saved, *train_args(stage, name, tmp_path / "run", replicate=1)))
-    shards = {f.name.split("_")[2] for f in (tmp_path / "run/checkpoints/step_3").glob("__*")}
-    assert shards == {str(rank) for rank in range(saved)}, "every rank writes its own part"
+    parts = {f.name for f in (tmp_path / "run/checkpoints/step_3").glob("rank_*")}
+    assert parts == {f"rank_{rank}.safetensors" for rank in range(saved)}, "every rank writes its own part"
     for n in resumed:
         cut_back(tmp_path / "run", 3)
         good(world(n, *train_args(stage, name, tmp_path / "run", replicate=2 if n == 4 else 1)))
@@ -170,12 +170,12 @@ def test_two_processes_resume_to_the_bit(files, world, tmp_path):
         statuses, err = world(2, "sft", args)
         assert statuses == [0, 0] and metrics(tmp_path / "run") == whole
         assert (tmp_path / "run/model/model.safetensors").read_bytes() == model
-        shard = tmp_path / "run/checkpoints/step_10/__1_0.distcp"
+        shard = tmp_path / "run/checkpoints/step_10/rank_1.safetensors"
         content = shard.read_bytes()
         shard.unlink()
         if damage == "flipped":
             shard.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
-        assert damage == "missing" or ("step_10 is damaged (__1_0.distcp" in err and err.count("falling back") == 1)
+        assert damage == "missing" or ("step_10 is damaged (rank_1.safetensors" in err and err.count("falling back") == 1)
 
 
 @pytest.mark.slow

@@ -158,6 +158,14 @@ def test_other_settings_are_refused_and_more_rounds_are_not(start, whole, tmp_pa
     assert len(json.loads((out / "rounds.json").read_text())) == 4
 
 
+@pytest.mark.parametrize("name", ["rounds.md", "rounds.json", "eval_prompts.jsonl", "config.toml"])
+def test_files_that_no_loop_wrote_are_kept(name, start, tmp_path, refused):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('data = "mine"\n')
+    refused("selftrain.loop", *keys(start, tmp_path / "out"), says=f"{name} is there, and no run wrote it: move it away")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [(name, 'data = "mine"\n')]
+
+
 def test_a_user_s_problems_from_a_folder_of_theirs(start, tmp_path, call, monkeypatch):
     """After the last problem a round goes on with the first. The commands that it prints are right where the user stands."""
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import sys
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -428,3 +429,12 @@ def test_pairs_use_every_text_before_any_again_and_follow_the_seed(tmp_path):
     assert gap["length", 0] < gap["random", 0]
     numbers, shuffled = ([p["problem"] for p in found] for found in (make(shuffle="false"), made["length", 0]))
     assert numbers == sorted(numbers) and shuffled != sorted(shuffled)
+
+
+def test_no_text_takes_long_to_extract_from():
+    """A model that repeats itself writes such texts."""
+    began = time.monotonic()
+    for part in ("\\boxed{", "\\boxed{a ", "\\fbox {{", "A: ", "A:\n", "####", "1,111", "\n> * "):
+        extract((part * 60_000)[:60_000])
+    assert extract("\\boxed{1} " + "\\boxed{" * 9_000) == "1" and extract("\\boxed{" * 9_000 + "2}") == "2"
+    assert time.monotonic() - began < 10

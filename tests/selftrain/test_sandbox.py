@@ -58,12 +58,24 @@ def test_a_program_runs():
     assert {run_program(code, 20).end for code in ("print(1", "1 / 0", "raise SystemExit(97)", "exit(1)")} == {"failed"}
 
 
+@needs_sandbox
+@pytest.mark.parametrize(
+    "end",
+    ["exit()", "quit()", "exit(0)", "import sys\nsys.exit()", "raise SystemExit", "import builtins\nbuiltins.quit(None)",
+     "def f(): exit()\nf()", "import __main__\n__main__.x == 42 and quit()"],
+)  # fmt: skip
+def test_ways_to_end(end):
+    assert grading.program_answer(f"x = 42\nprint(x)\n{end}\nprint(1)", 20, 256) == "42"
+
+
 ATTACKS = {
     "time": {
         "loops for ever": "while True: pass",
         "sleeps for ever": "import time\ntime.sleep(1000)",
         "ignores signals": "import signal\nfor n in (1, 2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
         "leaves its session": "import ctypes, time\nl = ctypes.CDLL(None)\nl.setsid(), l.prctl(1, 0, 0, 0, 0)\ntime.sleep(30)",
+        "stops its group": "import os, signal\nos.kill(0, 19), os.killpg(0, 19)\nwhile True: pass",
+        "stops all": "import os\ntry: os.kill(-1, 19)\nexcept OSError: pass\nwhile True: pass",
         "closes its output": "import os\nos.close(1)\nwhile True: pass",
     },
     "failed": {
@@ -74,6 +86,14 @@ ATTACKS = {
         "starts a thread": "import threading\nthreading.Thread(target=print).start()",
         "writes outside": "open({outside!r}, 'w').write('x')",
         "deletes outside": "import os\nos.unlink({victim!r})",
+        "reads outside": "print(open({victim!r}).read())",
+        "reads of other processes": "print(open('/proc/{pid}/cmdline').read())",
+        "reads of its parents": "import os\nprint(open('/proc/self/cmdline').read() + os.listdir('/proc')[0])",
+        "writes to a pipe": "import os\nos.write(os.open({pipe!r}, os.O_WRONLY | os.O_NONBLOCK), b'x')",
+        "locks a file": "import fcntl\nfcntl.flock(open({victim!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "locks a file of the system": "import fcntl, os\nfcntl.flock(open(os.__file__), fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "writes to the system": "import os\nopen(os.__file__, 'a').write('#')",
+        "makes a file beside the system": "import os\nopen(os.path.dirname(os.__file__) + '/nanopref_evil.py', 'w')",
         "writes shared memory": "open('/dev/shm/nanopref_evil', 'w')",
         "fills its folder": "f = open('x', 'wb')\nwhile True: f.write(bytes(10**6)); f.flush()",
         "makes countless files": "import os\nfor n in range(1000): os.mkdir(str(n))",
@@ -92,19 +112,24 @@ ATTACKS = {
 @pytest.mark.parametrize(("end", "name"), [(end, name) for end, attacks in ATTACKS.items() for name in attacks])
 def test_attacks(tmp_path, end, name):
     """Stopped, without a trace: no process, no file, no connection; and as an answer it counts as none."""
-    victim, outside = tmp_path / "victim", tmp_path / "evil"
+    victim, outside, pipe = tmp_path / "victim", tmp_path / "evil", tmp_path / "pipe"
     victim.write_text("whole")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
-        names = {"outside": str(outside), "victim": str(victim), "port": server.getsockname()[1], "pid": os.getpid()}
+        names = {"outside": str(outside), "victim": str(victim), "pipe": str(pipe), "pid": os.getpid()}
+        names["port"] = server.getsockname()[1]
         code = ATTACKS[end][name].format(**names)
         start = time.monotonic()
         ran = run_program(code, 1.5 if end == "time" else 20, 256)
-        assert ran.end == end and time.monotonic() - start < 15
+        assert ran.end == end and time.monotonic() - start < (6 if end == "time" else 15)
         with pytest.raises(BlockingIOError):
             server.accept()
+    assert not os.read(reader, 1)
+    os.close(reader)
     assert len(ran.output) <= 65_536 and all_gone(os.getpid())
-    assert victim.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["victim"]
+    assert victim.read_text() == "whole" and sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "victim"]
     assert not Path("/dev/shm/nanopref_evil").exists()
     assert not list(Path(tempfile.gettempdir()).glob("program_*/*")), "nothing stays in a working folder"
     assert end != "failed" or grading.program_answer(code, 20, 256) is None
@@ -113,12 +138,20 @@ def test_attacks(tmp_path, end, name):
 @needs_sandbox
 def test_nothing_comes_along(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "hush")
-    code = "import os, sys\nprint(dict(os.environ), os.listdir('/proc/self/fd'), sys.path, os.getpid())"
+    code = """
+import os, sys
+def is_open(n):
+    try: return bool(os.fstat(n))
+    except OSError: return False
+print(dict(os.environ), [n for n in range(64) if is_open(n)], sys.path)
+print(sorted(os.listdir('/')), os.getpid())
+"""
     with tempfile.TemporaryFile() as file:
         os.set_inheritable(file.fileno(), True)
         said = run_program(code, 20).output
     assert "hush" not in said and "site-packages" not in said and said.split()[-1] == "1"
-    assert len(json.loads(said[said.index("[") : said.index("]") + 1].replace("'", '"'))) <= 5
+    assert len(json.loads(said[said.index("[") : said.index("]") + 1])) <= 5
+    assert not {"proc", "dev", "etc", "home", "var", "sys", "run"} - {Path(sys.base_prefix).parts[1]} & set(said.split("'"))
 
 
 @needs_sandbox
