@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 import sft
+import weights
 from data import alpaca, hellaswag, hh
+from data.tokenizer import get
+from llama import LlamaConfig
 from runtime import config
 from tests.conftest import flags, script
 from tests.data.published import alpaca_folder, hellaswag_folder, hh_folder, labels_folder
@@ -52,7 +55,7 @@ def commands(section: str) -> list[tuple[str, list[str]]]:
     part = re.search(rf"(?ms)^## {section}\. .*?(?=^## |\Z)", PAGE)[0]
     lines = "".join(re.findall(r"(?ms)^```\n(.*?)^```", part)).replace("\\\n", " ").splitlines()
     size = next((line[2:] for line in lines if line.startswith("S=")), "")
-    return [command(line.replace("$S", size)) for line in lines if not line.startswith("S=")]
+    return [command(line.replace("${S}", size).replace("$S", size)) for line in lines if not line.startswith("S=")]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -74,7 +77,7 @@ def test_the_flags_of_every_run_of_recipe_e():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Path:
-    """What the servers hand out: a tiny GPT-2 of random weights, and the data."""
+    """What the servers hand out: a tiny GPT-2 and a tiny Llama of random weights, and the data."""
     folder = tmp_path_factory.mktemp("served")
     hellaswag_folder(folder / "hellaswag"), hh_folder(folder / "hh"), labels_folder(folder / "labels")
     alpaca_folder(folder / "alpaca")
@@ -83,6 +86,9 @@ def served(tmp_path_factory) -> Path:
     data = {"data": "alpaca", "data_dir": folder / "alpaca", "out_dir": folder / "gpt2"}
     with contextlib.redirect_stdout(None):
         assert script("sft", *flags(**keys, **data)) == 0
+    tokenizer, sizes = get("gpt2"), {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 8, "n_embd": 16, "n_inner": 24}
+    llama = LlamaConfig(**sizes, block_size=1024, vocab_size=tokenizer.size)
+    weights.save_tensors(llama, weights.empty(llama).initial_weights(0), tokenizer, folder / "llama")
     return folder
 
 
@@ -90,6 +96,7 @@ def served(tmp_path_factory) -> Path:
 def server(served, monkeypatch, tmp_path):
     """The hub and the hosts of the data sets, in one local server; the working folder, for runs/, is an empty one."""
     models = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large"), served / "gpt2" / "model")
+    models["HuggingFaceTB/SmolLM2-135M"] = served / "llama"
     labels = {"lm-human-preferences/labels": served / "labels"}
     files = {hh.REPO: served / "hh", "alpaca": served / "alpaca", "hellaswag": served / "hellaswag"}
     monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
