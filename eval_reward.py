@@ -1,10 +1,19 @@
-"""Did DPO learn the preferences? The implicit reward of held-out pairs, without a judge.
+"""What did tuning gain, and how far did it go for it? Without a judge.
 
     python eval_reward.py --model runs/hh_dpo/model --ref_model runs/hh_sft/model --data hh --out runs/hh_reward.json
     python eval_reward.py --model runs/hh_dpo/model --ref runs/hh_ref.safetensors --data hh --out runs/hh_reward.json
+    python eval_reward.py --model runs/dpo/model --ref_model runs/sft/model --prompts prompts.jsonl --reward sentiment \\
+        --n 4 --optimum 64 --out reward.json
 
-The reward of a completion is beta * (log pi(completion | prompt) - log ref(completion | prompt)), as in the DPO paper
-(Rafailov et al. 2023, section 4). Accuracy is the share of pairs whose chosen completion has the larger reward.
+With `data` (preference pairs) it measures the implicit reward of the DPO paper (Rafailov et al. 2023, section 4),
+beta * (log pi(completion | prompt) - log ref(completion | prompt)). Accuracy is the share of pairs whose chosen completion has
+the larger one.
+
+With `prompts` the model writes n completions of each prompt, and a rule gives each its reward: data/rewards.py. The KL
+divergence from the reference is the mean of log pi - log ref over these completions. `optimum` adds the limit that no method
+can pass, from so many completions of the reference: at every KL the best policy is pi_ref(y | x) exp(r(x, y) / b), normalised
+(equation 4 of the paper).
+
 docs/judging.md says what the figures mean. Runs under torchrun too.
 """
 
@@ -12,27 +21,32 @@ import json
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from base.errors import UserError, run, warn
 from base.files import write_whole
+from data import jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded
+from data.tokenizer import choose
+from generate import stream
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
-from runtime.keys import DTYPES, ChatKeys, ModelKeys
+from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
 from runtime.score import score
+from sample import encode
 
 
 @dataclass
 class Config(ChatKeys):
-    """Accuracy and margin of the implicit reward on preference pairs."""
+    """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
     model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model")
     ref_model: str = key("", "the reference model; or give ref")
-    data: str = key(REQUIRED, "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]")
+    data: str = key("", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
@@ -41,8 +55,15 @@ class Config(ChatKeys):
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
     beta: float = key(0.1, "strength of the pull to the reference, as in training", above=0)
+    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line')
+    reward: str = key("", "prompts: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
+    n: int = key(4, "prompts: completions per prompt", least=1)
+    max_new_tokens: int = key(128, "prompts: most tokens of a completion", least=1)
+    batch_size: int = key(64, "prompts: completions written at once", least=1)
+    optimum: int = key(0, "prompts: add the limit, from so many completions of the reference per prompt; 0 = do not", least=0)
+    seed: int = key(0, "prompts: seed of what is drawn", least=0, most=MOST_SEED)
     out: str = key(REQUIRED, "JSON file for the result", writes="")
-    details: str = key("", "JSONL file for a line a pair", writes="")
+    details: str = key("", "JSONL file for a line a pair, or a line a prompt", writes="")
     label: str = key("", "name of the run in tables and pictures (SFT, DPO, …)")
     parameters: int = key(0, "the model's number of parameters to note, 0 = counted", least=0)
     micro_tokens: int = key(8192, "most tokens in one forward, padding included", least=1)
@@ -50,6 +71,12 @@ class Config(ChatKeys):
     dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
 
     def check(self) -> None:
+        if bool(self.data) == bool(self.prompts):
+            raise UserError("key data: give either --data, preference pairs, or --prompts")
+        if bool(self.prompts) != bool(self.reward):
+            raise UserError("key reward: --prompts and --reward belong together: the rule that grades what the model writes")
+        if self.prompts and not self.ref_model:
+            raise UserError("key ref_model: with --prompts it is needed: what the model will write has no stored log-probs")
         if bool(self.ref) == bool(self.ref_model):
             raise UserError("key ref: the reward needs a reference: give either --ref FILE.safetensors or --ref_model DIR")
 
@@ -89,25 +116,125 @@ def stored_reference(path: str, items: list[Encoded]) -> Tensor:
     )
 
 
-def grade(policy: Tensor, ref: Tensor, items: list[Encoded], beta: float) -> tuple[dict, list[dict]]:
-    """(result, a detail a pair) from the log-probs of chosen and rejected under policy and reference, (pairs, 2), in nats.
+def means(measured: dict[str, Tensor], groups: list) -> dict:
+    """The mean of each measure and its standard error, from values (groups, …). Values of equal groups (the pairs of a problem,
+    the completions of a prompt) count as one draw: they are not independent. With a group a value the error is the usual one,
+    for a share p sqrt(p (1 - p) / (n - 1))."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    group, n, found = torch.tensor([number[name] for name in groups]), len(number), {}
+    for name, values in measured.items():
+        values = values.double().reshape(len(groups), -1)
+        middle = values.mean().item()
+        sums = torch.zeros(n, dtype=torch.float64).index_add(0, group, (values - middle).sum(1))
+        error = sums.square().sum().sqrt() / values.numel() * math.sqrt(n / max(n - 1, 1))
+        found |= {name: middle, f"{name}_stderr": error.item()}
+    return found
 
-    The standard errors count the pairs of one problem (`group`) as one draw: three pairs of one problem are not three
-    independent ones. If every pair has its own problem they are the usual ones, sqrt(p (1 - p) / (n - 1)) for the accuracy.
-    """
+
+# --- preference pairs ------------------------------------------------------------------------------------------------
+
+
+def grade(policy: Tensor, ref: Tensor, items: list[Encoded], beta: float) -> tuple[dict, list[dict]]:
+    """(result, a detail a pair) from the log-probs of chosen and rejected under policy and reference, (pairs, 2), in nats."""
     chosen, rejected = (policy.double() - ref.double()).unbind(1)  # gains: log pi - log ref, (pairs,) each
     margins = beta * (chosen - rejected)
-    _, group = torch.unique(torch.tensor([item.group for item in items]), return_inverse=True)
-    groups = int(group.max()) + 1
-    result: dict = {"n": len(items)}
     measured = {"accuracy": (margins > 0).double(), "margin": margins, "gain_chosen": chosen, "gain_rejected": rejected}
-    for name, values in measured.items():
-        sums = torch.zeros(groups, dtype=torch.float64).index_add(0, group, values - values.mean())
-        error = sums.square().sum().sqrt() / len(values) * math.sqrt(groups / max(groups - 1, 1))
-        result |= {name: values.mean().item(), f"{name}_stderr": error.item()}
-    result["equal"] = int((margins == 0).sum())
+    result = {"n": len(items), **means(measured, [item.group for item in items]), "equal": int((margins == 0).sum())}
     numbers = zip(items, policy.tolist(), ref.tolist(), margins.tolist(), strict=True)
     return result, [{"id": i.number, "logps": a, "ref_logps": b, "margin": m} for i, a, b, m in numbers]
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def write(model, prompts: list[list[int]], n: int, cfg: Config, tokenizer, compute) -> list[Encoded]:
+    """n completions of every prompt by the model. The ranks share the work, and each gets all of it."""
+    mine = {i: prompts[i] for i in range(compute.rank, len(prompts), compute.world)}
+    found: dict[int, list] = {i: [None] * n for i in mine}
+    how = {"n": n, "n_ids": tokenizer.size, "batch_size": cfg.batch_size, "temperature": 1.0, "seed": cfg.seed}
+    with compute.autocast(), torch.inference_mode():
+        for i, j, ids in stream(model, mine, cfg.max_new_tokens, tokenizer.eot, **how):
+            ended = [tokenizer.eot] if len(ids) < cfg.max_new_tokens else []
+            found[i][j] = np.array(ids + ended, np.int32)
+    for part in compute.gather(found):
+        found |= part
+    return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
+
+
+def limit(rewards: Tensor) -> list[dict]:
+    """The best policy's mean reward and KL at several strengths b, from the rewards of the reference's own completions,
+    (prompts, n). They get weights exp(r / b), normalised for each prompt; `ess` is how many of the n the weights amount to
+    (Kish's effective sample size), the mean over prompts. A point of a small one rests on few completions."""
+    found, n = [], rewards.size(1)
+    for b in (rewards.std().item() * 2 ** (k / 2) for k in range(8, -13, -1)):
+        w = (rewards / b).softmax(1)
+        kl = (w * (w * n).clamp_min(1e-300).log()).sum(1).mean()
+        found.append({"b": b, "kl": kl, "reward": (w * rewards).sum(1).mean(), "ess": (1 / w.square().sum(1)).mean()})
+    return [{name: float(value) for name, value in point.items()} for point in found]
+
+
+def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
+    """(result, a detail a prompt): reward, KL from the reference and length of what the model writes."""
+    reward = rewards.get(cfg.reward)
+    ref_model = load_model(cfg.ref_model, 0, tokenizer, compute)
+    if choose("auto", cfg.ref_model).fingerprint() != tokenizer.fingerprint():
+        raise UserError(f"key ref_model: {cfg.ref_model} has another tokenizer than {cfg.model}: their KL has no meaning")
+    records = compute.once(lambda: list(jsonl.read(cfg.prompts, cfg.limit)))
+    found = {where: messages.prompt_of(record, where) for where, record in records}
+    prompts = [messages.as_text(prompt) for prompt in found.values()]
+    tokens = [ids or [tokenizer.eot] for ids in encode(list(found.values()), tokenizer, list(found))]
+    room = model.config.block_size + 1 - cfg.max_new_tokens
+    for (where, _), ids in zip(records, tokens, strict=True):
+        if len(ids) > room:
+            raise UserError(f"{where}: a prompt of {len(ids)} tokens leaves no room for max_new_tokens {cfg.max_new_tokens}")
+
+    def graded(items: list[Encoded]) -> Tensor:  # (prompts, n)
+        written = [[tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in item.completions] for item in items]
+        return torch.tensor([[reward(p, text) for text in of] for p, of in zip(prompts, written, strict=True)]).double()
+
+    items = write(model, tokens, cfg.n, cfg, tokenizer, compute)
+    logps = log_probs(cfg.model, model, items, cfg, compute)
+    kl = logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()
+    drawn = write(ref_model, tokens, cfg.optimum, cfg, tokenizer, compute) if cfg.optimum else []
+    measured = {
+        "reward": graded(items),
+        "kl": kl,
+        "tokens": torch.tensor([[len(ids) for ids in item.completions] for item in items]),
+        "ended": torch.tensor([[bool(ids[-1] == tokenizer.eot) for ids in item.completions] for item in items]),
+    }
+    result = {"n": len(items), **means(measured, prompts)}
+    if drawn:
+        result["limit"] = limit(graded(drawn))
+    print(
+        f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
+        f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
+        f"ended; {len(items):,} prompts, {cfg.n} completions each"
+    )
+    numbers = zip(prompts, items, measured["reward"].tolist(), kl.tolist(), strict=True)
+    return result, [
+        {"prompt": p, "completions": [tokenizer.decode(c.tolist()) for c in item.completions], "rewards": r, "kl": k}
+        for p, item, r, k in numbers
+    ]
+
+
+def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
+    """(result, a detail a pair): the implicit reward of preference pairs."""
+    max_len = cfg.max_len or model.config.block_size
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit}
+    items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
+    ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
+    logps = log_probs(cfg.model, model, items, cfg, compute)
+    if ref is None:
+        ref = log_probs(cfg.ref_model, load_model(cfg.ref_model, max_len, tokenizer, compute), items, cfg, compute)
+    result, details = grade(logps, ref, items, cfg.beta)
+    if result["equal"] == len(items):
+        warn("policy and reference agree on every pair: they are the same model")
+    print(
+        f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "
+        f"{result['n']:,} pairs; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
+        f"{result['gain_chosen']:+.3f} chosen, {result['gain_rejected']:+.3f} rejected, in nats"
+    )
+    return result, details
 
 
 def main() -> None:
@@ -116,29 +243,18 @@ def main() -> None:
     print(compute)
     tokenizer = build_tokenizer(cfg, cfg.model, compute)
     model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
-    max_len = cfg.max_len or model.config.block_size
-    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit}
-    items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
-    ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
-    logps = log_probs(cfg.model, model, items, cfg, compute)
     size = sum(p.numel() for p in model.parameters())
-    if ref is None:
-        del model  # the two models need not fit into memory together
-        ref = log_probs(cfg.ref_model, load_model(cfg.ref_model, max_len, tokenizer, compute), items, cfg, compute)
-
-    result, details = grade(logps, ref, items, cfg.beta)
-    if result["equal"] == len(items):
-        warn("policy and reference agree on every pair: they are the same model")
-    settings = ("label", "model", "ref", "ref_model", "data", "split", "beta")
-    result |= {"mode": "reward", **{name: getattr(cfg, name) for name in settings}, "parameters": cfg.parameters or size}
+    result, details = (on_prompts if cfg.prompts else on_pairs)(cfg, model, tokenizer, compute)
+    settings = ("label", "model", "ref", "ref_model", "data", "split", "beta", "prompts")
+    result |= {
+        "mode": "reward",
+        "reward_rule": cfg.reward,
+        **{name: getattr(cfg, name) for name in settings},
+        "parameters": cfg.parameters or size,
+    }
     if cfg.details:
         compute.once(lambda: write_whole(cfg.details, "".join(json.dumps(d) + "\n" for d in details)))
     compute.once(lambda: write_whole(cfg.out, json.dumps(result, indent=1) + "\n"))
-    print(
-        f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "
-        f"{result['n']:,} pairs; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
-        f"{result['gain_chosen']:+.3f} chosen, {result['gain_rejected']:+.3f} rejected, in nats"
-    )
     print(json.dumps(result))
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from base.errors import UserError
-from data import alpaca, hellaswag, hh, hub, human_labels, math_problems, own, toy
+from data import alpaca, hellaswag, hh, hub, human_labels, math_problems, own, reviews, toy
 from data.examples import VIEWS, Example, local, move_space, only_text_views, question, report, split_of
 from data.tables import ENDINGS
 
@@ -27,6 +27,7 @@ SPLITS = ("train", "val", "test")  # of a recipe; a data set of the hub has its 
 
 RECIPES = {
     "toy": toy.load,
+    "reviews": reviews.load,
     "hellaswag": hellaswag.load,
     "hh": hh.load,
     "alpaca": alpaca.load,

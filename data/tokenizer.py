@@ -23,7 +23,7 @@ import tiktoken
 from base.download import hub_files
 from base.errors import UserError
 from base.files import expand, read_json
-from data import toy, toy_math
+from data import reviews, toy, toy_math
 from data.chat import MARK, Chat, Span
 from weights import HUB_NAMES, on_hub
 from weights import TOKENIZER_FILES as FILES
@@ -197,11 +197,11 @@ class JsonTokenizer(Tokenizer):
         self.name, self.files = name, {file: path.read_bytes() for file, path in paths.items()}
         try:
             self.package = package = Package.from_buffer(self.files[JSON])
+            package.no_truncation()
+            package.no_padding()
             framed, plain = (package.encode("a", add_special_tokens=framed).ids[:1] for framed in (True, False))
         except Exception as error:  # the package has no class for what is wrong with a file
             raise UserError(f"{paths[JSON]}: damaged, or too new for the package tokenizers ({error}): get both anew") from None
-        package.no_truncation()
-        package.no_padding()
         config, more, generation = (read_json(paths[f]) if f in paths else {} for f in (CONFIG, SPECIAL_MAP, GENERATION))
         config = config if "added_tokens_decoder" in config else config | more  # as in transformers
         named = {key: token.get("content") if isinstance(token := config.get(key), dict) else token for key in NAMED}
@@ -281,6 +281,7 @@ class JsonTokenizer(Tokenizer):
 
 KNOWN = {
     "gpt2": GPT2Tokenizer,
+    "reviews": functools.partial(WordTokenizer, "reviews", reviews.VOCAB, reviews.PATTERN),
     "toy": functools.partial(WordTokenizer, "toy", toy.VOCAB, TOY_PATTERN),
     "toy_math": functools.partial(WordTokenizer, "toy_math", toy_math.VOCAB, toy_math.PATTERN),
 }
