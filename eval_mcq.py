@@ -31,7 +31,7 @@ from runtime.score import score
 class Config(DeviceKeys):
     """Accuracy on multiple-choice questions."""
 
-    model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
+    model: str = key(REQUIRED, "a folder of a model, adapter or run; gpt2 (-medium, …); owner/name on the hub", model=True)
     data: str = key(REQUIRED, "a recipe (toy, hellaswag), a file, or hub:owner/name[:config]")
     columns: str = key("", "columns of a file by your names for them: prompt=question,choices=a; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")

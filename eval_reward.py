@@ -43,9 +43,9 @@ from sample import encode
 class Config(ChatKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
-    model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    model: str = key(REQUIRED, "the trained model: a folder of a model, adapter or run; or gpt2 (-medium, …)", model=True)
     ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model")
-    ref_model: str = key("", "the reference model; or give ref")
+    ref_model: str = key("", "the reference model; or give ref", model=True)
     data: str = key("", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")

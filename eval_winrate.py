@@ -57,7 +57,7 @@ class Config(JudgeKeys, ChatKeys, DeviceKeys):
     table_rows: int = key(10, "examples in the table", least=1)
     cache: str = key("", "JSONL file of the judge's answers, empty = beside `out`, as NAME.cache.jsonl", writes="")
     label: str = key("", "name of the run in tables and pictures (SFT, DPO, …)")
-    model: str = key("", "the model that wrote the responses, a folder or gpt2 …: its size is noted")
+    model: str = key("", "the model that wrote the responses, a folder or gpt2 …: its size is noted", model=True)
     parameters: int = key(0, "its number of parameters, where `model` cannot tell", least=0)
     limit: int = key(0, "use only the first so many prompts, 0 = all", least=0)
     seed: int = key(0, "seed of who is side A, and of which examples the table shows", least=0, most=MOST_SEED)

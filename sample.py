@@ -49,7 +49,7 @@ from runtime.unfinished import Unfinished
 class Config(ServerKeys, ChatKeys, DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
-    model: str = key("", "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
+    model: str = key("", "a folder of a model, adapter or run; gpt2 (-medium, …); owner/name on the hub", model=True)
     server: str = key("", "instead: address of a server with OpenAI's protocol (vLLM, SGLang, llama.cpp): http://HOST:8000/v1")
     server_model: str = key("", "name of the model at that server; empty = model")
     timeout: float = key(600.0, "seconds to wait for a whole answer of the server", above=0)

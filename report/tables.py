@@ -42,6 +42,7 @@ def model_of(init_from: str) -> str:
     """The model that a run's weights first came from: where `init_from` is another run's, what that run began with."""
     for _ in range(10):
         before = Path(init_from).parent
+        before = before.parent if before.name == "checkpoints" else before
         if not (before / "config.toml").is_file():
             break
         init_from = str(read_config(before).get("init_from", init_from))

@@ -22,8 +22,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from base.errors import UserError
+from base.errors import UserError, note
 from base.files import check_file, lies_in, parse_toml, read_json, read_plain
+from runtime import checkpoint
 from weights import TOKENIZER_FILES
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ COMMAND_LINE = "command line"
 # in a folder of a model, of an adapter, or of a recipe
 READ = re.compile(
     rf"(adapter_)?model[\w.-]*|\w*config\.json|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
-    r"|alpaca_data\.json|\w+/o\w+line_\w+\.json"
+    r"|rank_\d+\.safetensors|alpaca_data\.json|\w+/o\w+line_\w+\.json"
     r"|(h\w+-[\w-]+/|hellaswag_|gsm8k_|math_)?(train|val|test)\.jsonl|(train|test)/\w+/\d+\.json"
 )
 EXPECTED = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str (in a file: in quotes)"}
@@ -51,6 +52,7 @@ class Rules:
     writes: str | None = None
     replaces: tuple[str, ...] = ()
     free: bool = False
+    model: bool = False
 
     def check(self, name: str, value: Any, required: bool) -> None:
         """Raise UserError, naming the key, for a value outside the bounds or a path that cannot become a file."""
@@ -79,7 +81,8 @@ def key(default: Any, help: str, choices: Iterable = (), **rules: Any) -> Any:
     floats are always finite, and a REQUIRED text is never empty. writes: the key names a file that the script will write,
     with this ending ("" = any); a place that cannot be written is refused before the work begins. replaces: the key names a
     folder in which the script replaces or deletes what has these names ("" = the folder itself). No other text of the
-    settings may name what is written, see `keep_apart`. free: a resumed run may change it.
+    settings may name what is written, see `keep_apart`. free: a resumed run may change it. model: the key names a model; of a
+    run's folder it becomes that of the weights, see `checkpoint.weights_of`.
     """
     return field(default=default, kw_only=True, metadata={"rules": Rules(help, tuple(choices), **rules)})
 
@@ -113,7 +116,10 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
             raise UserError(f"missing key {name} ({rules(f).help}): give --{name} or `{name} = …` in {place}")
     config = cls(**values)
     for name, f in keys.items():
-        rules(f).check(name, getattr(config, name), f.default is REQUIRED)
+        rules(f).check(name, value := getattr(config, name), f.default is REQUIRED)
+        if rules(f).model and (found := checkpoint.weights_of(name, value)) != value:
+            note(f"key {name}: of {value} the weights in {found}")
+            setattr(config, name, found)
     if hasattr(config, "check"):
         config.check()
     keep_apart(config, [path, *words] if path else words)
@@ -171,12 +177,12 @@ def written(config: Any, names: Iterable[str] = ()) -> dict[str, Any]:
     return table
 
 
-def check_same(config: Any, before: dict[str, Any], what: str) -> None:
-    """Raise UserError where the settings `before` of the run in out_dir are not those of now; `free` keys may differ."""
+def check_same(config: Any, before: dict[str, Any], what: str, but: Iterable[str] = ()) -> None:
+    """Raise UserError where the settings `before` of the run in out_dir are not those of now; `free` keys and `but` may be."""
     for f in fields(config):
         now = getattr(config, f.name)
         was = before.get(f.name, now if f.default is REQUIRED else f.default)  # a key may be younger than the run
-        if not rules(f).free and was != now:
+        if not rules(f).free and f.name not in but and was != now:
             raise UserError(
                 f"out_dir {config.out_dir} holds {what} with {f.name} = {was!r}, not {now!r}: go on with the same settings, "
                 f"name another out_dir{', or start anew with --overwrite' if hasattr(config, 'overwrite') else ''}"

@@ -15,7 +15,9 @@ MOST_SEED = 2**63 - 1
 class ModelKeys:
     """Model"""
 
-    init_from: str = key("gpt2", "gpt2 (or -medium, -large, -xl), owner/name on the hub, a model or adapter folder, or scratch")
+    init_from: str = key(
+        "gpt2", "gpt2 (-medium, …), owner/name on the hub, a folder of a model, adapter or run, or scratch", model=True
+    )
     tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, owner/name, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
     n_head: int = key(0, "scratch: attention heads per block", least=0)
@@ -65,7 +67,7 @@ class RunKeys:
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)
     batch_size: int = key(64, "examples or pairs per optimizer step, over all ranks", least=1)
     shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
-    row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0)
+    row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0, free=True)
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)", least=0, below=1)
     eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end", least=0)
     save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end", least=0, free=True)
@@ -122,7 +124,7 @@ class DeviceKeys:
     seed: int = key(0, "seed of all that is drawn: data order, scratch weights, dropout, samples", least=0, most=MOST_SEED)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
     dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
-    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1)
+    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1, free=True)
 
 
 @dataclass

@@ -22,7 +22,10 @@ from runtime.build import source_options
 from runtime.keys import OURS, TrainKeys
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
 
-MARKS = {"model": weights.CONFIG, "adapter": adapters.CONFIG}
+# Keys that may differ when a run goes on from a checkpoint, which is bound to what they name, or says how long the run is
+BOUND = ("data", "val_data", "data_dir", "init_from", "tokenizer", "ref", "max_steps", "epochs")
+LATER = ("base", "tokenizer")  # what checkpoints of earlier versions are not bound to
+LAYOUT = ("micro_tokens", "row_len", "activation_checkpointing")  # free keys that change the last bits
 
 
 class Run:
@@ -32,9 +35,10 @@ class Run:
     rank makes one and calls the same methods. Only rank 0 touches the folder, apart from the shards of a checkpoint.
     """
 
-    def __init__(self, cfg: TrainKeys, steps: int, compute, binding: dict, unit: str):
-        self.cfg, self.steps, self.compute = cfg, steps, compute
+    def __init__(self, cfg: TrainKeys, steps: int, compute, tokenizer, binding: dict, unit: str):
+        self.cfg, self.steps, self.compute, self.tokenizer = cfg, steps, compute, tokenizer
         self.binding = {**binding, "device": compute.device.type, "dtype": str(compute.dtype).removeprefix("torch.")}
+        self.binding["tokenizer"] = tokenizer.fingerprint()
         self.folder = Path(cfg.out_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.best: dict | None = None  # {"step", "loss"} of the best validation so far
@@ -56,8 +60,7 @@ class Run:
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
-        if model.lora:
-            self.binding["base"] = model.origin.start_sha256  # the checkpoints hold the adapters only
+        self.binding["base"] = model.origin.start_sha256
         again = any(self.compute.gather(restarted()))  # --overwrite was for the first start
         if self.cfg.overwrite and not again:
             self.compute.once(self._delete)
@@ -70,6 +73,12 @@ class Run:
             self.compute.once(self._prune)  # a kill may have come between its save and this
             self.saved_at = done
             print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
+            if (was := state.get("steps", self.steps)) < self.steps:
+                before, now = optim.learning_rate(self.cfg, done - 1, was), optim.learning_rate(self.cfg, done, self.steps)
+                print(
+                    f"extended from {was} to {self.steps} steps: the {self.cfg.schedule} schedule covers all {self.steps} now, "
+                    f"so the learning rate goes on at {now:.3g}, after {before:.3g}"
+                )
         self.compute.once(lambda: self._open(seen))
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
@@ -81,7 +90,7 @@ class Run:
         for path in paths:
             if path.is_symlink():
                 raise UserError(f"key overwrite: {path} is a link, and what lies behind it is not deleted: remove it yourself")
-            if strange := path.name in MARKS and weights.strangers(path, MARKS[path.name]):
+            if strange := path.name in checkpoint.MARKS and weights.strangers(path, checkpoint.MARKS[path.name]):
                 raise UserError(f"key overwrite: {path} holds {strange}, which no run wrote: move it away")
         checkpoint.drop_after(self.checkpoints, -1)
         for path in paths[1:]:
@@ -96,13 +105,23 @@ class Run:
         if not found and checkpoint.steps(self.checkpoints):
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
         if found or self._did_a_step():  # what is there is not wiped for another run
-            config.check_same(self.cfg, config.written(self.cfg), "a run")
+            before = config.written(self.cfg)
+            config.check_same(self.cfg, before, "a run", BOUND if found else ())
+            for name in LAYOUT:
+                if (was := before.get(name)) not in (None, now := getattr(self.cfg, name)):
+                    more = ", and dropout draws other random numbers" if self.cfg.dropout or self.cfg.lora_dropout else ""
+                    print(f"{name} is {now} now, not {was}: the last bits will differ from an unbroken run's{more}")
         if not found:
             return None
         folder, state = found
         for name, now in self.binding.items():
-            if state.get(name) != now:
+            if state.get(name, now if name in LATER else None) != now:
                 raise UserError(f"out_dir {self.folder}: the {name} differs from when its run was begun: name another out_dir")
+        if self.steps < (was := max(state["step"], state.get("steps", 0))):
+            raise UserError(
+                f"out_dir {self.folder} holds a run of {was} steps, not {self.steps}: give max_steps or epochs for as many or "
+                "more, name another out_dir, or start anew with --overwrite"
+            )
         metrics = self.folder / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size < state["metrics_bytes"]:
             raise UserError(f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite")
@@ -154,8 +173,15 @@ class Run:
     def save(self, step: int, model, optimizer) -> None:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
         seen = self.compute.once(lambda: self.metrics.synced())  # a checkpoint must not know of lines that a power cut can take
-        state = {"metrics_bytes": seen, "best": self.best, **self.binding}
-        checkpoint.save(self.checkpoints, step, state, model, optimizer, self.compute)
+        state = {"metrics_bytes": seen, "best": self.best, "steps": self.steps, "base_sha256": model.origin.base_sha256}
+
+        def describe(folder: Path) -> None:
+            if model.lora:
+                adapters.describe(model, self.tokenizer, folder)
+            else:
+                weights.describe(model.config, self.tokenizer, folder)
+
+        checkpoint.save(self.checkpoints, step, state | self.binding, model, optimizer, describe, self.compute)
         self.saved_at = step
         self.compute.once(self._prune)
 
@@ -186,7 +212,7 @@ class Run:
 
     # --- the end ---
 
-    def finish(self, model, tokenizer) -> None:
+    def finish(self, model) -> None:
         """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated. With
         LoRA first out_dir/adapter, for peft; model/ has it merged into the base as that was read, in float32."""
         which = f"step {self.steps}"
@@ -199,17 +225,17 @@ class Run:
                 checkpoint.load(best, model, None, self.compute)
                 which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
         if model.lora:
-            adapters.save(model, tokenizer, self.folder / "adapter", self.compute.rank)
-            self.compute.once(lambda: self._save_merged(tokenizer))
+            adapters.save(model, self.tokenizer, self.folder / "adapter", self.compute.rank)
+            self.compute.once(self._save_merged)
         else:
-            weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
+            weights.save(model, self.tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
         self._end()
         print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
 
-    def _save_merged(self, tokenizer) -> None:
-        found = adapters.source(str(self.folder / "adapter"), **source_options(self.cfg, tokenizer))
-        weights.save_tensors(found.config, found.tensors, tokenizer, self.folder / "model")
+    def _save_merged(self) -> None:
+        found = adapters.source(str(self.folder / "adapter"), **source_options(self.cfg, self.tokenizer))
+        weights.save_tensors(found.config, found.tensors, self.tokenizer, self.folder / "model")
 
     def _end(self) -> None:
         if self.metrics:

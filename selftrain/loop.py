@@ -44,7 +44,7 @@ MADE = ("rounds.json", "rounds.md", "rounds.png", "eval_prompts.jsonl")  # in it
 class Config:
     """Sample, grade, pair, train and evaluate, round after round."""
 
-    init_from: str = key(REQUIRED, "the model of round 0: a folder, or gpt2, gpt2-medium, …")
+    init_from: str = key(REQUIRED, "the model of round 0: a folder of a model or run, or gpt2 …", model=True)
     data: str = key(REQUIRED, "problems to learn from: gsm8k, math, toy_math, or a .jsonl file of problem and answer")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     problems: int = key(0, "problems a round, the next ones in the data each time; 0 = all of them in every round", least=0)

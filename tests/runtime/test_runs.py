@@ -344,7 +344,7 @@ def test_overwrite_deletes_only_what_a_run_wrote(whole, files, run, refused, tmp
     shutil.copytree(folder / "checkpoints/step_4", folder / "checkpoints/best_so_far")
     (folder / "notes.txt").write_text("mine")
     kept = {p: b for p, b in contents(folder).items() if p.startswith(("model.old", "checkpoints/best", "notes"))}
-    assert len(kept) == 8 and run("sft", folder, overwrite="true")[2] == metrics(whole)
+    assert len(kept) == 12 and run("sft", folder, overwrite="true")[2] == metrics(whole)
     assert kept.items() <= contents(folder).items()
     (folder / "model/README.md").write_text("mine")
     before = contents(folder)
