@@ -195,31 +195,32 @@ def encoded(
 
 
 def load_encoded(
-    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", columns="", limit=0, end=True
+    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", end=True, **which
 ) -> Sequence[Encoded]:
     """`data.load`, then `encode`; prints how many examples and tokens there are, what was dropped or cut, and the first one.
 
     A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
-    disk, and what is returned then holds none of them in memory.
+    disk, and what is returned then holds none of them in memory. which: `limit`, `columns` and `half` of `data.load`.
     """
     report, digest = Report(), hashlib.sha256()
     how = {"max_len": max_len, "truncation": truncation, "end": end}
     paths = [] if source in RECIPES else files(source, split)
-    if 0 < limit < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
-        examples = load(source, split, view, data_dir=data_dir, limit=limit, columns=columns)
+    if 0 < which.get("limit", 0) < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
+        examples = load(source, split, view, data_dir=data_dir, **which)
         items: Sequence[Encoded] = list(encoded(examples, report, tokenizer, **how))
     else:
         # all that decides the tokens, beside the files and the code of this folder
         chat = tokenizer.chat and tokenizer.chat.decisive()
-        decisive = {"tokenizer": tokenizer.fingerprint(), "view": view, "columns": columns, "limit": limit, "chat": chat, **how}
+        decisive = {"tokenizer": tokenizer.fingerprint(), "view": view, "chat": chat, **which, **how}
         items = cache.kept(
             cache.name(paths, decisive),
-            lambda: map(packed, hashed(encoded(own.load(paths, view, limit, columns), report, tokenizer, **how), digest)),
+            lambda: map(packed, hashed(encoded(own.load(paths, view, **which), report, tokenizer, **how), digest)),
             lambda: {"report": str(report), "sha256": digest.hexdigest()},
             unpacked,
         )
     said = report or f"{items.about['report']} (tokens of an earlier start)"
     fed, predicted = (int(np.sum(column(items, name))) for name in ("row_tokens", "completion_tokens"))
+    split, _ = which.get("half") or (split, 0)
     print(f"{split} data {source}: {said}; {fed:,} tokens in rows, {predicted:,} of them to predict")
     names = ("chosen", "rejected") if view == "preference" else itertools.repeat("completion")
     texts = [("prompt", items[0].prompt), *zip(names, items[0].completions, strict=False)]

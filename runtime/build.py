@@ -102,13 +102,21 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         raise UserError(f"key max_len: {cfg.max_len} is more than the model's context of {block_size} tokens")
     max_len = cfg.max_len or block_size
 
-    def load(source: str, split: str, limit: int) -> Sequence[Encoded]:
-        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit}
+    def load(source: str, split: str, limit: int, half: tuple[str, float] | None = None) -> Sequence[Encoded]:
+        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "half": half}
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
+    if cfg.val_share:
+        if cfg.val_data or cfg.val_split or cfg.data in RECIPES:
+            other = "val_data" if cfg.val_data else "val_split" if cfg.val_split else f"the recipe {cfg.data}"
+            raise UserError(f"key val_share: {cfg.val_share}, but {other} has validation data already: give one of the two")
+        limits = {"train": cfg.limit, "val": cfg.val_limit}
+        return *(load(cfg.data, cfg.split, limit, (half, cfg.val_share)) for half, limit in limits.items()), max_len
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
     if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
-        raise UserError(f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data")
+        raise UserError(
+            f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data, or --val_share"
+        )
     train = load(cfg.data, cfg.split, cfg.limit)
     return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len
 

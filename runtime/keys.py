@@ -44,6 +44,9 @@ class DataKeys(ChatKeys):
         REQUIRED, "a recipe (toy, hh, alpaca, …), a file (.jsonl, .json, .csv, .parquet), or hub:owner/name[:config]"
     )
     val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
+    val_share: float = key(
+        0.0, "without val_data: validate on this share of data's prompts, drawn by their hash", least=0, below=1
+    )
     split: str = key("train", "the split of data to train on")
     val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
