@@ -36,7 +36,7 @@ def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
 
 def _date(cfg: ChatKeys) -> str:
     before = config.written(cfg).get("date", "") if hasattr(cfg, "out_dir") else ""
-    if not before and getattr(cfg, "ref", ""):
+    if not before and getattr(cfg, "ref", "") not in ("", reference.AUTO):
         before = reference.read(cfg.ref)[1].get("date", "")
     return before or date.today().isoformat()
 

@@ -176,7 +176,7 @@ def test_reference_that_is_no_reference_for_this_run(files, sft_run, reference, 
     (tmp_path / "turned.jsonl").write_text("".join([*rest, first]))
     for path, keys, says in (
         (reference, {"data": tmp_path / "turned.jsonl"}, "was made with another data ("),
-        (no_val, {}, "has no validation pairs: make it with --val_data"),
+        (no_val, {}, "has no validation pairs: make it anew with `python precompute_ref.py --init_from"),
         (cut, {}, "is damaged or no .safetensors file"),
         (other, {}, "is not a file of precompute_ref.py"),
         (tmp_path / "no", {}, "no such file: make it with"),
