@@ -54,6 +54,7 @@ COMMANDS = {  # name -> script, its keys; IN and OUT are folders
     "report.tables": ("report.tables", {"": "IN/run", "out": "OUT/t.md", "png": "OUT/t.png"}),
     "data": ("data.__main__", {"data": "IN/pairs.jsonl", "view": "preference", "out": "OUT/new/d.jsonl"}),
     "sample, again": ("sample", {"model": "IN/model", "prompts": "IN/pairs.jsonl", "out": "OUT/s.jsonl", "max_new_tokens": 9}),
+    "tools.export": ("tools.export", {"model": "IN/run/checkpoints/step_12", "out": "OUT/new/model"}),
     "tools.convert_openai, again": ("tools.convert_openai", {"folder": "IN/openai", "out": "OUT/new/model"}),
     "tools.convert_openai": ("tools.convert_openai", {"folder": "IN/openai", "out": "OUT/new/model"}),
 }
