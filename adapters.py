@@ -175,10 +175,8 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
 
     Of a sharded model every rank must call this. Raises what `weights.write_folder` does.
     """
-    found = {}
-    for name, p in model.named_parameters():
-        if ".lora." in name:
-            found[name] = whole(p).detach().to("cpu", torch.float32)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    found = {name: whole(p).detach().to("cpu", torch.float32) for name, p in trained}
     if rank:
         return
     tensors, metadata = _as_peft(found, model, model.origin.base_sha256)

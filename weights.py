@@ -254,7 +254,7 @@ def joined(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
             found = pieces(folder, opened)
             for name in filter(found.get, names):
                 yield name, torch.cat([rows[:].float() for _, rows in sorted(found[name], key=itemgetter(0))])
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"{folder} is a damaged checkpoint ({error}): name another one") from None
 
 

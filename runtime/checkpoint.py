@@ -148,14 +148,8 @@ def inspect(folder: Path) -> tuple[dict, str | None]:
     try:
         state = read_json(folder / weights.STATE)
         best = {"step": 0, "loss": 0.0} if state["best"] is None else state["best"]
-        numbers = [
-            (state["step"], int),
-            (state["metrics_bytes"], int),
-            (state.get("steps", 0), int),
-            (best["step"], int),
-            (best["loss"], float),
-        ]
-        if not all(type(number) is kind for number, kind in numbers) or state["metrics_bytes"] < 0:
+        numbers = state["step"], state["metrics_bytes"], state.get("steps", 0), best["step"]
+        if {*map(type, numbers)} != {int} or type(best["loss"]) is not float or state["metrics_bytes"] < 0:
             return {}, "state.json does not hold what was saved"
         if folder.name != f"step_{state['step']}":
             return {}, f"it is step {state['step']}"

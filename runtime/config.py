@@ -178,7 +178,7 @@ def written(config: Any, names: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def check_same(config: Any, before: dict[str, Any], what: str, but: Iterable[str] = ()) -> None:
-    """Raise UserError where the settings `before` of the run in out_dir are not those of now; `free` keys and `but` may be."""
+    """UserError where the settings `before` of the run in out_dir are not those of now. `free` keys and `but` may differ."""
     for f in fields(config):
         now = getattr(config, f.name)
         was = before.get(f.name, now if f.default is REQUIRED else f.default)  # a key may be younger than the run

@@ -16,7 +16,7 @@ class ModelKeys:
     """Model"""
 
     init_from: str = key(
-        "gpt2", "gpt2 (-medium, …), owner/name on the hub, a folder of a model, adapter or run, or scratch", model=True
+        "gpt2", "gpt2 (-medium, …), owner/name on the hub, a folder (model, adapter, run), or scratch", model=True
     )
     tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, owner/name, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
@@ -44,9 +44,7 @@ class DataKeys(ChatKeys):
         REQUIRED, "a recipe (toy, hh, alpaca, …), a file (.jsonl, .json, .csv, .parquet), or hub:owner/name[:config]"
     )
     val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
-    val_share: float = key(
-        0.0, "without val_data: validate on this share of data's prompts, drawn by their hash", least=0, below=1
-    )
+    val_share: float = key(0.0, "in place of val_data: a share of data's prompts, drawn by their hash", least=0, below=1)
     split: str = key("train", "the split of data to train on")
     val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")

@@ -25,12 +25,8 @@ AUTO = "auto"  # as key ref: find the file that fits, or make it
 def command(cfg) -> str:
     """How to make the reference file that a run with these settings needs: all that is bound to it, and fits a shell."""
     out = cfg.ref if cfg.ref.endswith(".safetensors") else f"{cfg.ref or 'ref'}.safetensors"
-    given = {
-        f.name: getattr(cfg, f.name)
-        for keys in (ModelKeys, DataKeys, DeviceKeys)
-        for f in fields(keys)
-        if f.name == "init_from" or getattr(cfg, f.name) != f.default
-    }
+    keys = {f.name: f.default for group in (ModelKeys, DataKeys, DeviceKeys) for f in fields(group)}
+    given = {n: getattr(cfg, n) for n, default in keys.items() if n == "init_from" or getattr(cfg, n) != default}
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in {**given, "out": out}.items()]
     return f"`python precompute_ref.py {' '.join(words)}` and give --ref {out}, or give --ref {AUTO}"
 

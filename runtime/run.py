@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -174,13 +175,8 @@ class Run:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
         seen = self.compute.once(lambda: self.metrics.synced())  # a checkpoint must not know of lines that a power cut can take
         state = {"metrics_bytes": seen, "best": self.best, "steps": self.steps, "base_sha256": model.origin.base_sha256}
-
-        def describe(folder: Path) -> None:
-            if model.lora:
-                adapters.describe(model, self.tokenizer, folder)
-            else:
-                weights.describe(model.config, self.tokenizer, folder)
-
+        described = (adapters.describe, model) if model.lora else (weights.describe, model.config)
+        describe = partial(*described, self.tokenizer)
         checkpoint.save(self.checkpoints, step, state | self.binding, model, optimizer, describe, self.compute)
         self.saved_at = step
         self.compute.once(self._prune)

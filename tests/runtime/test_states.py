@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 
 import adapters
 import weights
@@ -16,6 +19,7 @@ from data.tokenizer import choose
 from runtime.checkpoint import weights_of
 from runtime.run import Run
 from tests.conftest import contents, flags, good, metrics, script, sft_args
+from tests.runtime.test_checkpoint import written
 
 
 def stopped(monkeypatch, name: str, args: list[str], at: int) -> None:
@@ -175,3 +179,35 @@ def test_the_date_and_template_are_the_runs(whole, tmp_path):
     tokenizer = {p.name: p.read_bytes() for p in (whole / "model").iterdir() if p.name not in ("model.safetensors",)}
     saved = {p.name: p.read_bytes() for p in (whole / "checkpoints/step_10").iterdir()}
     assert tokenizer.items() <= saved.items()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_from_somebody_else(lora, whole, adapted, files, refused, tmp_path):
+    """Whatever is in it, under the right hashes, ends in one line."""
+    place = tmp_path / "step_3"
+    shutil.copytree((adapted if lora else whole) / "checkpoints/step_3", place)
+    file = next(place.glob("rank_*"))
+    tensors = load(file.read_bytes())
+    with safe_open(file, "pt") as opened:
+        starts = opened.metadata()
+    name = next(name for name in tensors if name.endswith("lora.b" if lora else "wpe.weight"))
+    wrong = {
+        "missing": {n: t for n, t in tensors.items() if n != name},
+        "all missing": {},
+        "scalar": {**tensors, name: torch.tensor(1.0)},
+        "flat": {**tensors, name: tensors[name].flatten()},
+        "empty": {**tensors, name: tensors[name][:, :0].contiguous()},
+        "cut": {**tensors, name: tensors[name][:-1].contiguous()},
+    }
+    for what, changed in wrong.items():
+        content = save(changed, {n: start for n, start in starts.items() if n in changed})
+        written(place, **{file.name: content})
+        line = refused("eval_mcq", *flags(model=place, data=files["mcq"]), says=str(place))
+        assert "name another" in line or "shape" in line or "no LoRA" in line or "fits" in line, (what, line)
+    for content in (b"no", save(tensors, {n: "x" for n in starts}), save(tensors)):
+        written(place, **{file.name: content})
+        refused("eval_mcq", *flags(model=place, data=files["mcq"]), says=str(place))
+    written(place, **{file.name: save(tensors, starts), "config.json": pickle.dumps({})})
+    refused(
+        "eval_mcq", *flags(model=place, data=files["mcq"]), says="config.json is not valid JSON" if not lora else str(place)
+    )
