@@ -50,6 +50,7 @@ class Config(ChatKeys):
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
+    val_share: float = key(0.0, "of a file only the share that training with this key kept back", least=0, below=1)
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
@@ -112,7 +113,7 @@ def stored_reference(path: str, items: list[Encoded]) -> Tensor:
     made = ", ".join(f"{name} {metadata.get(name)}" for name in ("data", "tokenizer", "max_len", "truncation"))
     raise UserError(
         f"key ref: {path} does not hold these pairs (it was made from {made}): evaluate with the same, and the same "
-        "limit; or give --ref_model"
+        "limit and val_share; or give --ref_model"
     )
 
 
@@ -220,7 +221,8 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
 def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     """(result, a detail a pair): the implicit reward of preference pairs."""
     max_len = cfg.max_len or model.config.block_size
-    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit}
+    half = ("val", cfg.val_share) if cfg.val_share else None
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "half": half}
     items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
     ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
     logps = log_probs(cfg.model, model, items, cfg, compute)

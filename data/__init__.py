@@ -64,9 +64,7 @@ def load(
     assert view in VIEWS, view
     if source not in RECIPES:
         return list(own.load(files(source, split), view, limit, columns, half))
-    if split not in SPLITS or columns:
-        name = "columns" if columns else "split"
-        raise UserError(
-            f"key {name}: {columns or split!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns"
-        )
+    if split not in SPLITS or columns or half:
+        name, given = ("val_share", half[1]) if half else ("columns", columns) if columns else ("split", split)
+        raise UserError(f"key {name}: {given!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns")
     return RECIPES[source](split, view, data_dir=data_dir, limit=limit)

@@ -107,9 +107,8 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
     if cfg.val_share:
-        if cfg.val_data or cfg.val_split or cfg.data in RECIPES:
-            other = "val_data" if cfg.val_data else "val_split" if cfg.val_split else f"the recipe {cfg.data}"
-            raise UserError(f"key val_share: {cfg.val_share}, but {other} has validation data already: give one of the two")
+        if other := "val_data" if cfg.val_data else "val_split" if cfg.val_split else "":
+            raise UserError(f"key val_share: {cfg.val_share}, but {other} names validation data already: give one of the two")
         limits = {"train": cfg.limit, "val": cfg.val_limit}
         return *(load(cfg.data, cfg.split, limit, (half, cfg.val_share)) for half, limit in limits.items()), max_len
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")

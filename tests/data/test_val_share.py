@@ -58,6 +58,7 @@ def test_a_share_of_a_large_file(answers, monkeypatch):
     assert len({*want.values()}) == 2
 
 
+@pytest.mark.slow
 def test_val_share_in_the_stages(files, call, refused, tmp_path):
     """The reference file is bound to both halves; a resumed run keeps its own."""
     model = {**SCRATCH, "data": files["sft"], "val_share": 0.3, "samples": 0}
@@ -72,11 +73,15 @@ def test_val_share_in_the_stages(files, call, refused, tmp_path):
     assert status == 0, err
     refused("dpo", *flags(**dpo, val_share=0.2, out_dir=tmp_path / "dpo2"), says="was made with another data")
     refused("dpo", *flags(**dpo, val_share=0.2, out_dir=tmp_path / "dpo"), says="made with another data")
+    keys = {"model": tmp_path / "dpo", "data": files["pairs"], "ref": ref, "out": tmp_path / "r.json"}
+    status, _, err = call("eval_reward", *flags(**keys, val_share=0.3, limit=1000))
+    assert status == 0, err
+    assert 0 < json.loads((tmp_path / "r.json").read_text())["n"] < 48
     bad = {**model, "out_dir": tmp_path / "bad"}
     for more, says in (
-        ({"val_data": files["sft"]}, "key val_share: 0.3, but val_data has validation data already"),
-        ({"val_split": "x"}, "key val_share: 0.3, but val_split has"),
-        ({"data": "toy"}, "key val_share: 0.3, but the recipe toy has"),
+        ({"val_data": files["sft"]}, "key val_share: 0.3, but val_data names validation data already"),
+        ({"val_split": "x"}, "key val_share: 0.3, but val_split names"),
+        ({"data": "toy"}, "key val_share: 0.3: the recipe toy has the splits train, val, test"),
         ({"val_share": 1e-9}, "key val_share: 1e-09 leaves no prompt of"),
         ({"val_share": 1.0}, "key val_share: 1.0 must be below 1"),
     ):

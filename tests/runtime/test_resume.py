@@ -10,7 +10,9 @@ from runtime import optim
 from tests.conftest import close, dpo_args, flags, metrics, sft_args
 
 
-@pytest.mark.parametrize(("schedule", "longer"), [("constant", {"max_steps": 20}), ("cosine", {"epochs": 4})])
+@pytest.mark.parametrize(
+    ("schedule", "longer"), [("constant", {"max_steps": 20}), pytest.param("cosine", {"epochs": 4}, marks=pytest.mark.slow)]
+)
 def test_more_steps_extend_a_run(schedule, longer, run, tmp_path):
     """With a constant rate it becomes the run that was that long from the start; another schedule is that of the longer run
     from there on."""

@@ -146,6 +146,7 @@ def test_sharded_checkpoints(lora, sft_run, files, world, tmp_path):
     same(tmp_path / "run/checkpoints/step_10", tmp_path / "run" / ("adapter" if lora else "model"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_as_a_model_folder(whole, adapted, call, refused, tmp_path):
     """transformers loads it; of LoRA the adapter is merged."""
     transformers = pytest.importorskip("transformers")
