@@ -161,16 +161,31 @@ def write(model, prompts: list[list[int]], n: int, cfg: Config, tokenizer, compu
     return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
 
 
+def weighted(rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Reward and KL of the policy that gives the reference's own completions these weights, (prompts, n), each row's sum 1; and
+    `ess`, how many of the n the weights amount to (Kish's effective sample size). All (prompts,)."""
+    kl = (weights * (weights * rewards.size(1)).clamp_min(1e-300).log()).sum(1)
+    return {"kl": kl, "reward": (weights * rewards).sum(1), "ess": 1 / weights.square().sum(1)}
+
+
 def limit(rewards: Tensor) -> list[dict]:
     """The best policy's mean reward and KL at several strengths b, from the rewards of the reference's own completions,
-    (prompts, n). They get weights exp(r / b), normalised for each prompt; `ess` is how many of the n the weights amount to
-    (Kish's effective sample size), the mean over prompts. A point of a small one rests on few completions."""
-    found, n = [], rewards.size(1)
-    for b in (rewards.std().item() * 2 ** (k / 2) for k in range(8, -13, -1)):
-        w = (rewards / b).softmax(1)
-        kl = (w * (w * n).clamp_min(1e-300).log()).sum(1).mean()
-        found.append({"b": b, "kl": kl, "reward": (w * rewards).sum(1).mean(), "ess": (1 / w.square().sum(1)).mean()})
-    return [{name: float(value) for name, value in point.items()} for point in found]
+    (prompts, n). They get weights exp(r / b), normalised for each prompt. A point of a small `ess` rests on few of them."""
+    strengths = [rewards.std().item() * 2 ** (k / 2) for k in range(8, -13, -1)]
+    found = [(b, weighted(rewards, (rewards / b).softmax(1))) for b in strengths]
+    return [{"b": b, **{name: value.mean().item() for name, value in point.items()}} for b, point in found]
+
+
+def best_of(rewards: Tensor, k: int) -> dict[str, Tensor]:
+    """Reward and KL of the best of k of the reference's completions, from the rewards of n of them, (prompts, n).
+
+    A completion's weight is the chance that its reward is the largest of k of the n, shared by those of the same reward. The
+    KL is below log k - (k - 1) / k (Beirami et al. 2024, arXiv 2401.01879)."""
+    ordered, n = rewards.sort(1).values, rewards.size(1)
+    # how many of the prompt's rewards are at most this one, and how many are below it
+    ranks = [torch.searchsorted(ordered, rewards, right=right).double() for right in (True, False)]
+    largest, smaller = (torch.stack([(r - i).clamp_min(0) / (n - i) for i in range(k)]).prod(0) for r in ranks)
+    return weighted(rewards, (largest - smaller) / (ranks[0] - ranks[1]))
 
 
 def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
@@ -195,7 +210,6 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
     items = write(model, tokens, cfg.n, cfg, tokenizer, compute)
     logps = log_probs(cfg.model, model, items, cfg, compute)
     kl = logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()
-    drawn = write(ref_model, tokens, cfg.optimum, cfg, tokenizer, compute) if cfg.optimum else []
     measured = {
         "reward": graded(items),
         "kl": kl,
@@ -203,8 +217,10 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
         "ended": torch.tensor([[bool(ids[-1] == tokenizer.eot) for ids in item.completions] for item in items]),
     }
     result = {"n": len(items), **means(measured, prompts)}
-    if drawn:
-        result["limit"] = limit(graded(drawn))
+    if cfg.optimum:
+        drawn = graded(write(ref_model, tokens, cfg.optimum, cfg, tokenizer, compute))
+        result["limit"] = limit(drawn)
+        result["best_of"] = [{"k": k, **means(best_of(drawn, k), prompts)} for k in (2, 4, 8, 16) if 4 * k <= cfg.optimum]
     print(
         f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
         f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
