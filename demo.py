@@ -20,13 +20,14 @@ from pathlib import Path
 from base.errors import UserError, run, warn
 from base.files import read_json, write_whole
 from data import reviews
+from data.jsonl import read
 from report.plot import COLOURS, NEUTRAL, dress, figure, save
 from runtime import config
 from runtime.config import key
 
 MARK = ".demo"  # tells a folder in which `MADE` may be deleted from one of the user's
 MADE = ("sft", "chosen", "dpo", "wrong", "rewards", "prompts.jsonl", "eval_prompts.jsonl", "samples.jsonl", "pairs.jsonl")
-MADE += ("ref.safetensors", "wrong_ref.safetensors", "results.json", "demo.png")
+MADE += ("chosen.jsonl", "ref.safetensors", "wrong_ref.safetensors", "results.json", "demo.png")
 
 BETAS = (5, 2, 1, 0.5, 0.2)
 TEMPERATURE = 0.2  # of the labels: DPO at strength beta looks for the limit at b = beta * TEMPERATURE
@@ -76,6 +77,9 @@ class Demo:
         step("sample", model=self.model, prompts=prompts, **how, out=samples)
         how = {"reward": "reviews", "temperature": TEMPERATURE, "seed": cfg.seed}
         step("selftrain.reward_pairs", samples=samples, **how, out=pairs)
+        rows = [record for _, record in read(pairs)]
+        chosen = [{"prompt": row["prompt"], "completion": row["completions"][a]} for row in rows for a, _ in row["pairs"]]
+        write_whole(out / "chosen.jsonl", "".join(json.dumps(line) + "\n" for line in chosen))
         step("precompute_ref", init_from=self.model, data=pairs, out=out / "ref.safetensors")
         # the failure of the HellaSwag source, on purpose: the reference is not the model that DPO starts from
         untrained = {"init_from": "scratch", "tokenizer": "reviews", "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64}
@@ -87,7 +91,7 @@ class Demo:
         """More SFT, on the chosen reviews."""
         keys = {"config": "configs/reviews_sft.toml", "init_from": self.model, "seed": self.cfg.seed + 1, "warmup": 15}
         keys |= {"n_layer": 0, "n_head": 0, "n_embd": 0, "block_size": 0, "lr": 1e-3, "min_lr": 0}
-        step("sft", **keys, data=self.out / "pairs.jsonl", max_steps=self.cfg.dpo_steps, out_dir=self.out / "chosen")
+        step("sft", **keys, data=self.out / "chosen.jsonl", max_steps=self.cfg.dpo_steps, out_dir=self.out / "chosen")
         return self.out / "chosen"
 
     def dpo(self, name: str, beta: float, steps: int) -> Path:
