@@ -1,6 +1,6 @@
 """Stage 3, Direct Preference Optimization: raise the chosen completion over the rejected one, measured from a reference.
 
-    python dpo.py --config configs/toy_dpo.toml
+    python dpo.py --config configs/reviews_dpo.toml
     python dpo.py --init_from runs/hellaswag_sft/model --data hellaswag --ref runs/hellaswag_ref.safetensors \\
         --out_dir runs/hellaswag_dpo --beta 0.1 --lr 1e-5
 
