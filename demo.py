@@ -31,10 +31,10 @@ MADE += ("chosen.jsonl", "ref.safetensors", "wrong_ref.safetensors", "results.js
 
 BETAS = (5, 2, 1, 0.5, 0.2)
 TEMPERATURE = 0.2  # of the labels: DPO at strength beta looks for the limit at b = beta * TEMPERATURE
-LEAST_ESS = 30  # points of the limit that rest on fewer samples a prompt are not drawn
+LEAST_ESS = 20  # points of the limit that rest on fewer samples a prompt are not drawn
 FAR = 2.0  # nats of KL: farther from the reference a policy is called over-optimised
 SFT, CHOSEN, BEST, DPO, WRONG = "SFT", "SFT on chosen", "best of 4", "DPO", "DPO, wrong reference"
-CURVES = ((DPO, 1), (DPO, 0.2), (WRONG, 1))  # drawn over the number of training steps
+CURVES = ((DPO, 1, "-"), (DPO, 0.2, "--"), (WRONG, 1, "-"))  # drawn over the number of training steps
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Config:
     out_dir: str = key("runs/demo", "folder for everything; what an earlier demo left there is deleted")
     seed: int = key(0, "seed of weights, samples, labels and data order", least=0)
     sft_steps: int = key(400, "steps of SFT", least=1)
-    dpo_steps: int = key(150, "steps of DPO", least=8)
-    prompts: int = key(2000, "prompts that the model answers for pairs", least=1)
+    dpo_steps: int = key(240, "steps of DPO", least=8)
+    prompts: int = key(3000, "prompts that the model answers for pairs", least=1)
     n: int = key(128, "reviews of each of 16 prompts that a policy is measured by", least=2)
 
 
@@ -128,7 +128,7 @@ def measured(cfg: Config) -> dict:
     policies += [policy(DPO, beta, demo.measure(demo.dpo(DPO, beta, cfg.dpo_steps))) for beta in BETAS]
     policies.append(policy(WRONG, 1, demo.measure(demo.dpo(WRONG, 1, cfg.dpo_steps))))
     curves = []
-    for name, beta in CURVES:
+    for name, beta, _ in CURVES:
         curves.append({**policy(name, beta, first), "steps": 0})
         for steps in (cfg.dpo_steps // 8, cfg.dpo_steps // 4, cfg.dpo_steps // 2):
             curves.append({**policy(name, beta, demo.measure(demo.dpo(name, beta, steps))), "steps": steps})
@@ -169,47 +169,76 @@ def label(p: dict) -> str:
 
 
 def table(results: dict) -> str:
-    lines = [f"{'':22}{'reward':>16}{'KL (nats)':>18}{'limit at that KL':>19}"]
+    lines = [f"{'':22}{'reward':>15}{'KL (nats)':>18}{'limit at this KL':>20}"]
     for p in results["policies"]:
         best = limit_at(p["kl"], results["limit"])
-        numbers = "".join(f"{p[k]:>{w}.3f} ± {p[k + '_stderr']:.3f}" for k, w in (("reward", 8), ("kl", 10)))
-        lines.append(f"{label(p):22}{numbers}" + (f"{best:>19.3f}" if best else ""))
-    return "\n".join([*lines, "± one standard error; how DPO's own best policy at each KL looks is the limit's line"])
+        numbers = "".join(f"{p[k]:>{w}.3f} ± {p[k + '_stderr']:.3f}" for k, w in (("reward", 7), ("kl", 10)))
+        lines.append(f"{label(p):22}{numbers}" + (f"{best:>20.3f}" if best else ""))
+    return "\n".join([*lines, "± one standard error. KL: how far the policy is from the SFT model"])
+
+
+def sentences(results: dict) -> str:
+    """What to see, with the figures of this run."""
+    found = findings(results)
+    last = next(p for p in results["policies"] if p["name"] == DPO and p["beta"] == BETAS[-1])
+    return (
+        f"1. Within {FAR:g} nats DPO comes to {found['gap']:.3f} of the limit, the largest reward there is at its KL.\n"
+        f"2. SFT on the chosen reviews stays {found['lead']:.2f} below: it imitates them, and can go no farther.\n"
+        f"3. Only the KL shows what went too far: {last['kl']:.1f} nats at beta {last['beta']:g}, and {found['far']:.0f} times "
+        "as many with the wrong reference as with the right one."
+    )
 
 
 def draw(results: dict, path: Path) -> None:
     """Left reward over KL, with the limit; right reward and KL over the steps of training."""
-    fig = figure(path, 15, 6.5)
+    fig = figure(path, 15, 6.8)
     grid = fig.add_gridspec(2, 2, width_ratios=(3, 2))
     frontier, rewards, kls = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
-    limit = drawn(results["limit"])
-    frontier.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="0.3", label="the limit")
+    limit = [p for p in drawn(results["limit"]) if p["kl"] > 0.02]
+    frontier.plot(
+        [p["kl"] for p in limit], [p["reward"] for p in limit], color="black", label="the limit, which no method can pass"
+    )
     colours = dict(zip((DPO, WRONG, CHOSEN, BEST), COLOURS, strict=False))
+    markers = dict(zip(colours, "osD^", strict=True))
     for name, colour in colours.items():
         found = [p for p in results["policies"] if p["name"] == name]
         x, y, dx, dy = ([p[k] for p in found] for k in ("kl", "reward", "kl_stderr", "reward_stderr"))
-        frontier.errorbar(x, y, dy, dx, color=colour, marker="o", capsize=3, label=name, linestyle="-" if name == DPO else "")
+        style = {
+            "color": colour,
+            "marker": markers[name],
+            "markersize": 8,
+            "capsize": 3,
+            "linestyle": ":" if name == DPO else "",
+        }
+        frontier.errorbar(x, y, dy, dx, label=name, **style)
         for p in found if name == DPO else ():
-            frontier.annotate(f"beta {p['beta']:g}", (p["kl"], p["reward"]), (6, -14), textcoords="offset points")
-    start = results["policies"][0]["reward"]
-    frontier.axhline(start, **NEUTRAL, label="SFT (KL 0)")
+            place = (p["kl"], p["reward"]), (9, -14)
+            frontier.annotate(f"beta {p['beta']:g}", *place, textcoords="offset points", color=colour, fontsize=12)
+    frontier.axhline(results["policies"][0]["reward"], **NEUTRAL, label="the SFT model, KL 0")
+    frontier.set_xlim(0.025, 40)
     frontier.set_xscale("log")
-    frontier.legend(loc="lower right", fontsize=12)
+    frontier.set_xticks([0.03, 0.1, 0.3, 1, 3, 10, 30], ["0.03", "0.1", "0.3", "1", "3", "10", "30"])
+    frontier.legend(loc="lower right", fontsize=12, framealpha=1)
+    frontier.set_title("what each policy gains, and how far it goes for it", fontsize=14)
     dress(frontier, "KL from the SFT model (nats)", "reward")
-    for (name, beta), style in zip(CURVES, ("o-", "s--", "o-"), strict=True):
+    for name, beta, style in CURVES:
         found = [p for p in results["steps"] if (p["name"], p["beta"]) == (name, beta)]
         for ax, k in ((rewards, "reward"), (kls, "kl")):
-            ax.plot([p["steps"] for p in found], [p[k] for p in found], style, color=colours[name], label=label(found[0]))
+            x, y, errors = ([p[n] for p in found] for n in ("steps", k, f"{k}_stderr"))
+            look = {"color": colours[name], "linestyle": style, "marker": markers[name], "capsize": 3}
+            ax.errorbar(x, y, errors, **look, label=label(found[0]))
     kls.set_yscale("symlog", linthresh=0.1)
+    kls.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    rewards.set_title("runs of so many steps", fontsize=14)
     dress(rewards, "", "reward")
-    dress(kls, "steps of DPO", "KL (nats)")
-    rewards.legend(fontsize=12)
+    dress(kls, "steps", "KL (nats)")
+    kls.legend(loc="lower right", fontsize=12, framealpha=1)
     save(fig, path)
 
 
 def main() -> None:
     cfg = config.load(Config, prog="demo.py")
-    begin, out = time.monotonic(), Path(cfg.out_dir)
+    begin, cpu, out = time.monotonic(), time.process_time(), Path(cfg.out_dir)
     if out.exists() and not (out / MARK).exists():
         raise UserError(f"out_dir {out} is there and was not made by a demo: name another folder")
     write_whole(out / MARK, "made by demo.py, which deletes what it made here when it runs again\n")
@@ -219,20 +248,13 @@ def main() -> None:
         else:
             path.unlink(missing_ok=True)
     results = measured(cfg)
-    results["seconds"] = round(time.monotonic() - begin, 1)
+    results |= {"seconds": round(time.monotonic() - begin, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     try:
         draw(results, out / "demo.png")
     except UserError as error:  # without matplotlib there is no picture
         warn(str(error))
-    found = findings(results)
-    print("\n" + table(results))
-    print(
-        f"\nDPO comes within {found['gap']:.3f} of the limit, the largest reward that any method can have at that KL.\n"
-        f"SFT on the same chosen reviews stays {found['lead']:.2f} below DPO.\n"
-        f"Small betas and a wrong reference ({found['far']:.0f} times the KL) go far from the SFT model for little more reward.\n"
-        f"{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png"
-    )
+    print(f"\n{table(results)}\n\n{sentences(results)}\n\n{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png")
 
 
 if __name__ == "__main__":
