@@ -1,5 +1,6 @@
-"""Several completions of a prompt in one row: training, reference and rewards are those of the same pairs as separate examples."""
+"""Several completions of a prompt in one row: training, reference and rewards are those of the same pairs apart."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import weights
+from data.tokenizer import get
 from data.toy import problems
 from runtime import checkpoint
-from tests.conftest import close, flags, good, metrics
+from tests.conftest import close, flags, good, metrics, script
 
 PAIRS = list(itertools.combinations(range(4), 2))  # six a prompt
 KEYS = {"batch_size": 12, "shuffle": "false", "max_steps": 4, "eval_every": 2, "save_every": 2, "lr": 1e-3, "samples": 0,
@@ -21,7 +23,7 @@ KEYS = {"batch_size": 12, "shuffle": "false", "max_steps": 4, "eval_every": 2, "
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict:
-    """Files of 8 (to validate: 3) prompts with four completions and six pairs: `rows` has them in rows, `apart` a pair a line."""
+    """Files of 8 prompts (val: 3) with four completions and six pairs: `rows` has a prompt a line, `apart` a pair a line."""
     folder, rng, out = tmp_path_factory.mktemp("rows"), random.Random(0), {}
     for split, n in (("train", 8), ("val", 3)):
         together, apart = [], []
@@ -37,19 +39,19 @@ def rows(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def refs(rows, spawn, world, sft_run, tmp_path_factory) -> dict:
+def refs(rows, sft_run, tmp_path_factory) -> dict:
     """The reference files of both forms, under weights that are not the policy's."""
     folder = tmp_path_factory.mktemp("refs")
     model = weights.load(sft_run / "model")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.05)
-    from data.tokenizer import get
-
     weights.save(model, get("toy"), folder / "model")
     for form in ("rows", "apart"):
         data = {"data": rows[form, "train"], "val_data": rows[form, "val"]}
-        good(world(1, "precompute_ref", flags(init_from=folder / "model", **data, out=folder / f"{form}.safetensors")))
+        with contextlib.redirect_stdout(None):
+            args = flags(init_from=folder / "model", **data, out=folder / f"{form}.safetensors")
+            assert script("precompute_ref", *args) == 0
     return {form: folder / f"{form}.safetensors" for form in ("rows", "apart")}
 
 
@@ -121,7 +123,7 @@ def test_two_processes_train_the_same(loss, dpo_args, world, tmp_path):
 
 def test_a_resumed_run_is_the_run_never_stopped(dpo_args, call, tmp_path):
     """To the bit; and a second epoch has the prompts in another order."""
-    keys = {"shuffle": "true", "max_steps": 7, "save_every": 3, "dropout": 0.1}
+    keys = {"shuffle": "true", "max_steps": 7, "save_every": 3, "keep": 9, "dropout": 0.1}
     args = dpo_args("rows", "run", **keys)
     assert call("dpo", *args)[0] == 0
     want, weights_then = metrics(tmp_path / "run"), trained(tmp_path / "run")
