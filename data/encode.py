@@ -237,38 +237,27 @@ def encoded(
 
 
 def load_encoded(
-    source: str,
-    split: str,
-    view: str,
-    tokenizer,
-    max_len: int,
-    truncation: str,
-    *,
-    data_dir="",
-    columns="",
-    limit=0,
-    min_gap=0.0,
-    end=True,
+    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", limit=0, end=True, **rows
 ) -> Sequence[Encoded]:
     """`data.load`, then `encode`; prints how many examples and tokens there are, what was dropped or cut, and the first one.
 
     A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
-    disk, and what is returned then holds none of them in memory.
+    disk, and what is returned then holds none of them in memory. rows: `columns` and `min_gap`, as `data.load` takes them.
     """
     report, digest = Report(), hashlib.sha256()
     how = {"max_len": max_len, "truncation": truncation, "end": end}
     paths = [] if source in RECIPES else files(source, split)
     if 0 < limit < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
-        examples = load(source, split, view, data_dir=data_dir, limit=limit, columns=columns, min_gap=min_gap)
+        examples = load(source, split, view, data_dir=data_dir, limit=limit, **rows)
         items: Sequence[Encoded] = list(encoded(examples, report, tokenizer, **how))
     else:
         # all that decides the tokens, beside the files and the code of this folder
         chat = tokenizer.chat and tokenizer.chat.decisive()
-        read = {"view": view, "limit": limit, "columns": columns, "min_gap": min_gap}
-        decisive = {"tokenizer": tokenizer.fingerprint(), "chat": chat, **read, **how}
+        rows |= {"view": view, "limit": limit}
+        decisive = {"tokenizer": tokenizer.fingerprint(), "chat": chat, **rows, **how}
         items = cache.kept(
             cache.name(paths, decisive),
-            lambda: map(packed, hashed(encoded(own.load(paths, **read), report, tokenizer, **how), digest)),
+            lambda: map(packed, hashed(encoded(own.load(paths, **rows), report, tokenizer, **how), digest)),
             lambda: {"report": str(report), "sha256": digest.hexdigest()},
             unpacked,
         )

@@ -53,14 +53,16 @@ class Reference:
         for name, value in here.items():
             if metadata.get(name) != value:
                 what = name.removesuffix("_sha256").replace("val_data", "validation data")
-                pairs = f"; it holds {len(logps):,} pairs, the training data {len(train):,}" if name == "data_sha256" else ""
+                of_pairs = name == "data_sha256" and logps.shape[1:] == (2,)
+                n = sum(column(train, "n_pairs"))
+                pairs = f"; it holds {len(logps):,} pairs, the training data {n:,}" if of_pairs else ""
                 raise UserError(
                     f"key ref: {path} was made with another {what} ({metadata.get(name)!s:.12}, here {value:.12}{pairs}): "
                     "make it anew with precompute_ref.py from this run's init_from, data, tokenizer, max_len and truncation"
                 )
         for items, table in ((train, logps), (val, val_logps)):
             if table.numel() != (n := sum(column(items, "n_completions"))):
-                raise UserError(f"key ref: {path} is damaged: {table.numel()} numbers for {n} completions: make it anew")
+                raise UserError(f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {n} completions: make it anew")
         if metadata["weights_sha256"] != fingerprint:
             message = (
                 f"key ref: {path} holds the log-probs of other weights ({metadata.get('init_from')}, SHA-256 "
