@@ -51,17 +51,19 @@ def files(source: str, split: str) -> list[Path]:
     return [Path(source)]
 
 
-def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, columns: str = "") -> list[Example]:
+def load(
+    source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, columns: str = "", min_gap: float = 0.0
+) -> list[Example]:
     """Examples of a recipe's split, of a file (which is its own only split), or of a data set on the hub, in the form of a
     view.
 
     data_dir: a folder that holds a recipe's files under their published names, plain or .gz; "" = download them. limit:
-    above 0, only the first so many problems. columns: for what is no recipe, see `tables.read`. Raises UserError, naming file
-    and line, for whatever is wrong with the data.
+    above 0, only the first so many problems. columns, min_gap: for what is no recipe, see `tables.read` and `own.several`.
+    Raises UserError, naming file and line, for whatever is wrong with the data.
     """
     assert view in VIEWS, view
     if source not in RECIPES:
-        return list(own.load(files(source, split), view, limit, columns))
+        return list(own.load(files(source, split), view, limit, columns, min_gap))
     if split not in SPLITS or columns:
         name = "columns" if columns else "split"
         raise UserError(

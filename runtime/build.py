@@ -103,7 +103,7 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
     max_len = cfg.max_len or block_size
 
     def load(source: str, split: str, limit: int) -> Sequence[Encoded]:
-        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit}
+        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "min_gap": cfg.min_gap}
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")

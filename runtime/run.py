@@ -271,7 +271,7 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
         return
     for item, ids in zip(items, written, strict=True):
         tail = tokenizer.decode(item.prompt.tolist())[-100:]
-        wanted = tokenizer.decode(item.completions[0].tolist()[:-1])
+        wanted = tokenizer.decode(item.completions[item.pairs[0][0]].tolist()[:-1])
         print(f"  prompt …{tail!r}\n    wanted  {wanted[:200]!r}\n    written {tokenizer.decode(ids)[:200]!r}", flush=True)
 
 
@@ -285,7 +285,7 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"
-        f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
+        f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.epoch_size:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
         + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")
     )
