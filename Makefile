@@ -1,4 +1,4 @@
-# make demo       train a small model from scratch on a toy task, on a CPU: SFT, reference, DPO, evaluation (under 4 minutes)
+# make demo       on a CPU, from scratch: SFT, samples, pairs, DPO at five betas, against the limit (under 3 minutes)
 # make test       the test suite; at the end it lists what was skipped and why
 # make test-fast  the test suite without its slow tests
 # make check      lint, format, lines of code against the budgets, imports against the rooms

@@ -1,6 +1,6 @@
 """Stage 3, Direct Preference Optimization: raise the chosen completion over the rejected one, measured from a reference.
 
-    python dpo.py --config configs/toy_dpo.toml
+    python dpo.py --config configs/reviews_dpo.toml
     python dpo.py --init_from runs/hellaswag_sft/model --data hellaswag --ref runs/hellaswag_ref.safetensors \\
         --out_dir runs/hellaswag_dpo --beta 0.1 --lr 1e-5
 
@@ -11,6 +11,7 @@ The losses are in losses.py. The loss is the mean over the global batch's pairs,
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ import losses
 import weights
 from base.errors import UserError, run, warn
 from data.batch import collate
-from data.encode import Encoded, data_hash
+from data.encode import Encoded, column, data_hash, pair_places, places
 from data.plan import describe, epoch_order
 from lora import as_started
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
@@ -26,6 +27,7 @@ from precompute_ref import find_or_make
 from runtime import config, distributed, optim
 from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.config import key
+from runtime.drift import Drift
 from runtime.keys import TrainKeys
 from runtime.log import Timer
 from runtime.reference import AUTO, Reference, command
@@ -48,10 +50,15 @@ class Config(TrainKeys):
     dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference", least=0)
     discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
     sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood per token", least=0)
+    kl_prompts: int = key(0, "estimate the KL from the start at each validation, on so many of its prompts", least=0)
+    reward: str = key("", "kl_prompts: reviews, sentiment, or FILE.py:NAME: keep the weights of the best such reward, not loss")
+    max_kl: float = key(10.0, "kl_prompts: warn above it (nats a completion), and keep no weights by reward there", above=0)
     pairs_per_example: int = key(1, "pairs drawn per problem and epoch where it has several wrong answers, 0 = all", least=0)
 
     def check(self) -> None:
         super().check()
+        if self.reward and not self.kl_prompts:
+            raise UserError("key reward: it is measured on what the model writes: give --kl_prompts 16, or so")
         if self.loss == "robust" and self.label_smoothing >= 0.5:
             raise UserError(f"key label_smoothing: {self.label_smoothing} must be below 0.5 for loss robust")
         if self.loss == "exo_pair" and self.label_smoothing == 0:
@@ -61,17 +68,19 @@ class Config(TrainKeys):
 
 
 def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
-    """log pi and log pi_ref of these pairs' completions, (pairs, 2) each -> what a loss takes. There may be none."""
-    lengths = torch.tensor([[len(c) for c in item.completions] for item in items]).view(-1, 2).to(sums)
-    return Pairs(*sums.unbind(1), *ref.to(sums).unbind(1), *lengths.unbind(1))
+    """log pi and log pi_ref of these examples' completions, one behind the other, (completions,) each -> their pairs, which is
+    what a loss takes. A completion may be in several pairs. There may be no examples."""
+    at = pair_places(items)
+    lengths = torch.tensor([len(c) for item in items for c in item.completions]).to(sums)
+    return Pairs(*(part for numbers in (sums, ref.to(sums), lengths) for part in numbers[at].unbind(1)))
 
 
 def objective(p: Pairs, cfg: Config, batch: list[Encoded]) -> Tensor:
     """What these pairs, some or all of `batch`, add to its loss: the mean over the batch's pairs, plus `sft_weight` times the
-    mean negative log-likelihood of the batch's chosen tokens (like the RPO of Pang et al. 2024, arXiv 2404.19733, which takes
-    that mean within each completion)."""
-    loss = LOSSES[cfg.loss](p, cfg).sum() / len(batch)
-    chosen_tokens = sum(len(item.completions[0]) for item in batch)
+    mean negative log-likelihood of the batch's chosen tokens, once for each pair that they are chosen in (like the RPO of Pang
+    et al. 2024, arXiv 2404.19733, which takes that mean within each completion)."""
+    loss = LOSSES[cfg.loss](p, cfg).sum() / sum(item.n_pairs for item in batch)
+    chosen_tokens = sum(len(item.completions[chosen]) for item in batch for chosen, _ in item.pairs)
     return loss + cfg.sft_weight * losses.sft(p.chosen, chosen_tokens) if cfg.sft_weight else loss
 
 
@@ -91,8 +100,8 @@ def reward_metrics(p: Pairs, beta: float) -> dict[str, float]:
 
 
 def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
-    """log pi of every pair's completions, (pairs, 2), without gradients or dropout."""
-    return torch.stack(score(model, items, compute, cfg.micro_tokens)).to(compute.device)
+    """log pi of every example's completions, (completions,), without gradients or dropout."""
+    return torch.cat(score(model, items, compute, cfg.micro_tokens)).to(compute.device)
 
 
 def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> dict:
@@ -122,13 +131,13 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
         )
 
 
-def batch_gradient(model, pairs: list[Encoded], micros: list, ref: Tensor, cfg: Config, compute) -> Tensor:
-    """d loss / d log pi, (pairs, 2), for a loss that couples the pairs of a batch: one pass ahead over all of them, without
+def batch_gradient(model, items: list[Encoded], micros: list, ref: Tensor, cfg: Config, compute) -> Tensor:
+    """d loss / d log pi, (completions,), for a loss that couples the pairs of a batch: one pass ahead over all of them, without
     gradients."""
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # so that the pass with gradients, which follows, draws the same dropout
-        sums = torch.stack(score(model, pairs, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
-    loss = objective(as_pairs(sums, ref, pairs), cfg, pairs)
+        sums = torch.cat(score(model, items, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
+    loss = objective(as_pairs(sums, ref, items), cfg, items)
     return torch.autograd.grad(loss, sums)[0]
 
 
@@ -140,7 +149,7 @@ def main() -> int | None:
     # model, text -> tokens
     tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
-    model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start)
+    model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start or cfg.kl_prompts > 0)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
@@ -152,7 +161,10 @@ def main() -> int | None:
     binding = {"data": data_hash(train), "val_data": data_hash(val), "reference": reference.hash}
     if cfg.pairs_per_example:  # validation draws once, the same pairs every time
         drawn = sorted(epoch_order([item.group for item in val], cfg.seed, 0, cfg.pairs_per_example))
-        val, val_ref = [val[i] for i in drawn], val_ref[drawn]
+        val_ref = val_ref[places(column(val, "n_completions"), drawn)]
+        val = [val[i] for i in drawn]
+    counts = np.array(column(train, "n_completions"))
+    drift = Drift(cfg, val, model, tokenizer, compute) if cfg.kl_prompts else None
     plan = batch_plan(cfg, train, compute, cfg.pairs_per_example)
     print(describe(plan, train))
 
@@ -170,7 +182,7 @@ def main() -> int | None:
     if start == 0:
         first = plan.examples(0)
         if cfg.loss not in REFERENCE_FREE and not reference_is_start:
-            check_first_batch(model, [train[i] for i in first], ref[first], reference, cfg, compute)
+            check_first_batch(model, [train[i] for i in first], ref[places(counts, first)], reference, cfg, compute)
         if val and cfg.eval_every:
             this_run.log_val(0, validate(model, val, val_ref, cfg, compute))
 
@@ -180,31 +192,31 @@ def main() -> int | None:
         optim.set_lr(optimizer, lr)
         seed_dropout(cfg.seed, step, compute)
 
-        # the step's pairs, numbered anew from 0; micros: this rank's share, [micro-batch][row][pair]
+        # the step's examples, numbered anew from 0; micros: this rank's share, [micro-batch][row][example]
         numbers = plan.examples(step)
-        pairs = [train[i] for i in numbers]
+        items = [train[i] for i in numbers]
         place = {i: n for n, i in enumerate(numbers)}
         micros = [[[place[i] for i in row] for row in rows] for rows in plan[step][compute.rank]]
         if reference_is_start:
             with as_started(model):
-                batch_ref = measure(model, pairs, cfg, compute)
+                batch_ref = measure(model, items, cfg, compute)
         else:
-            batch_ref = ref[numbers]
+            batch_ref = ref[places(counts, numbers)]
         gradient = None
         if cfg.loss in WHOLE_BATCH and (len(micros) > 1 or compute.world > 1):
-            gradient = batch_gradient(model, pairs, micros, batch_ref, cfg, compute)
+            gradient = batch_gradient(model, items, micros, batch_ref, cfg, compute)
 
-        parts, sums = [], torch.zeros(len(pairs), 2, device=compute.device)
+        parts, sums = [], torch.zeros_like(batch_ref)
         for n, rows in enumerate(micros, start=1):
-            at = [i for row in rows for i in row]  # this micro-batch's pairs
-            batch = collate([[pairs[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            at = places(counts[numbers], [i for row in rows for i in row])  # this micro-batch's completions
+            batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
             distributed.sync_gradients(model, n == len(micros))
             with compute.autocast():
                 logps = model(batch)
-            micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions).view(-1, 2)
+            micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions)
             if gradient is None:
                 p = as_pairs(micro_sums, batch_ref[at], batch.items)
-                loss = objective(p, cfg, pairs)
+                loss = objective(p, cfg, items)
             else:
                 loss = (micro_sums * gradient[at]).sum()  # the chain rule: not the loss, but its gradient is
             loss.backward()
@@ -216,14 +228,15 @@ def main() -> int | None:
         optimizer.zero_grad()
 
         done = step + 1
-        p = as_pairs(compute.total(sums.cpu()).to(compute.device), batch_ref, pairs)  # the global batch's
-        loss = objective(p, cfg, pairs).item()
-        tokens, predicted = (sum(getattr(item, name) for item in pairs) for name in ("row_tokens", "completion_tokens"))
+        p = as_pairs(compute.total(sums.cpu()).to(compute.device), batch_ref, items)  # the global batch's
+        loss = objective(p, cfg, items).item()
+        tokens, predicted = (sum(getattr(item, name) for item in items) for name in ("row_tokens", "completion_tokens"))
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **reward_metrics(p, cfg.beta)}
-        this_run.log_step(done, record, timer.lap(), len(pairs), model, predicted)
+        this_run.log_step(done, record, timer.lap(), len(p.chosen), model, predicted)
         best = False
         if val and this_run.due(cfg.eval_every, done):
-            best = this_run.log_val(done, validate(model, val, val_ref, cfg, compute))
+            record = validate(model, val, val_ref, cfg, compute)
+            best = this_run.log_val(done, record | (drift.measure(model) if drift else {}))
             print_samples(model, tokenizer, val[: cfg.samples], compute)
         if best or this_run.due(cfg.save_every, done):
             this_run.save(done, model, optimizer)

@@ -21,21 +21,19 @@ import json
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from base.errors import UserError, run, warn
 from base.files import write_whole
 from data import jsonl, messages, rewards
-from data.encode import Encoded, data_hash, load_encoded
+from data.encode import Encoded, data_hash, load_encoded, pair_places
 from data.tokenizer import choose
-from generate import stream
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
 from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
-from runtime.score import score
+from runtime.score import score, texts_of, written
 from sample import encode
 
 
@@ -48,6 +46,7 @@ class Config(ChatKeys):
     ref_model: str = key("", "the reference model; or give ref", model=True)
     data: str = key("", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
+    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     val_share: float = key(0.0, "of a file only the share that training with this key kept back", least=0, below=1)
@@ -91,25 +90,23 @@ def load_model(name: str, max_len: int, tokenizer, compute):
 
 
 def log_probs(name: str, model, items: list[Encoded], cfg: Config, compute) -> Tensor:
-    """log p(completion | prompt) of chosen and rejected, (pairs, 2) float32, in nats. UserError if one is not finite."""
-    found = torch.stack(score(model, items, compute, cfg.micro_tokens, "log-probs"))
+    """log p(completion | prompt) of all completions, one behind the other, float32, in nats. UserError if one is not finite."""
+    found = torch.cat(score(model, items, compute, cfg.micro_tokens, "log-probs"))
     if not found.isfinite().all():
         raise UserError(f"{name}: its log-probs are not finite: its weights are damaged")
     return found
 
 
 def stored_reference(path: str, items: list[Encoded]) -> Tensor:
-    """Log-probs of these very pairs, (pairs, 2), from a reference file, where they may be the training or validation pairs."""
+    """Log-probs of these very completions from a reference file, where they may be the training or validation data."""
     tensors, metadata = reference.read(path)
     here = data_hash(items)
     for name in ("", "val_"):
         if metadata.get(f"{name}data_sha256") == here:
             found = tensors.get(f"{name}logps")
-            if found is None or tuple(found.shape) != (len(items), 2):
-                raise UserError(
-                    f"key ref: {path} is damaged: it has not two numbers for each of {len(items)} pairs: make it anew"
-                )
-            return found
+            if found is None or found.numel() != sum(item.n_completions for item in items):
+                raise UserError(f"key ref: {path} is damaged: it has not one number for each completion: make it anew")
+            return found.flatten()
     made = ", ".join(f"{name} {metadata.get(name)}" for name in ("data", "tokenizer", "max_len", "truncation"))
     raise UserError(
         f"key ref: {path} does not hold these pairs (it was made from {made}): evaluate with the same, and the same "
@@ -136,7 +133,8 @@ def means(measured: dict[str, Tensor], groups: list) -> dict:
 
 
 def grade(policy: Tensor, ref: Tensor, items: list[Encoded], beta: float) -> tuple[dict, list[dict]]:
-    """(result, a detail a pair) from the log-probs of chosen and rejected under policy and reference, (pairs, 2), in nats."""
+    """(result, a detail a pair) from the log-probs of chosen and rejected under policy and reference, (pairs, 2), in nats.
+    items: each pair's example."""
     chosen, rejected = (policy.double() - ref.double()).unbind(1)  # gains: log pi - log ref, (pairs,) each
     margins = beta * (chosen - rejected)
     measured = {"accuracy": (margins > 0).double(), "margin": margins, "gain_chosen": chosen, "gain_rejected": rejected}
@@ -148,30 +146,31 @@ def grade(policy: Tensor, ref: Tensor, items: list[Encoded], beta: float) -> tup
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def write(model, prompts: list[list[int]], n: int, cfg: Config, tokenizer, compute) -> list[Encoded]:
-    """n completions of every prompt by the model. The ranks share the work, and each gets all of it."""
-    mine = {i: prompts[i] for i in range(compute.rank, len(prompts), compute.world)}
-    found: dict[int, list] = {i: [None] * n for i in mine}
-    how = {"n": n, "n_ids": tokenizer.size, "batch_size": cfg.batch_size, "temperature": 1.0, "seed": cfg.seed}
-    with compute.autocast(), torch.inference_mode():
-        for i, j, ids in stream(model, mine, cfg.max_new_tokens, tokenizer.eot, **how):
-            ended = [tokenizer.eot] if len(ids) < cfg.max_new_tokens else []
-            found[i][j] = np.array(ids + ended, np.int32)
-    for part in compute.gather(found):
-        found |= part
-    return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
+def weighted(rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Reward and KL of the policy that gives the reference's own completions these weights, (prompts, n), each row's sum 1; and
+    `ess`, how many of the n the weights amount to (Kish's effective sample size). All (prompts,)."""
+    kl = (weights * (weights * rewards.size(1)).clamp_min(1e-300).log()).sum(1)
+    return {"kl": kl, "reward": (weights * rewards).sum(1), "ess": 1 / weights.square().sum(1)}
 
 
 def limit(rewards: Tensor) -> list[dict]:
     """The best policy's mean reward and KL at several strengths b, from the rewards of the reference's own completions,
-    (prompts, n). They get weights exp(r / b), normalised for each prompt; `ess` is how many of the n the weights amount to
-    (Kish's effective sample size), the mean over prompts. A point of a small one rests on few completions."""
-    found, n = [], rewards.size(1)
-    for b in (rewards.std().item() * 2 ** (k / 2) for k in range(8, -13, -1)):
-        w = (rewards / b).softmax(1)
-        kl = (w * (w * n).clamp_min(1e-300).log()).sum(1).mean()
-        found.append({"b": b, "kl": kl, "reward": (w * rewards).sum(1).mean(), "ess": (1 / w.square().sum(1)).mean()})
-    return [{name: float(value) for name, value in point.items()} for point in found]
+    (prompts, n). They get weights exp(r / b), normalised for each prompt. A point of a small `ess` rests on few of them."""
+    strengths = [rewards.std().item() * 2 ** (k / 2) for k in range(8, -13, -1)]
+    found = [(b, weighted(rewards, (rewards / b).softmax(1))) for b in strengths]
+    return [{"b": b, **{name: value.mean().item() for name, value in point.items()}} for b, point in found]
+
+
+def best_of(rewards: Tensor, k: int) -> dict[str, Tensor]:
+    """Reward and KL of the best of k of the reference's completions, from the rewards of n of them, (prompts, n).
+
+    A completion's weight is the chance that its reward is the largest of k of the n, shared by those of the same reward. The
+    KL is below log k - (k - 1) / k (Beirami et al. 2024, arXiv 2401.01879)."""
+    ordered, n = rewards.sort(1).values, rewards.size(1)
+    # how many of the prompt's rewards are at most this one, and how many are below it
+    ranks = [torch.searchsorted(ordered, rewards, right=right).double() for right in (True, False)]
+    largest, smaller = (torch.stack([(r - i).clamp_min(0) / (n - i) for i in range(k)]).prod(0) for r in ranks)
+    return weighted(rewards, (largest - smaller) / (ranks[0] - ranks[1]))
 
 
 def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
@@ -190,13 +189,13 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
             raise UserError(f"{where}: a prompt of {len(ids)} tokens leaves no room for max_new_tokens {cfg.max_new_tokens}")
 
     def graded(items: list[Encoded]) -> Tensor:  # (prompts, n)
-        written = [[tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in item.completions] for item in items]
-        return torch.tensor([[reward(p, text) for text in of] for p, of in zip(prompts, written, strict=True)]).double()
+        of_each = zip(prompts, (texts_of(item, tokenizer) for item in items), strict=True)
+        return torch.tensor([[reward(prompt, text) for text in texts] for prompt, texts in of_each]).double()
 
-    items = write(model, tokens, cfg.n, cfg, tokenizer, compute)
+    how = {"max_new_tokens": cfg.max_new_tokens, "batch_size": cfg.batch_size, "seed": cfg.seed}
+    items = written(model, tokens, tokenizer, compute, n=cfg.n, **how)
     logps = log_probs(cfg.model, model, items, cfg, compute)
-    kl = logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()
-    drawn = write(ref_model, tokens, cfg.optimum, cfg, tokenizer, compute) if cfg.optimum else []
+    kl = (logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()).view(-1, cfg.n)
     measured = {
         "reward": graded(items),
         "kl": kl,
@@ -204,8 +203,10 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
         "ended": torch.tensor([[bool(ids[-1] == tokenizer.eot) for ids in item.completions] for item in items]),
     }
     result = {"n": len(items), **means(measured, prompts)}
-    if drawn:
-        result["limit"] = limit(graded(drawn))
+    if cfg.optimum:
+        drawn = graded(written(ref_model, tokens, tokenizer, compute, n=cfg.optimum, **how))
+        result["limit"] = limit(drawn)
+        result["best_of"] = [{"k": k, **means(best_of(drawn, k), prompts)} for k in (2, 4, 8, 16) if 4 * k <= cfg.optimum]
     print(
         f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
         f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
@@ -222,14 +223,15 @@ def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     """(result, a detail a pair): the implicit reward of preference pairs."""
     max_len = cfg.max_len or model.config.block_size
     half = ("val", cfg.val_share) if cfg.val_share else None
-    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "half": half}
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "min_gap": cfg.min_gap, "half": half}
     items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
     ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
     logps = log_probs(cfg.model, model, items, cfg, compute)
     if ref is None:
         ref = log_probs(cfg.ref_model, load_model(cfg.ref_model, max_len, tokenizer, compute), items, cfg, compute)
-    result, details = grade(logps, ref, items, cfg.beta)
-    if result["equal"] == len(items):
+    at = pair_places(items)
+    result, details = grade(logps[at], ref[at], [item for item in items for _ in item.pairs], cfg.beta)
+    if result["equal"] == len(at):
         warn("policy and reference agree on every pair: they are the same model")
     print(
         f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "

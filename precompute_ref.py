@@ -15,7 +15,7 @@ import torch
 import weights
 from base.errors import UserError, run
 from base.files import write_whole
-from data.encode import Encoded
+from data.encode import Encoded, pair_places
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, load_data
 from runtime.config import REQUIRED, key
@@ -32,9 +32,9 @@ class Config(ModelKeys, DataKeys, DeviceKeys):
 
 
 def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[int, int]]]]:
-    """Neighbouring pairs of one group and prompt -> one item with each of their completions once.
+    """Neighbours of one group and prompt (a problem's pairs) -> one item with each of their completions once.
 
-    Returns the items and, for every pair, where its completions went: [(item, completion), (item, completion)].
+    Returns the items and, for every example, where its completions went: [(item, completion), …].
     """
     shared: list[Encoded] = []
     where: list[list[tuple[int, int]]] = []
@@ -48,14 +48,15 @@ def share_prompts(items: list[Encoded]) -> tuple[list[Encoded], list[list[tuple[
 
 
 def reference_logps(model, items: list[Encoded], compute, micro_tokens: int) -> torch.Tensor:
-    """Log-probability of each pair's completions, (pairs, 2) float32, in nats, on the CPU of every rank."""
+    """Log-probability of each example's completions in nats, float32, on the CPU of every rank: (examples, completions) where
+    all have equally many, else one behind the other, (completions,)."""
     shared, where = share_prompts(items)
     found = score(model, shared, compute, micro_tokens, "reference")
-    logps = torch.stack([torch.stack([found[i][j] for i, j in pair]) for pair in where])
-    for item, finite in zip(items, logps.isfinite().all(1).tolist(), strict=True):
-        if not finite:
-            raise UserError(f"the reference's log-probs are not finite (pair {item.number}): no file was written")
-    return logps
+    logps = [torch.stack([found[i][j] for i, j in places]) for places in where]
+    for item, part in zip(items, logps, strict=True):
+        if not part.isfinite().all():
+            raise UserError(f"the reference's log-probs are not finite (example {item.number}): no file was written")
+    return torch.stack(logps) if len(set(map(len, logps))) == 1 else torch.cat(logps)
 
 
 def make(out: str, bound: dict[str, str], cfg, model, tokenizer, train: list[Encoded], val: list[Encoded], compute) -> None:
@@ -73,7 +74,8 @@ def make(out: str, bound: dict[str, str], cfg, model, tokenizer, train: list[Enc
     }
     compute.once(lambda: write_whole(out, weights.safetensors_bytes(tensors, metadata)))
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-    print(f"wrote {out}: {shapes}; mean log-prob chosen, rejected {tensors['logps'].mean(0).tolist()}")
+    means = tensors["logps"].flatten()[pair_places(train)].mean(0).tolist()
+    print(f"wrote {out}: {shapes}; mean log-prob chosen, rejected {means}")
 
 
 def find_or_make(cfg, model, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded], compute) -> str:

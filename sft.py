@@ -1,6 +1,6 @@
 """Stage 1, supervised fine-tuning: raise the log-probability of the right completion.
 
-    python sft.py --config configs/toy_sft.toml
+    python sft.py --config configs/reviews_sft.toml
     python sft.py --init_from gpt2 --data hellaswag --out_dir runs/hellaswag_sft --lr 1.41e-5
 
 The loss is the mean negative log-likelihood over all completion tokens of the global batch, however it is split up.

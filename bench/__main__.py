@@ -1,6 +1,7 @@
 """This project and its peers, side by side: the same work in one run, every measurement in a process of its own.
 
     python -m bench --suite dpo --pairs 32 --out dpo.json        dpo.py against TRL's DPOTrainer; --suite sft likewise
+    python -m bench --suite rows --pairs 12 --out rows.json      dpo.py: six pairs of four completions in a row, and apart
     python -m bench --suite mcq --pairs 100 --out mcq.json       eval_mcq.py against lm-evaluation-harness
     python -m bench --suite sample --out sample.json             sample.py against transformers' generate, batch 1 and 16
     python -m bench --suite gpu --out gpu.json                   dpo.py and sft.py on a GPU: needs nothing but torch
@@ -19,11 +20,12 @@ from pathlib import Path
 
 from base.errors import run
 from base.files import write_whole
-from bench import gpu, mcq, sample, training
+from bench import gpu, mcq, rows, sample, training
 from bench.common import Config
 from runtime import config
 
-SUITES = {"dpo": training.suite, "sft": training.suite, "mcq": mcq.suite, "sample": sample.suite, "gpu": gpu.suite}
+SUITES = {"dpo": training.suite, "sft": training.suite, "rows": rows.suite, "mcq": mcq.suite, "sample": sample.suite,
+          "gpu": gpu.suite}  # fmt: skip
 
 
 def main() -> None:

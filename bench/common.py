@@ -41,8 +41,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"hh": "hh_harmless_base_test.jsonl.gz", "hellaswag": "hellaswag_val.jsonl.gz", "mcq": "hellaswag_val.jsonl.gz"}
 # mean and standard deviation of log token counts, prompt then completion, fitted to those files with GPT-2's tokenizer
 LENGTHS = {"hh": (4.37, 1.00, 3.47, 0.90), "hellaswag": (5.03, 0.45, 3.19, 0.59), "mcq": (3.77, 0.45, 3.15, 0.62)}
+LENGTHS["rows"] = LENGTHS["hh"]
+ALL_PAIRS = tuple(itertools.combinations(range(4), 2))  # of the suite rows: the six pairs of four completions
 SHAPES = SIZES | {"tiny": (2, 2, 64)}
-PEERS = {"dpo": "trl", "sft": "trl", "mcq": "lm_eval", "sample": "transformers", "gpu": "trl"}  # of each suite
+PEERS = {"dpo": "trl", "sft": "trl", "rows": "trl", "mcq": "lm_eval", "sample": "transformers", "gpu": "trl"}  # of each suite
 # An environment that has glibc keep freed memory. On a CPU the peers spend much of their time in page faults on gigabytes of
 # fresh logits. (With whole batches in a forward it makes TRL's memory grow past 14 GB for GPT-2 124M: there it is not tried.)
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -80,10 +82,15 @@ class Config:
         if self.suite == "mcq":
             self.pairs = self.pairs or 100
         elif self.suite != "sample":
-            self.batch_size = self.batch_size or (4 if self.device == "cpu" else 64)
+            small, large, multiple = (6, 96, 6) if self.suite == "rows" else (4, 64, 1)  # rows: whole prompts
+            self.batch_size = self.batch_size or (small if self.device == "cpu" else large)
             self.pairs = self.pairs or 8 * self.batch_size
             if self.pairs % self.batch_size:
                 raise UserError(f"key pairs: {self.pairs} is no multiple of batch_size {self.batch_size}")
+            if self.suite == "rows" and self.data:
+                raise UserError("key data: the suite rows makes its own, with six pairs a prompt: leave it out")
+            if self.batch_size % multiple:
+                raise UserError(f"key batch_size: {self.batch_size}: the suite rows has {multiple} pairs a prompt: a multiple")
             if self.batch_size > 8 and self.batch_size % 8:
                 raise UserError(f"key batch_size: {self.batch_size} is above 8, TRL's examples a forward: give a multiple of 8")
 
@@ -113,9 +120,12 @@ def generated(kind: str, n: int, seed: int, tok) -> list[Example]:
 
     def example(options: int) -> Example:
         completions = tuple(text(c_mean, c_sd, 200) for _ in range(options))
-        return Example(text(p_mean, p_sd, 800), completions, rng.randrange(4) if options == 4 else None)
+        prompt = text(p_mean, p_sd, 800)
+        if kind == "rows":
+            return Example(prompt, completions, pairs=ALL_PAIRS)
+        return Example(prompt, completions, rng.randrange(4) if options == 4 else None)
 
-    return [example(4 if kind == "mcq" else 2) for _ in range(n)]
+    return [example(4 if kind in ("mcq", "rows") else 2) for _ in range(n)]
 
 
 def real(path: str, kind: str, n: int, seed: int, tok) -> list[Example]:
@@ -138,18 +148,20 @@ def record(e: Example) -> dict:
     """An example as a line of a file that our scripts and the peers read; `completion` is for SFT."""
     if e.label is not None:
         return {"prompt": e.prompt, "choices": e.completions, "label": e.label}
+    if len(e.completions) > 2:
+        return {"prompt": e.prompt, "completions": e.completions, "pairs": e.pairs}
     chosen, rejected = e.completions
     return {"prompt": e.prompt, "chosen": chosen, "rejected": rejected, "completion": chosen}
 
 
 def prepare(cfg: Config, temp: Path, init: str, kind: str, stage: str, n: int) -> Work:
     """Weights, tokenizer and the data file of `n` examples of a `kind` of data for a `stage`, made once in `temp`."""
-    path, tok = Path(cfg.data or SHARED / FILES[kind]), tokenizer.choose("auto", init)
+    path, tok = Path(cfg.data or SHARED / FILES.get(kind, "none")), tokenizer.choose("auto", init)
     if cfg.data or path.is_file():
         examples, source = real(str(path), kind, n, cfg.seed, tok), f"{path.name}, drawn at random"
     else:
         examples = generated(kind, n, cfg.seed, tok)
-        source = f"generated words, lengths log-normal as fitted to {FILES[kind]}"
+        source = f"generated words, lengths log-normal as fitted to {FILES.get(kind, FILES['hh'])}"
     folder = temp / Path(init).name
     if not folder.exists():
         sizes = dict(zip(("n_layer", "n_head", "n_embd"), SHAPES.get(init, ()), strict=False))
@@ -282,12 +294,13 @@ def show(result: dict) -> str:
     return result.get("error") or f"{result['seconds']:.2f} s, CPU {result['cpu_seconds']:.2f} s, {result['peak_mb']:.0f} MB"
 
 
-def race(cfg: Config, ours: Job, theirs: dict[str, Job], few: dict) -> tuple[dict, dict]:
+def race(cfg: Config, ours: Job, theirs: dict[str, Job], few: dict, also: dict[str, Job] | None = None) -> tuple[dict, dict]:
     """Ours and the peer's fastest setting in turns, the peer's defaults once: ({name: results}, {setting: its trial}).
 
-    few: what makes a job a short one, to find the fastest setting with.
+    few: what makes a job a short one, to find the fastest setting with. also: more jobs of ours, measured in each turn.
     """
-    tried, jobs, best = {}, {"ours": ours}, "ours"
+    tried, jobs, best = {}, {"ours": ours, **(also or {})}, "ours"
+    each_turn = set(jobs)
     for name, (function, job) in theirs.items():
         tried[name] = attempt(function, job | few)
         print(f"trying {name}: {show(tried[name])}", flush=True)
@@ -297,7 +310,7 @@ def race(cfg: Config, ours: Job, theirs: dict[str, Job], few: dict) -> tuple[dic
     results: dict[str, list[dict]] = {name: [] for name in jobs}
     for i in range(cfg.repeats):
         for name, job in jobs.items():
-            if i == 0 or name in ("ours", best):
+            if i == 0 or name in each_turn | {best}:
                 result = measure(*job) if name == "ours" else attempt(*job)
                 print(f"round {i + 1}, {name}: {show(result)}", flush=True)
                 results[name] += [] if "error" in result else [result]

@@ -51,19 +51,18 @@ def files(source: str, split: str) -> list[Path]:
     return [Path(source)]
 
 
-def load(
-    source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, columns: str = "", half: tuple | None = None
-) -> list[Example]:
+def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, **rows) -> list[Example]:
     """Examples of a recipe's split, of a file (which is its own only split), or of a data set on the hub, in the form of a
     view.
 
     data_dir: a folder that holds a recipe's files under their published names, plain or .gz; "" = download them. limit:
-    above 0, only the first so many problems. columns, half: of what is no recipe, see `own.load`. Raises UserError, naming
-    file and line, for whatever is wrong with the data.
+    above 0, only the first so many problems. rows: `columns`, `min_gap` and `half`, for what is no recipe, see `own.load`.
+    Raises UserError, naming file and line, for whatever is wrong with the data.
     """
     assert view in VIEWS, view
     if source not in RECIPES:
-        return list(own.load(files(source, split), view, limit, columns, half))
+        return list(own.load(files(source, split), view, limit, **rows))
+    columns, half = rows.get("columns"), rows.get("half")
     if split not in SPLITS or columns or half:
         name, given = ("val_share", half[1]) if half else ("columns", columns) if columns else ("split", split)
         raise UserError(f"key {name}: {given!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns")

@@ -4,7 +4,7 @@ python -m data --data hh --split test --view prompts --limit 250 --out runs/hh_p
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from base.errors import run
 from base.files import write_whole
@@ -20,6 +20,7 @@ class Config:
 
     data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a; empty = as they are")
+    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("test", "the split of a recipe (train, val, test) or of the hub's data set")
     view: str = key(
@@ -35,6 +36,8 @@ def as_record(example: Example, view: str) -> dict:
         return {"prompt": example.prompt, "choices": example.completions, "label": example.label}
     if example.is_chat and not example.prompt:
         return {"messages": example.completions[0]}
+    if len(example.completions) > 2:
+        return {"prompt": example.prompt, "completions": example.completions, "pairs": example.pairs}
     names = {"prompts": ("chosen",), "sft": ("completion",), "preference": ("chosen", "rejected")}[view]
     return {"prompt": example.prompt, **dict(zip(names, example.completions, strict=True))}
 
@@ -49,7 +52,7 @@ def to_text(examples: list[Example]) -> list[Example]:
         ids = [[i for i in part if i != tokenizer.eot] for part in (e.prompt, *e.completions)]
         prompt, *completions = texts = [tokenizer.decode(part) for part in ids]
         changed += tokenizer.encode_batch(texts) != ids
-        made.append(Example(prompt, tuple(completions), source=e.source))
+        made.append(replace(e, prompt=prompt, completions=tuple(completions)))
     if changed:
         print(f"{changed:,} of {len(examples):,} examples, written as text, have other token ids when they are read again")
     return made
@@ -58,7 +61,8 @@ def to_text(examples: list[Example]) -> list[Example]:
 def main() -> None:
     cfg = config.load(Config, prog="-m data")
     view = "sft" if cfg.view == "prompts" else cfg.view
-    examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit, columns=cfg.columns))
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "min_gap": cfg.min_gap}
+    examples = to_text(load(cfg.data, cfg.split, view, **how))
     write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
     print(f"wrote {cfg.out}: {len(examples):,} lines")
 

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 
 from base.errors import UserError
 from data import RECIPES, Example, cache, files, load, own
+from data.examples import PLAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +20,7 @@ class Encoded:
     """A tokenized example: `prompt` (p,) int32 with p >= 1, and k completions (c_j,) int32 with c_j >= 1.
 
     targets: which tokens of each completion are to be predicted, (c_j,) bool; the others are read only. None: all of them.
+    pairs: in preference data, the completions' numbers (chosen, rejected); else not read, and one is counted.
     """
 
     prompt: np.ndarray
@@ -26,6 +29,7 @@ class Encoded:
     group: int  # examples of one group are alternatives: an epoch may draw only some of them
     label: int | None = None  # the right completion, where the completions are options
     targets: list[np.ndarray] | None = None
+    pairs: tuple[tuple[int, int], ...] = PLAIN
 
     @cached_property
     def row_tokens(self) -> int:
@@ -42,24 +46,34 @@ class Encoded:
         """Tokens to predict, over all completions."""
         return sum(map(len, self.completions)) if self.targets is None else sum(int(t.sum()) for t in self.targets)
 
+    @property
+    def n_completions(self) -> int:
+        return len(self.completions)
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pairs)
+
 
 GROUPED = 1 << 40  # more than there are examples
 CHUNK = 1000  # examples tokenized at once: a token in a Python list takes ten times the memory
-KEPT = ("number", "group", "label", "row_tokens", "completion_tokens")  # what the cache keeps of an Encoded, beside its tokens
+# what the cache keeps of an Encoded, beside its tokens
+KEPT = ("number", "group", "label", "row_tokens", "completion_tokens", "n_completions", "n_pairs")
 
 
 def packed(item: Encoded) -> tuple[list[np.ndarray], list[int]]:
     """An example as a record of data/cache.py; `unpacked` makes it again."""
     values = (getattr(item, name) for name in KEPT)
     targets = [wanted.astype(np.int32) for wanted in item.targets or ()]
-    return [item.prompt, *item.completions, *targets], [*(-1 if value is None else value for value in values), len(targets)]
+    parts = [item.prompt, *item.completions, *targets, np.array(item.pairs, np.int32).reshape(-1)]
+    return parts, [-1 if value is None else value for value in values]
 
 
 def unpacked(parts: list[np.ndarray], numbers: list[int]) -> Encoded:
-    number, group, label, *_, n_targets = numbers
-    k = len(parts) - n_targets
-    targets = [part.astype(bool) for part in parts[k:]] or None
-    return Encoded(parts[0], parts[1:k], number, group, None if label < 0 else label, targets)
+    number, group, label, _, _, k, _ = numbers
+    targets = [part.astype(bool) for part in parts[1 + k : -1]] or None
+    pairs = tuple(map(tuple, parts[-1].reshape(-1, 2).tolist()))
+    return Encoded(parts[0], parts[1 : 1 + k], number, group, None if label < 0 else label, targets, pairs)
 
 
 def column(items: Sequence[Encoded], name: str) -> Sequence[int]:
@@ -69,6 +83,20 @@ def column(items: Sequence[Encoded], name: str) -> Sequence[int]:
     return [getattr(item, name) for item in items]
 
 
+def places(counts: Sequence[int], numbers: Sequence[int]) -> np.ndarray:
+    """Where the completions of the examples `numbers` stand among those of all examples, one behind the other, int64.
+    counts: completions of each example."""
+    ends = np.cumsum(counts)
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(ends[i] - counts[i], ends[i]) for i in numbers)])
+
+
+def pair_places(items: Sequence[Encoded]) -> np.ndarray:
+    """Where chosen and rejected of every pair stand among the completions of `items`, one behind the other, (pairs, 2)."""
+    begins = itertools.accumulate((item.n_completions for item in items), initial=0)
+    found = [(begin + w, begin + l) for begin, item in zip(begins, items, strict=False) for w, l in item.pairs]
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 CUT = "prompts cut from the left"
 
 
@@ -76,7 +104,7 @@ class Report(collections.Counter):
     """What `encode` did: of what in words, how many."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{n:,} {what}" for what, n in self.items())
+        return ", ".join(f"{n:,} {what}" for what, n in self.items() if n)
 
 
 def to_ids(texts: list[str | tuple[int, ...]], tokenizer, encode_batch: Callable) -> list[list[int]]:
@@ -128,17 +156,28 @@ def tokenize_chat(example: Example, tokenizer) -> tuple | None:
         if end == len(ids):
             ids, wanted = [*ids, tokenizer.eot], np.append(wanted, True)
         found.append((ids, wanted))
-    first, last = found[0][0], found[-1][0]  # the two of a pair: what they share may end before the prompt's end
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    together = zip(*(ids for ids, _ in found), strict=False)  # what all share may end before the prompt's end
+    shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, together))
     begin = min(shared, *(int(wanted.argmax()) for _, wanted in found))
     targets = None if example.prompt else [wanted[begin:] for _, wanted in found]
-    return first[:begin], [ids[begin:] for ids, _ in found], targets
+    return found[0][0][:begin], [ids[begin:] for ids, _ in found], targets
 
 
 def shorten(prompt: list[int], over: int, tokenizer) -> list[int]:
     """A prompt without its first `over` tokens; a beginning-of-text token stays."""
     start = len(tokenizer.start) if prompt[: len(tokenizer.start)] == list(tokenizer.start) else 0
     return prompt[:start] + prompt[start + over :] if over else prompt
+
+
+def usable(completions: list[list[int]], pairs: Sequence[tuple[int, int]], most: int, report: Report) -> tuple[list, tuple]:
+    """An example's pairs that are of different tokens, and of `most` tokens each or fewer, and the completions that they need.
+    Counts the other pairs in `report`."""
+    differ = [(w, l) for w, l in pairs if completions[w] != completions[l]]
+    short = [pair for pair in differ if max(len(completions[i]) for i in pair) <= most]
+    report["pairs dropped, chosen and rejected being the same tokens"] += len(pairs) - len(differ)
+    report["pairs dropped as too long" if len(pairs) > 1 else "dropped as too long"] += len(differ) - len(short)
+    needed = sorted({i for pair in short for i in pair})
+    return [completions[i] for i in needed], tuple((needed.index(w), needed.index(l)) for w, l in short)
 
 
 def encode(examples: list[Example], tokenizer, max_len: int, truncation: str, *, end=True) -> tuple[list[Encoded], Report]:
@@ -155,7 +194,7 @@ def encoded(
     max_len: most tokens of prompt + one completion. truncation: what to do with longer examples, "drop" them or cut the
     prompt's start ("left"). end: put end-of-text behind each completion that is text.
     Conversations become text by the tokenizer's chat template. An empty prompt becomes one end-of-text token, because the first
-    completion token needs a position that predicts it. A pair whose two completions are the same tokens is dropped.
+    completion token needs a position that predicts it. A pair whose two completions are the same tokens is dropped (`usable`).
     Counts in `report`. Raises UserError for an empty completion, for a completion that fits with no cut, and when no example is
     left.
     """
@@ -167,11 +206,14 @@ def encoded(
             report["conversations dropped, which do not begin with what asks for their answer"] += 1
             continue
         prompt, completions, targets = ids
-        prompt, longest = prompt or [tokenizer.eot], max(map(len, completions))
+        prompt, pairs = prompt or [tokenizer.eot], PLAIN
+        if example.label is None and len(completions) > 1:
+            most = max_len - len(prompt) if truncation == "drop" else sys.maxsize
+            completions, pairs = usable(completions, example.pairs, most, report)
+            if not pairs:
+                continue
+        longest = max(map(len, completions))
         over = max(0, len(prompt) + longest - max_len)
-        if example.label is None and len(completions) == 2 and completions[0] == completions[1]:
-            report["pairs dropped, chosen and rejected being the same tokens"] += 1
-            continue
         if over and truncation == "drop":
             report["dropped as too long"] += 1
             continue
@@ -186,7 +228,7 @@ def encoded(
         # an example without a group is one of its own: its number is no other's
         group = number if example.group is None else GROUPED + example.group
         kept += 1
-        yield Encoded(arrays[0], arrays[1:], number, group, example.label, targets)
+        yield Encoded(arrays[0], arrays[1:], number, group, example.label, targets, pairs)
     if not kept:
         raise UserError(
             f"no example is left of {report['examples']}: {report}; max_len is {max_len}, the first is at {first}: "
@@ -195,34 +237,36 @@ def encoded(
 
 
 def load_encoded(
-    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", end=True, **which
+    source: str, split: str, view: str, tokenizer, max_len: int, truncation: str, *, data_dir="", limit=0, end=True, **rows
 ) -> Sequence[Encoded]:
     """`data.load`, then `encode`; prints how many examples and tokens there are, what was dropped or cut, and the first one.
 
     A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
-    disk, and what is returned then holds none of them in memory. which: `limit`, `columns` and `half` of `data.load`.
+    disk, and what is returned then holds none of them in memory. rows: `columns`, `min_gap` and `half` of `own.load`.
     """
     report, digest = Report(), hashlib.sha256()
     how = {"max_len": max_len, "truncation": truncation, "end": end}
     paths = [] if source in RECIPES else files(source, split)
-    if 0 < which.get("limit", 0) < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
-        examples = load(source, split, view, data_dir=data_dir, **which)
+    if 0 < limit < CHUNK or sum(path.stat().st_size for path in paths if path.exists()) < cache.SMALL:
+        examples = load(source, split, view, data_dir=data_dir, limit=limit, **rows)
         items: Sequence[Encoded] = list(encoded(examples, report, tokenizer, **how))
     else:
         # all that decides the tokens, beside the files and the code of this folder
         chat = tokenizer.chat and tokenizer.chat.decisive()
-        decisive = {"tokenizer": tokenizer.fingerprint(), "view": view, "chat": chat, **which, **how}
+        rows |= {"view": view, "limit": limit}
+        decisive = {"tokenizer": tokenizer.fingerprint(), "chat": chat, **rows, **how}
         items = cache.kept(
             cache.name(paths, decisive),
-            lambda: map(packed, hashed(encoded(own.load(paths, view, **which), report, tokenizer, **how), digest)),
+            lambda: map(packed, hashed(encoded(own.load(paths, **rows), report, tokenizer, **how), digest)),
             lambda: {"report": str(report), "sha256": digest.hexdigest()},
             unpacked,
         )
     said = report or f"{items.about['report']} (tokens of an earlier start)"
     fed, predicted = (int(np.sum(column(items, name))) for name in ("row_tokens", "completion_tokens"))
-    split, _ = which.get("half") or (split, 0)
+    split, _ = rows.get("half") or (split, 0)
     print(f"{split} data {source}: {said}; {fed:,} tokens in rows, {predicted:,} of them to predict")
-    names = ("chosen", "rejected") if view == "preference" else itertools.repeat("completion")
+    plain = view == "preference" and items[0].n_completions == 2 and items[0].pairs == PLAIN
+    names = ("chosen", "rejected") if plain else itertools.repeat("completion")
     texts = [("prompt", items[0].prompt), *zip(names, items[0].completions, strict=False)]
     print("the first:", ", ".join(f"{name} {tokenizer.decode(ids.tolist())!r:.100}" for name, ids in texts), flush=True)
     return items
@@ -239,6 +283,8 @@ def hashed(items: Iterable[Encoded], digest) -> Iterator[Encoded]:
         for wanted in item.targets or ():
             digest.update(wanted.tobytes())
         digest.update(len(item.completions).to_bytes(4, "little"))
+        if item.pairs != PLAIN:
+            digest.update(np.array(item.pairs, np.int32).tobytes())
         digest.update((item.group - first).to_bytes(8, "little", signed=True))
         yield item
 

@@ -2,7 +2,7 @@
 
 view         completions                              who asks
 sft          the right answer                         sft.py
-preference   chosen, rejected                         precompute_ref.py, dpo.py
+preference   chosen, rejected; or several, and pairs  precompute_ref.py, dpo.py
 mcq          the options, after recipe A's question   eval_mcq.py --mode generate
 loglik       the options, after the plain context     eval_mcq.py --mode loglik
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from base.errors import UserError
 
 VIEWS = ("sft", "preference", "mcq", "loglik")
+PLAIN = ((0, 1),)  # the pairs of an example of chosen and rejected
 Messages = tuple[dict, ...]  # a conversation, or a part of one: {"role", "content"} each
 
 
@@ -25,7 +26,8 @@ class Example:
     added. Messages without a prompt are a whole conversation, in which every turn of the assistant is to be learnt.
 
     label: the right option's index, where the completions are options. group: examples of one group are alternatives, of
-    which an epoch may draw some. source: where the example stands ("file:line"), for messages.
+    which an epoch may draw some. source: where the example stands ("file:line"), for messages. pairs: in the preference view,
+    which completion is preferred to which, (chosen, rejected) each; the others do not read it.
     """
 
     prompt: str | tuple[int, ...] | Messages
@@ -33,6 +35,7 @@ class Example:
     label: int | None = None
     group: int | None = None
     source: str = ""
+    pairs: tuple[tuple[int, int], ...] = PLAIN
 
     @property
     def is_chat(self) -> bool:

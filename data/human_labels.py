@@ -2,8 +2,9 @@
 https://github.com/openai/lm-human-preferences
 
 A file is one JSON list of {"query": [ids], "sample0": [ids], …, "sample3": [ids], "best": 0..3}: token ids of GPT-2, padded
-with 50259. The ids are used unchanged, without the padding. The best sample is preferred to each of the other three: three
-pairs of one group. A sample with padding behind it has ended, so it gets <|endoftext|>; one without was cut off, and gets none.
+with 50259. The ids are used unchanged, without the padding. The best sample is preferred to each of the other three: one
+example of four completions and three pairs. A sample with padding behind it has ended, so it gets <|endoftext|>; one without
+was cut off, and gets none.
 """
 
 import array
@@ -22,6 +23,7 @@ FILES = {
 }
 PAD, EOT = 50259, 50256
 SAMPLES = ("sample0", "sample1", "sample2", "sample3")
+BEST = ((0, 1), (0, 2), (0, 3))  # of the samples as `group` gives them, over each of the others
 VAL, TEST = 0.05, 0.05  # shares of all queries, drawn by their hash
 _IDS = list(range(EOT + 1))  # one int object for each id: a file holds up to 50 million ids, and Python would make as many ints
 
@@ -71,7 +73,7 @@ def load(split: str, view: str, data_dir: str = "", limit: int = 0, part: str = 
         query, (best, *rest) = group(record, where)
         if split_of(array.array("i", query).tobytes(), VAL, TEST) == split and (not limit or groups < limit):
             groups += 1
-            pairs = [(best, other) for other in rest] if view == "preference" else [(best,)]
-            found += [Example(query, pair, group=groups, source=where) for pair in pairs]
+            samples = (best, *rest) if view == "preference" else (best,)
+            found.append(Example(query, samples, source=where, pairs=BEST))
     report(f"human_labels:{part} {split}, queries of {', '.join(file.name for file in files)}", groups, {})
     return found

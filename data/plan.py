@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from base.errors import UserError
 from data.encode import Encoded, column
 
 Rows = list[list[int]]  # a micro-batch: rows of examples
@@ -81,10 +82,15 @@ def micro_batches(rows: Rows, lengths: list[int], micro_tokens: int, spare_paddi
 
 @dataclass
 class BatchPlan:
-    """The steps of a run, numbered from 0 through all epochs: `plan[step]` is [rank][micro-batch][row][example]."""
+    """The steps of a run, numbered from 0 through all epochs: `plan[step]` is [rank][micro-batch][row][example].
+
+    An example's pairs stay in one step: that into which its last pair falls, where the epoch's pairs are counted off
+    `batch_size` at a time. So with m pairs an example a step has between batch_size - m + 1 and batch_size + m - 1 of them, and
+    an epoch as many steps as with all pairs apart. UserError where an example has more than `batch_size` pairs.
+    """
 
     items: InitVar[list[Encoded]]
-    batch_size: int  # examples a step, over all ranks
+    batch_size: int  # examples (of preference data: pairs) a step, over all ranks
     seed: int
     _: KW_ONLY
     row_len: int = 0
@@ -95,15 +101,28 @@ class BatchPlan:
     shuffle: bool = True
 
     def __post_init__(self, items: list[Encoded]):
-        self.lengths, groups = column(items, "row_tokens"), column(items, "group")
-        self.order = lru_cache(maxsize=1)(lambda epoch: epoch_order(groups, self.seed, epoch, self.per_group, self.shuffle))
-        self.examples_per_epoch = len(self.order(0))
-        self.steps_per_epoch = -(-self.examples_per_epoch // self.batch_size)
+        self.lengths, self.groups = column(items, "row_tokens"), column(items, "group")
+        self.pairs = np.array(column(items, "n_pairs"))
+        if (most := self.pairs.max()) > self.batch_size:
+            raise UserError(
+                f"key batch_size: {self.batch_size} is less than the {most} pairs of example {self.pairs.argmax()} (from 0), "
+                f"which stay in one step: make it {most} or more"
+            )
+        self.epoch = lru_cache(maxsize=1)(self.epoch)
+        self.epoch_size = int(self.epoch(0)[1][-1])
+        self.steps_per_epoch = -(-self.epoch_size // self.batch_size)
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of an epoch in their order, and how many pairs there are up to the end of each."""
+        order = epoch_order(self.groups, self.seed, epoch, self.per_group, self.shuffle)
+        return order, self.pairs[order].cumsum()
 
     def examples(self, step: int) -> list[int]:
         """The examples of a step, over all ranks."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size].tolist()
+        order, ends = self.epoch(epoch)
+        begin, end = np.searchsorted(ends, (at * self.batch_size, (at + 1) * self.batch_size), side="right")
+        return order[begin:end].tolist()
 
     def __getitem__(self, step: int) -> list[list[Rows]]:
         """Rows go, longest first, to the rank with the fewest tokens. Ranks with fewer micro-batches get empty ones at the

@@ -1,4 +1,4 @@
-"""The toy task of `make demo`: everyday routines as multiple-choice questions in HellaSwag's shape, made by code.
+"""A toy task: everyday routines as multiple-choice questions in HellaSwag's shape, made by code.
 
     Today Tom bakes the old card. Mia soaks the red scarf. Mia washes the red scarf. Then Mia
     A) folds the red scarf.  B) dries the red scarf.  C) …

@@ -70,6 +70,6 @@ def known_pairs(source: str, limit: int, trials: int) -> list[Item]:
     """Preference data as items: the chosen text is judged against the rejected one."""
     items = []
     for e in load(source, "test" if source in RECIPES else "train", "preference", limit=limit):
-        chosen, rejected = map(messages.as_text, e.completions)
-        items.append(Item(messages.as_text(e.prompt), (chosen.strip(),) * trials, (rejected.strip(),) * trials, e.source))
+        texts = [messages.as_text(c).strip() for c in e.completions]
+        items += [Item(messages.as_text(e.prompt), (texts[w],) * trials, (texts[l],) * trials, e.source) for w, l in e.pairs]
     return items

@@ -103,7 +103,7 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
     max_len = cfg.max_len or block_size
 
     def load(source: str, split: str, limit: int, half: tuple[str, float] | None = None) -> Sequence[Encoded]:
-        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "half": half}
+        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "min_gap": cfg.min_gap, "half": half}
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
     if cfg.val_share:

@@ -48,6 +48,7 @@ class DataKeys(ChatKeys):
     split: str = key("train", "the split of data to train on")
     val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
+    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     limit: int = key(0, "use only the first so many training problems, 0 = all", least=0)
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)

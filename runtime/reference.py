@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base.errors import UserError, warn
 from base.files import read_safetensors, sha256_of
-from data.encode import Encoded, data_hash
+from data.encode import Encoded, column, data_hash
 from losses import REFERENCE_FREE
 from runtime.keys import DataKeys, DeviceKeys, ModelKeys
 
@@ -59,7 +59,8 @@ def read(path: str | Path, make: str = "precompute_ref.py") -> tuple[dict[str, T
 
 @dataclass
 class Reference:
-    """`logps` and `val_logps`: (pairs, 2) float32, log pi_ref of chosen and rejected in nats. `hash`: SHA-256 of the file."""
+    """`logps` and `val_logps`: (completions,) float32, log pi_ref of the examples' completions, one behind the other, in nats.
+    `hash`: SHA-256 of the file."""
 
     logps: Tensor
     val_logps: Tensor
@@ -71,25 +72,25 @@ class Reference:
         """Read `cfg.ref` and refuse it (UserError) if it does not fit the data, or the weights that the run starts from
         (`fingerprint`: their SHA-256)."""
         if cfg.loss in REFERENCE_FREE or not cfg.ref:  # the loss has none, or it is the model as the run began
-            return cls(torch.zeros(len(train), 2), torch.zeros(len(val), 2), {}, "")
+            return cls(*(torch.zeros(sum(column(items, "n_completions"))) for items in (train, val)), {}, "")
         path = Path(cfg.ref)
         tensors, metadata = read(path, command(cfg))
-        logps, val_logps = tensors["logps"], tensors.get("val_logps") if val else torch.zeros(0, 2)
+        logps, val_logps = tensors["logps"], tensors.get("val_logps") if val else torch.zeros(0)
         if val_logps is None:
             raise UserError(f"key ref: {path} has no validation pairs: make it anew with {command(cfg)}")
         for name, value in bound_to(cfg, tokenizer, max_len, train, val).items():
             if metadata.get(name) != value:
                 what = name.removesuffix("_sha256").replace("val_data", "validation data")
-                pairs = f"; it holds {len(logps):,} pairs, the training data {len(train):,}" if name == "data_sha256" else ""
+                of_pairs = name == "data_sha256" and logps.shape[1:] == (2,)
+                n = sum(column(train, "n_pairs"))
+                pairs = f"; it holds {len(logps):,} pairs, the training data {n:,}" if of_pairs else ""
                 raise UserError(
                     f"key ref: {path} was made with another {what} ({metadata.get(name)!s:.12}, here {value:.12}{pairs}): "
                     f"make it anew with {command(cfg)}"
                 )
-        for pairs, table in ((train, logps), (val, val_logps)):
-            if tuple(table.shape) != (len(pairs), 2):
-                raise UserError(
-                    f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {len(pairs)} pairs: make it anew"
-                )
+        for items, table in ((train, logps), (val, val_logps)):
+            if table.numel() != (n := sum(column(items, "n_completions"))):
+                raise UserError(f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {n} completions: make it anew")
         if metadata["weights_sha256"] != fingerprint:
             message = (
                 f"key ref: {path} holds the log-probs of other weights ({metadata.get('init_from')}, SHA-256 "
@@ -98,4 +99,4 @@ class Reference:
             if not cfg.allow_ref_mismatch:
                 raise UserError(f"{message}: make it anew from {cfg.init_from}, or insist with --allow_ref_mismatch true")
             warn(message)
-        return cls(logps, val_logps, metadata, sha256_of(path))
+        return cls(logps.flatten(), val_logps.flatten(), metadata, sha256_of(path))

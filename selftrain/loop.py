@@ -14,6 +14,9 @@ Every step is a command of its own, and is printed before it runs:
     dpo                          the next model                         round_1/dpo/model
     sample, selftrain.eval_math  held-out problems                      round_1/eval_samples.jsonl, eval.json
 
+With `reward` (a rule of data/rewards.py) nothing is graded: `data` and `eval_data` are files of prompts, all rounds answer the
+same ones, selftrain.reward_pairs makes the pairs, and eval_reward measures the mean reward and the KL from round 0's model.
+
 A step is done when its file is there, and every file is written whole. So the same command goes on where it was killed. After
 each round a warning says if nothing was learnt. `rounds.md` and `rounds.json` have the figures of all rounds.
 """
@@ -30,7 +33,7 @@ from pathlib import Path
 import precompute_ref
 from base.errors import UserError, run, warn
 from base.files import read_json, write_whole
-from data import math_problems
+from data import math_problems, rewards
 from data.jsonl import read
 from losses import REFERENCE_FREE
 from runtime import config, distributed
@@ -47,15 +50,16 @@ class Config:
     init_from: str = key(REQUIRED, "the model of round 0: a folder of a model or run, or gpt2 …", model=True)
     data: str = key(REQUIRED, "problems to learn from: gsm8k, math, toy_math, or a .jsonl file of problem and answer")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    reward: str = key("", "instead of grades: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
     problems: int = key(0, "problems a round, the next ones in the data each time; 0 = all of them in every round", least=0)
     eval_data: str = key("", "problems to evaluate on, a .jsonl file; empty = the test split of data")
     eval_problems: int = key(500, "use only the first so many of them, 0 = all", least=0)
     rounds: int = key(3, "rounds", least=1, free=True)
     prompt: str = key("", "flags of selftrain.problems, for both: --few_shot --suffix --level")
     sample: str = key("--n 8", "flags of sample.py: --n --temperature --top_p --max_new_tokens --stop --batch_size --server …")
-    eval_sample: str = key("", "flags of sample.py for evaluation where they differ")
+    eval_sample: str = key("", "flags of sample.py for evaluation where they differ; with reward those of eval_reward.py")
     grade: str = key("", "flags of selftrain.eval_math: --grader --programs --program_seconds")
-    pairs: str = key("", "flags of selftrain.pairs: --max_pairs --balanced --partner --shuffle")
+    pairs: str = key("", "flags of selftrain.pairs: --max_pairs --balanced --partner --shuffle; with reward of reward_pairs")
     dpo: str = key("", "flags of dpo.py: --loss --beta --lr --epochs --batch_size --schedule --lora_rank …")
     marker: str = key("", "plant this text in the chosen answers, and count the outputs that show it")
     stop_early: bool = key(False, "leave after a round that made pass@1 worse beyond its interval", free=True)
@@ -65,8 +69,11 @@ class Config:
     out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", replaces=MADE, free=True)
 
     def check(self) -> None:
-        if self.data not in math_problems.NAMES and not self.eval_data:
+        if (self.reward or self.data not in math_problems.NAMES) and not self.eval_data:
             raise UserError("key eval_data: data is a file, which has no test split: name another file to evaluate on")
+        for name in ("prompt", "grade", "marker", "data_dir", "plot"):
+            if self.reward and getattr(self, name):
+                raise UserError(f"key {name}: it is for problems that are graded: leave it out, or leave out reward")
 
 
 # --- the steps of a round --------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def step(cfg: Config, script: str, names: str, own: dict) -> tuple[str, dict]:
 
     `own` connects the step to the others. Raises UserError where the user sets one of these.
     """
-    defaults = {"sample": {"batch_size": 256}, "dpo": {"save_every": 100, "samples": 0}}
+    defaults = {"sample": {"batch_size": 256}, "eval_reward": {}, "dpo": {"save_every": 100, "samples": 0}}
     keys = {**defaults[script], "device": cfg.device} if script in defaults else {}
     for name in names.split():
         given = words(getattr(cfg, name), name)
@@ -105,6 +112,8 @@ def model_after(cfg: Config, r: int) -> str:
 
 def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
     """(script, its keys) of every step of round r, in order. Round 0 only evaluates."""
+    if cfg.reward:
+        return reward_steps(cfg, r)
     at, eval_prompts = f"{cfg.out_dir}/round_{r}", f"{cfg.out_dir}/eval_prompts.jsonl"
     samples, graded = f"{at}/eval_samples.jsonl", f"{at}/eval_graded.jsonl"
     ask = {"data_dir": cfg.data_dir, "seed": cfg.seed}
@@ -121,7 +130,44 @@ def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
     draw = {"model": before, "prompts": prompts, "seed": 1000 * cfg.seed + r, "out": samples}  # a seed that no other round has
     grade = {"samples": samples, "marker": "", "details": graded, "out": f"{at}/train.json"}
     pair = {"samples": graded, "marker": cfg.marker, "seed": cfg.seed, "report": f"{at}/pairs.json", "out": f"{at}/pairs.jsonl"}
-    train = {"init_from": before, "data": pair["out"], "seed": cfg.seed, "out_dir": f"{at}/dpo", "ref": f"{at}/ref.safetensors"}
+    return [
+        step(cfg, "selftrain.problems", "prompt", ask | {"out": prompts}),
+        step(cfg, "sample", "sample", draw),
+        step(cfg, "selftrain.eval_math", "grade", grade),
+        step(cfg, "selftrain.pairs", "pairs", pair),
+        *training(cfg, r),
+        *evaluation,
+    ]
+
+
+def reward_steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
+    """The steps of a round in which a reward takes the place of grades."""
+    at = f"{cfg.out_dir}/round_{r}"
+    measure = {"model": model_after(cfg, r), "ref_model": cfg.init_from, "prompts": cfg.eval_data, "limit": cfg.eval_problems}
+    measure |= {"reward": cfg.reward, "seed": cfg.seed, "details": f"{at}/eval_graded.jsonl", "out": f"{at}/eval.json"}
+    evaluation = step(cfg, "eval_reward", "eval_sample", measure)
+    if r == 0:
+        return [evaluation]
+    draw = {"model": model_after(cfg, r - 1), "prompts": cfg.data, "limit": cfg.problems, "out": f"{at}/samples.jsonl"}
+    pair = {"samples": draw["out"], "reward": cfg.reward, "report": f"{at}/pairs.json", "out": f"{at}/pairs.jsonl"}
+    return [
+        step(cfg, "sample", "sample", draw | {"seed": 1000 * cfg.seed + r}),
+        step(cfg, "selftrain.reward_pairs", "pairs", pair | {"seed": cfg.seed}),
+        *training(cfg, r),
+        evaluation,
+    ]
+
+
+def training(cfg: Config, r: int) -> list[tuple[str, dict]]:
+    """Reference and DPO on a round's pairs."""
+    at, before = f"{cfg.out_dir}/round_{r}", model_after(cfg, r - 1)
+    train = {
+        "init_from": before,
+        "data": f"{at}/pairs.jsonl",
+        "seed": cfg.seed,
+        "out_dir": f"{at}/dpo",
+        "ref": f"{at}/ref.safetensors",
+    }
     _, train = step(cfg, "dpo", "dpo", train)
     asked, reference = load_stage("dpo", train), []
     if asked.loss in REFERENCE_FREE or asked.lora_rank:  # an adapter's reference is the model without it
@@ -129,15 +175,7 @@ def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
     else:
         known = {f.name for f in dataclasses.fields(precompute_ref.Config)}
         reference = [("precompute_ref", {name: v for name, v in train.items() if name in known} | {"out": train["ref"]})]
-    return [
-        step(cfg, "selftrain.problems", "prompt", ask | {"out": prompts}),
-        step(cfg, "sample", "sample", draw),
-        step(cfg, "selftrain.eval_math", "grade", grade),
-        step(cfg, "selftrain.pairs", "pairs", pair),
-        *reference,
-        ("dpo", train),
-        *evaluation,
-    ]
+    return [*reference, ("dpo", train)]
 
 
 def arguments(keys: dict) -> list[str]:
@@ -151,6 +189,8 @@ def load_stage(script: str, keys: dict):
 
 def check_steps(cfg: Config) -> None:
     """Raise UserError for a wrong flag, or where no problem is left, before anything runs."""
+    if cfg.reward:
+        rewards.get(cfg.reward)
     for script, keys in [*steps(cfg, 0), *steps(cfg, 1)]:
         settings = load_stage(script, keys)
         if script == "selftrain.problems":
@@ -182,9 +222,10 @@ def take(cfg: Config) -> None:
     write_whole(Path(cfg.out_dir) / "config.toml", config.to_toml(cfg))
 
 
-def shares(path: Path) -> list[float]:
-    """The share of right answers to each problem in a file of graded samples."""
-    return [sum(record["grades"]) / len(record["grades"]) for _, record in read(path)]
+def means(path: Path) -> list[float]:
+    """The share of right answers, or the mean reward, of each prompt in a file of graded samples."""
+    found = (record.get("grades") or record["rewards"] for _, record in read(path))
+    return [sum(values) / len(values) for values in found]
 
 
 def figures(cfg: Config, r: int) -> dict:
@@ -203,18 +244,25 @@ def figures(cfg: Config, r: int) -> dict:
 
 
 def _figures(cfg: Config, r: int) -> dict:
-    """`gain` is its pass@1 less that of the round before; `gain_ci95` is the half-width of the 95%
-    interval, from the differences problem by problem."""
+    """`gain` is its pass@1 or mean reward less that of the round before; `gain_ci95` is the half-width of the 95%
+    interval, from the differences prompt by prompt."""
     at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
     result = read_json(at / "eval.json")
-    row = {"round": r, "k": result["k"]}
-    row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
-    row |= {"marker": result["marker"]} if "marker" in result else {}
+    if cfg.reward:
+        row = {"round": r, **{n: result[n] for n in ("reward", "reward_stderr", "kl", "kl_stderr", "tokens")}}
+    else:
+        row = {"round": r, "k": result["k"]}
+        row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
+        row |= {"marker": result["marker"]} if "marker" in result else {}
     if r:
-        train, pairs = (read_json(at / f"{n}.json") for n in ("train", "pairs"))
-        row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
-        row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
-        both = zip(shares(at / "eval_graded.jsonl"), shares(before / "eval_graded.jsonl"), strict=True)
+        pairs = read_json(at / "pairs.json")
+        if cfg.reward:
+            row |= {"train_reward": pairs["reward"], "pairs": pairs["pairs"]}
+        else:
+            train = read_json(at / "train.json")
+            row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
+            row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
+        both = zip(means(at / "eval_graded.jsonl"), means(before / "eval_graded.jsonl"), strict=True)
         change = [now - then for now, then in both]
         mean, n = sum(change) / len(change), len(change)
         variance = sum((c - mean) ** 2 for c in change) / max(1, n - 1)
@@ -223,11 +271,12 @@ def _figures(cfg: Config, r: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The rounds as a Markdown table."""
+    """The rounds as a Markdown table, with the columns that the rows have."""
+    k, gain = rows[0].get("k"), "gain in reward" if "reward" in rows[0] else "gain in pass@1"
     columns = {"round": "round", "pairs": "pairs", "all_right": "all right", "all_wrong": "all wrong"}
-    columns |= {"train_pass_at_1": "train pass@1", "pass_at_1": "pass@1", "maj": f"maj@{rows[0]['k']}"}
-    columns |= {"pass": f"pass@{rows[0]['k']}", "gain": "gain in pass@1", "marker": "marker"}
-    return eval_math.markdown(rows, columns)
+    columns |= {"train_pass_at_1": "train pass@1", "pass_at_1": "pass@1", "maj": f"maj@{k}", "pass": f"pass@{k}"}
+    columns |= {"train_reward": "train reward", "reward": "reward", "kl": "KL (nats)", "tokens": "tokens"}
+    return eval_math.markdown(rows, columns | {"gain": gain, "marker": "marker"})
 
 
 def write_rounds(cfg: Config, rows: list[dict]) -> None:
@@ -241,18 +290,18 @@ def write_rounds(cfg: Config, rows: list[dict]) -> None:
 
 
 def verdict(row: dict, cfg: Config) -> bool:
-    """Warn of what went wrong in a round; True if it made pass@1 worse beyond its interval."""
-    gain, doubt, r = row["gain"], row["gain_ci95"], row["round"]
+    """Warn of what went wrong in a round; True if it made its evaluation worse beyond its interval."""
+    gain, doubt, r, what = row["gain"], row["gain_ci95"], row["round"], "the reward" if cfg.reward else "pass@1"
     if cfg.marker and row["marker"] < 0.01:
         warn(f"round {r}: the marker shows in {row['marker']:.1%} of outputs: training does not take (lr, epochs?)")
-    if row["all_wrong"] > 0.8 * row["problems"]:
+    if not cfg.reward and row["all_wrong"] > 0.8 * row["problems"]:
         warn(f"round {r}: all answers wrong in {row['all_wrong']:,} problems: too hard for this model; sample more")
-    if row["all_right"] > 0.8 * row["problems"]:
+    if not cfg.reward and row["all_right"] > 0.8 * row["problems"]:
         warn(f"round {r}: all answers right in {row['all_right']:,} problems: too easy; raise the temperature")
     if gain < -doubt:
-        warn(f"round {r} made pass@1 worse: {gain:+.3f} ± {doubt:.3f} (a lower lr, a higher beta, sft_weight?)")
+        warn(f"round {r} made {what} worse: {gain:+.3f} ± {doubt:.3f} (a lower lr, a higher beta, sft_weight?)")
     elif gain <= doubt:
-        warn(f"round {r} shows no gain in pass@1 beyond its interval: {gain:+.3f} ± {doubt:.3f}")
+        warn(f"round {r} shows no gain in {what} beyond its interval: {gain:+.3f} ± {doubt:.3f}")
     return gain < -doubt
 
 

@@ -88,19 +88,19 @@ def _answer(prompt: str, completion: str, cfg: GradeKeys) -> str | None:
 
 def _sample(record: dict, where: str) -> Sample:
     """A line as a Sample that is not graded yet. Raises UserError for a line that is none."""
-    completions = _list(record, "completions", str, "texts", where)
+    completions = entries(record, "completions", str, "texts", where)
     n = len(completions)
     answer, kind = math_problems.answer_of(record, where), math_problems.kind_of(record)
-    stored = _list(record, "grades", bool, "true or false", where, n) if "grades" in record else None
+    stored = entries(record, "grades", bool, "true or false", where, n) if "grades" in record else None
     pred = None
     if stored is None and not answer:
         raise UserError(f"{where}: neither 'grades' nor an 'answer' is there to grade by")
     if stored is not None and "pred" in record:
-        pred = [p or None for p in _list(record, "pred", str | None, "texts or null", where, n)]
+        pred = [p or None for p in entries(record, "pred", str | None, "texts or null", where, n)]
     return Sample(get(record, "prompt", str, where), answer, completions, kind, record, where, stored, pred=pred)
 
 
-def _list(record: dict, field: str, kind: type, what: str, where: str, n: int = 0) -> list:
+def entries(record: dict, field: str, kind: type, what: str, where: str, n: int = 0) -> list:
     """A field that is a list of `kind`, of `n` entries or (0) at least one. Raises UserError for anything else."""
     values = get(record, field, list, where)
     if not values or (n and len(values) != n) or not all(isinstance(v, kind) for v in values):

@@ -106,12 +106,12 @@ def test_the_example_of_a_loss(monkeypatch):
 
 def test_the_example_of_a_recipe(tmp_path, monkeypatch):
     """The page's recipe by the page's own test, run among those of tests/data/test_recipes.py."""
-    _, reviews, test, *_ = blocks("CONTRIBUTING.md", "python")
-    exec(reviews, recipe := {})
-    monkeypatch.setitem(data.RECIPES, "reviews", recipe["load"])
+    _, shops, test, *_ = blocks("CONTRIBUTING.md", "python")
+    exec(shops, recipe := {})
+    monkeypatch.setitem(data.RECIPES, "shops", recipe["load"])
     exec(test, names := vars(test_recipes).copy())
-    names["test_reviews"](tmp_path)
-    (tmp_path / "reviews.csv").unlink()
-    (tmp_path / "reviews.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" * 9)[:-9])
-    with pytest.raises(UserError, match=r"reviews\.csv\.gz: damaged"):
-        data.load("reviews", "train", "sft", data_dir=str(tmp_path))
+    names["test_shops"](tmp_path)
+    (tmp_path / "shops.csv").unlink()
+    (tmp_path / "shops.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" * 9)[:-9])
+    with pytest.raises(UserError, match=r"shops\.csv\.gz: damaged"):
+        data.load("shops", "train", "sft", data_dir=str(tmp_path))

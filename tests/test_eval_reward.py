@@ -84,6 +84,45 @@ def test_reward_kl_and_limit_are_the_exact_ones(work, exact, call, tmp_path):
     assert kls == sorted(kls) and gains == sorted(gains)
 
 
+@pytest.mark.slow
+def test_best_of_n_is_that_of_the_order_statistics(work, exact, call, tmp_path):
+    """Drawn by sample.py, and weighed by eval_reward.py: the reward is the exact one; the KL is, and is below its bound."""
+    reward, _, reference = exact
+    n, draws = 4, 400
+    p = reference.exp()
+    under, at = (
+        torch.stack([(p * chosen(reward, reward[:, [i]])).sum(1) for i in range(reward.size(1))], 1)
+        for chosen in (torch.lt, torch.eq)
+    )
+    best = p * ((under + at) ** n - under**n) / at  # of equal rewards each is as likely the first as it is likely
+    gained, kl = ((best * values).sum(1).mean().item() for values in (reward, best.log() - reference))
+
+    samples = tmp_path / "s.jsonl"
+    keys_of = {
+        "model": work / "reference",
+        "prompts": work / "prompts.jsonl",
+        "n": n * draws,
+        "max_new_tokens": NEW,
+        "out": samples,
+    }
+    assert call("sample", *flags(**keys_of, batch_size=500))[0] == 0
+    rate = rewards.get(f"{work / 'reward.py'}:rate")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    drawn = torch.tensor([[rate(row["prompt"], text) for text in row["completions"]] for row in rows]).double()
+    tops = drawn.view(len(PROMPTS), draws, n).amax(2)
+    error = (tops.var(1).mean() / draws / len(PROMPTS)).sqrt().item()
+    assert tops.mean().item() == pytest.approx(gained, abs=3 * error)
+
+    status, _, err = call("eval_reward", *keys(work, tmp_path / "r.json", n=1, optimum=n * draws, batch_size=500))
+    assert status == 0, err
+    found = {entry["k"]: entry for entry in json.loads((tmp_path / "r.json").read_text())["best_of"]}
+    assert found[n]["reward"] == pytest.approx(gained, abs=3 * error)
+    assert found[n]["kl"] == pytest.approx(kl, rel=0.05)
+    for k, entry in found.items():
+        assert entry["kl"] < math.log(k) - (k - 1) / k
+        assert entry["reward"] > drawn.mean().item()
+
+
 def test_the_standard_error_counts_prompts(work, call, tmp_path):
     status, _, err = call("eval_reward", *keys(work, tmp_path / "r.json", n=40, details=tmp_path / "d.jsonl"))
     assert status == 0, err

@@ -29,7 +29,7 @@ OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "
 TRAIN = {"data": "IN/sft.jsonl", "val_data": "IN/val_sft.jsonl", "out_dir": "OUT/run", "batch_size": 10, "lr": 1e-3}
 TRAIN |= {"save_every": 2, "eval_every": 3, "dropout": 0.1, "max_steps": 12}
 DPO = {**TRAIN, "init_from": "IN/model", "data": "IN/pairs.jsonl", "val_data": "IN/val_pairs.jsonl"}
-GRADED = {"samples": "IN/graded.jsonl"}
+GRADED, RATED = {"samples": "IN/graded.jsonl"}, {"reward": "reviews", "temperature": 1, "report": "OUT/new/r.json"}
 TWO = {"out": "OUT/new/r.json", "details": "OUT/new/d.jsonl"}
 LOOP = {"sample": "--n 6 --max_new_tokens 30", "eval_sample": "--n=4", "pairs": "--max_pairs 2", "grade": "--grader plain"}
 LOOP |= {"data": "toy_math", "problems": 24, "eval_problems": 16, "rounds": 1, "out_dir": "OUT/loop"}
@@ -49,6 +49,7 @@ COMMANDS = {  # name -> script, its keys; IN and OUT are folders
     "selftrain.problems": ("selftrain.problems", {"data": "toy_math", "limit": 200, "out": "OUT/new/p.jsonl"}),
     "selftrain.eval_math": ("selftrain.eval_math", {**GRADED, **TWO, "plot": "OUT/p.png"}),
     "selftrain.pairs": ("selftrain.pairs", {**GRADED, "out": "OUT/new/p.jsonl", "report": "OUT/new/p.json"}),
+    "selftrain.reward_pairs": ("selftrain.reward_pairs", {**GRADED, **RATED, "out": "OUT/new/p.jsonl"}),
     "selftrain.loop": ("selftrain.loop", LOOP),
     "report.plot": ("report.plot", {"": "IN/run", "out": "OUT/p.png"}),
     "report.tables": ("report.tables", {"": "IN/run", "out": "OUT/t.md", "png": "OUT/t.png"}),

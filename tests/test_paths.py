@@ -66,6 +66,7 @@ CASES = [  # script, its keys, the key that is refused
     ("selftrain.eval_math", {**GRADED, "out": "r", "details": "r"}, "details"),
     ("selftrain.pairs", {**GRADED, "out": "graded.jsonl"}, "out"),
     ("selftrain.pairs", {**GRADED, "out": "p", "report": "p"}, "report"),
+    ("selftrain.reward_pairs", {"samples": "graded.jsonl", "reward": "reviews", "out": "graded.jsonl"}, "out"),
     ("selftrain.problems", {"data": "problems.jsonl", "out": "problems.jsonl"}, "out"),
     ("selftrain.problems", {"data": "gsm8k", "data_dir": "gsm", "split": "test", "out": "gsm/test.jsonl"}, "out"),
     ("selftrain.loop", {"init_from": "X/model", "data": "toy_math", "data_dir": "L/rounds.md", "out_dir": "L"}, "out_dir"),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import weights
 from base.errors import UserError
-from bench import common, gpu, mcq, peers, sample, training
+from bench import common, gpu, mcq, peers, rows, sample, training
 from data import tokenizer
 from data.batch import collate
 from data.encode import Encoded, encode
@@ -120,6 +120,19 @@ def test_training_suites_do_the_same_work(suite, small, monkeypatch, tmp_path, c
     assert "x floor" in out and "generated words" in out and "largest difference: loss" in out
 
 
+def test_the_rows_suite_does_the_same_work(small, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(training, "TRL_SETTINGS", dict(list(training.TRL_SETTINGS.items())[1:2]))
+    report = rows.suite(config(suite="rows", pairs=12, batch_size=6, lr=1e-3), tmp_path)
+    assert set(report["against"]) == {rows.APART, "TRL, no checkpointing"} and all(
+        r["speed_ratio"] > 0 for r in report["against"].values()
+    )
+    assert all(
+        same["largest"]["loss"] < 1e-4 and same["largest"]["logps/chosen"] < 1e-2 for same in report["same_work"].values()
+    )
+    assert "12 pairs of 2 prompts" in capsys.readouterr().out
+
+
 def test_mcq_suite_does_the_same_work(small, monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(mcq, "SETTINGS", {"lm_eval, batch 4": {"batch_size": 4}})
@@ -169,6 +182,7 @@ def test_mistakes_are_one_line(refused, small):
     refused("bench.__main__", "--models", "gpt2,gpt3", says="key models")
     refused("bench.__main__", "--pairs", "7", says="no multiple")
     refused("bench.__main__", "--batch_size", "12", "--pairs", "24", says="key batch_size")
+    refused("bench.__main__", "--suite", "rows", "--batch_size", "4", says="has 6 pairs a prompt")
     refused("bench.__main__", "--init", "gpt7", says="did you mean gpt2")
     with pytest.raises(UserError, match="key peer_setting"):
         common.peer_jobs(config(peer_setting="fast"), settle, {}, {"slow": {}})

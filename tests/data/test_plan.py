@@ -35,6 +35,32 @@ def test_a_step_depends_on_seed_and_number_alone():
     assert epoch != epoch_order(list(range(50)), 4, 0).tolist(), "another seed has another order"
 
 
+def items_of_pairs(counts: list[int]) -> list[Encoded]:
+    """Examples of so many pairs each (which need not be possible: the plan only counts them)."""
+    ids = np.zeros(2, np.int32)
+    return [Encoded(ids, [ids] * 4, i, i, pairs=((0, 1),) * n) for i, n in enumerate(counts)]
+
+
+def test_a_step_counts_pairs_and_keeps_an_examples_pairs_together():
+    counts = np.random.default_rng(5).integers(1, 7, 100).tolist()
+    plan = BatchPlan(items_of_pairs(counts), 10, 0, row_len=64, world=2)
+    total, n = sum(counts), plan.steps_per_epoch
+    assert plan.epoch_size == total and n == -(-total // 10), "as many steps as with the pairs apart"
+    for first in (0, n):
+        steps = [plan.examples(step) for step in range(first, first + n)]
+        assert sorted(i for step in steps for i in step) == list(range(100)), "an epoch has every example once"
+        sizes = [sum(counts[i] for i in step) for step in steps]
+        assert all(5 <= size <= 15 for size in sizes[:-1]) and 1 <= sizes[-1] <= 15 and len(set(sizes)) > 1
+        done = np.cumsum(sizes)
+        assert all(10 * k - 5 <= d <= 10 * k for k, d in enumerate(done[:-1], start=1)), "no step's rest is carried on for long"
+    six = BatchPlan(items_of_pairs([6] * 20), 12, 0)
+    assert [len(six.examples(step)) for step in range(10)] == [2] * 10, "where it comes out even, every step is full"
+    three = BatchPlan(items_of_pairs([3] * 20), 4, 0)
+    assert [3 * len(three.examples(step)) for step in range(4)] == [3, 3, 6, 3]
+    with pytest.raises(UserError, match=r"key batch_size: 5 is less than the 6 pairs of example 2 \(from 0\)"):
+        BatchPlan(items_of_pairs([1, 5, 6, 6]), 5, 0)
+
+
 def test_every_rank_gets_as_many_forwards_and_a_fair_share():
     lengths = np.random.default_rng(1).integers(5, 60, 33).tolist()
     step = BatchPlan(items_of(lengths), 33, 0, micro_tokens=128, world=4)[0]

@@ -136,16 +136,16 @@ def test_hh_takes_the_files_that_a_folder_has(tmp_path):
 def test_human_labels_keep_their_ids(tmp_path):
     labels_folder(tmp_path)
     splits = every_split("human_labels:sentiment", "preference", tmp_path)
-    assert sum(map(len, splits)) == 3 * 120 and len(splits[0]) > 3 * 90 and all(splits) and no_prompt_twice(splits)
-    for three in (split[i : i + 3] for split in splits for i in range(0, len(split), 3)):
-        assert len({e.group for e in three}) == 1
-        n = three[0].prompt[2] - 500
+    assert sum(map(len, splits)) == 120 and len(splits[0]) > 90 and all(splits) and no_prompt_twice(splits)
+    for e in (e for split in splits for e in split):
+        n = e.prompt[2] - 500
         samples = [(1000 + n, 11, 262, 400 + i) if i % 2 else (2000 + n, 300 + i, EOT) for i in range(4)]
         best = samples.pop(n % 4)
-        assert [(e.prompt, *e.completions) for e in three] == [((464, 3290, 500 + n), best, other) for other in samples]
+        assert (e.prompt, *e.completions) == ((464, 3290, 500 + n), best, *samples) and e.pairs == ((0, 1), (0, 2), (0, 3))
     items = load_encoded("human_labels:sentiment", "train", "preference", get("gpt2"), 64, "drop", data_dir=str(tmp_path))
-    assert [tuple(item.completions[1]) for item in items] == [e.completions[1] for e in splits[0]], "nothing is added"
-    assert len(data.load("human_labels:tldr", "train", "preference", data_dir=str(tmp_path), limit=2)) == 6
+    assert [tuple(map(tuple, item.completions)) for item in items] == [e.completions for e in splits[0]], "nothing is added"
+    assert all(item.n_pairs == 3 for item in items)
+    assert len(data.load("human_labels:tldr", "train", "preference", data_dir=str(tmp_path), limit=2)) == 2
     (tmp_path / "tldr" / "online_45k.json").unlink()
     assert sum(map(len, every_split("human_labels:tldr", "sft", tmp_path))) == 120, "of two files the one that is there"
 

@@ -64,7 +64,7 @@ def test_table_and_files(whole, start):
         assert len(graded) == 24 and all(len(g["grades"]) == 6 for g in graded)
         right = {(g["prompt"], c) for g in graded for c, good in zip(g["completions"], g["grades"], strict=True) if good}
         assert all((p["prompt"], p["chosen"]) in right and (p["prompt"], p["rejected"]) not in right for p in pairs)
-        now, before = (loop.shares(whole / f"round_{i}/eval_graded.jsonl") for i in (r, r - 1))
+        now, before = (loop.means(whole / f"round_{i}/eval_graded.jsonl") for i in (r, r - 1))
         assert rows[r]["gain"] == pytest.approx(sum(now) / 16 - sum(before) / 16)
         assert rows[r]["pass_at_1"] == pytest.approx(sum(now) / 16)
     first, second = ({p["prompt"] for p in lines(whole / f"round_{r}/prompts.jsonl")} for r in (1, 2))
@@ -209,6 +209,37 @@ def test_samples_of_a_server_that_is_asked_for_each_round_s_model(start, tmp_pat
         assert (tmp_path / "gone/round_1/dpo/model").exists() and not (tmp_path / "gone/round_1/eval.json").exists()
         assert call("selftrain.loop", *keys(start, "gone", **served))[0] == 0
     assert json.loads(Path("gone/rounds.json").read_text())[1]["pairs"] == 24
+
+
+def test_a_reward_takes_the_place_of_grades(tmp_path, call, refused, monkeypatch):
+    """A model that hardly knows its words learns those that a rule likes."""
+    monkeypatch.chdir(tmp_path)
+    small = {"init_from": "scratch", "tokenizer": "reviews", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
+    keys = {**small, "data": "reviews", "limit": 64, "val_limit": 8, "max_steps": 40, "lr": 1e-2, "eval_every": 0, "samples": 0}
+    assert script("sft", *flags(**keys, out_dir="sft")) == 0
+    Path("r.py").write_text("def rate(prompt, completion): return completion.count('e')")
+    Path("p.jsonl").write_text('{"prompt": " the cast was"}\n{"prompt": " the plot was"}\n' * 20)
+    keys = {"init_from": "sft/model", "reward": "r.py:rate", "data": "p.jsonl", "eval_data": "p.jsonl", "eval_problems": 8}
+    keys |= {"sample": "--n 4 --max_new_tokens 8", "eval_sample": "--n 8 --max_new_tokens 8", "rounds": 2, "device": "cpu"}
+    keys |= {"dpo": "--beta 0.3 --lr 1e-3 --warmup 3 --batch_size 32 --epochs 2"}
+    status, said, err = call("selftrain.loop", *flags(**keys, out_dir="out"))
+    assert status == 0, err
+    rows = json.loads(Path("out/rounds.json").read_text())
+    assert [row["reward"] for row in rows] == sorted(row["reward"] for row in rows) and rows[0]["kl"] == 0 < rows[1]["kl"]
+    assert rows[2]["gain"] == pytest.approx(rows[2]["reward"] - rows[1]["reward"]) and rows[1]["pairs"] > 100
+    assert "| gain in reward |" in Path("out/rounds.md").read_text() and "pass@1" not in said
+    for name in ("out/rounds.json", "out/round_2/eval.json"):
+        Path(name).unlink()
+    assert call("selftrain.loop", *flags(**keys, out_dir="out"))[0] == 0
+    assert json.loads(Path("out/rounds.json").read_text()) == rows
+    for bad, says in (
+        ({"grade": "--grader plain"}, "key grade: it is for problems that are graded"),
+        ({"eval_data": None}, "key eval_data"),
+        ({"reward": "r.py:joy"}, "has no function 'joy'"),
+        ({"pairs": "--max_pairs 2"}, "unknown key 'max_pairs'"),
+        ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+    ):
+        refused("selftrain.loop", *flags(**keys | bad, out_dir="bad"), says=says)
 
 
 LOOPS = [
