@@ -4,6 +4,8 @@ SFT on demonstrations of which half skip a step; the reference pass; DPO. Beside
 demonstrations and on the chosen endings, and DPO with the reference log-probs of the wrong model.
 """
 
+from base.script import run
+
 import importlib
 import json
 import math
@@ -13,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
 from data import load
 from report.plot import figure, save

@@ -8,6 +8,8 @@ The reference file comes from precompute_ref.py, made from the very weights that
 The losses are in losses.py. The loss is the mean over the global batch's pairs, however it is split up.
 """
 
+from base.script import run
+
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 import losses
 import weights
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from data.batch import collate
 from data.encode import Encoded, data_hash
 from data.plan import describe, epoch_order

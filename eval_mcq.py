@@ -8,12 +8,14 @@ as lm-evaluation-harness does (there the latter is called acc_bytes). generate a
 among the options (`acc`; `aligned` is the share of answers that are one of the options at all, right or wrong).
 """
 
+from base.script import run
+
 import json
 import math
 from dataclasses import dataclass
 
 import generate
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
 from base.progress import Progress
 from data import Example, load

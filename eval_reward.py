@@ -17,6 +17,8 @@ can pass, from so many completions of the reference: at every KL the best policy
 docs/judging.md says what the figures mean. Runs under torchrun too.
 """
 
+from base.script import run
+
 import json
 import math
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
 from data import jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded

@@ -13,6 +13,8 @@ docs/judging.md says what the figures mean. `python -m report.plot RESULT.json â
 eval_reward.py needs no judge: it compares the model with its reference.
 """
 
+from base.script import run
+
 import contextlib
 import html
 import json
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import adapters
 import weights
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
 from judge.cache import open_cache
 from judge.client import Decision, Judge, JudgeKeys, Question

@@ -5,13 +5,15 @@
 The file carries what it was made from (weights, tokenized data, tokenizer, lengths), so that dpo.py can refuse a wrong one.
 """
 
+from base.script import run
+
 import itertools
 from dataclasses import dataclass
 
 import torch
 
 import weights
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
 from data.encode import Encoded, data_hash
 from runtime import config, distributed

@@ -22,6 +22,8 @@ Ctrl-C stops the text, Ctrl-D leaves. With --chat it is a turn of a conversation
 With --server the completions come from a server with OpenAI's protocol (runtime/served.py), and no model is loaded here.
 """
 
+from base.script import run
+
 import contextlib
 import hashlib
 import json
@@ -32,7 +34,7 @@ from dataclasses import dataclass
 import torch
 
 import weights
-from base.errors import UserError, fail, run
+from base.errors import UserError, fail
 from base.files import write_whole
 from base.progress import Progress
 from data import jsonl, messages

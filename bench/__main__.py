@@ -8,6 +8,8 @@
 Losses, log-likelihoods or completions stand side by side as proof that the work was the same.
 """
 
+from base.script import run
+
 import dataclasses
 import importlib.metadata
 import json
@@ -17,7 +19,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from base.errors import run
 from base.files import write_whole
 from bench import gpu, mcq, sample, training
 from bench.common import Config

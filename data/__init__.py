@@ -12,6 +12,8 @@ data_dir    a folder with the data set's files (`local` finds them), or a file w
 limit       above 0: only the first so many problems
 """
 
+import base.script  # noqa: F401  `python -m data` imports this file first
+
 import difflib
 from functools import partial
 from pathlib import Path

@@ -3,10 +3,11 @@
 python -m data --data hh --split test --view prompts --limit 250 --out runs/hh_prompts.jsonl
 """
 
+from base.script import run
+
 import json
 from dataclasses import dataclass
 
-from base.errors import run
 from base.files import write_whole
 from data import VIEWS, Example, load
 from data.tokenizer import get

@@ -8,12 +8,14 @@ are graded right in one place and wrong in another, are left out. Every text is 
 comes twice.
 """
 
+from base.script import run
+
 import json
 import random
 from collections import Counter
 from dataclasses import dataclass
 
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
 from runtime import config
 from runtime.config import REQUIRED, key
