@@ -23,7 +23,7 @@ from data.encode import Encoded, data_hash
 from data.plan import describe, epoch_order
 from lora import as_started
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
-from runtime import config, distributed, optim
+from runtime import config, distributed, optim, reference
 from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.config import key
 from runtime.keys import TrainKeys
@@ -39,7 +39,9 @@ class Config(TrainKeys):
 
     loss: str = key("sigmoid", "preference loss, see losses.py", LOSSES)
     beta: float = key(0.1, "strength of the pull to the reference (for ipo and sppo_hard it sets the target)", above=0)
-    ref: str = key("", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts")
+    ref: str = key(
+        "", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts", reads=reference.check
+    )
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
     label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, both aot: chance that a label is flipped", least=0, below=1)
     simpo_gamma: float = key(0.5, "simpo: target margin")

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError, warn
-from base.files import write_whole
-from data import jsonl, messages, rewards
+from base.files import check_there, write_whole
+from data import check_data, jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded
 from data.tokenizer import choose
 from generate import stream
@@ -39,25 +39,30 @@ from runtime.config import REQUIRED, key
 from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
 from runtime.score import score
 from sample import encode
+from weights import check_model
 
 
 @dataclass
 class Config(ChatKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
-    model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model")
-    ref_model: str = key("", "the reference model; or give ref")
-    data: str = key("", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts")
+    model: str = key(
+        REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl", reads=check_model
+    )
+    ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model", reads=reference.check)
+    ref_model: str = key("", "the reference model; or give ref", reads=check_model)
+    data: str = key(
+        "", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts", reads=check_data
+    )
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
     beta: float = key(0.1, "strength of the pull to the reference, as in training", above=0)
-    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line')
+    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line', reads=check_there)
     reward: str = key("", "prompts: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
     n: int = key(4, "prompts: completions per prompt", least=1)
     max_new_tokens: int = key(128, "prompts: most tokens of a completion", least=1)

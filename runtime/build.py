@@ -9,7 +9,7 @@ import torch
 import adapters
 import weights
 from base.errors import UserError
-from data import RECIPES
+from data import RECIPES, is_local
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
@@ -107,7 +107,7 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
-    if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
+    if val_source == cfg.data and is_local(cfg.data) and not cfg.val_data:
         raise UserError(f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data")
     train = load(cfg.data, cfg.split, cfg.limit)
     return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len

@@ -16,11 +16,15 @@ from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
 
+def check(path: str | Path) -> None:
+    """UserError if there is no file `path`."""
+    if not Path(path).is_file():
+        raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
+
+
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a reference file, `logps` among them, and its metadata. UserError for any other file (of key ref)."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"key ref: {path}: no such file: make it with precompute_ref.py")
+    check(path)
     tensors, metadata = read_safetensors(path, "make it anew with precompute_ref.py")
     if "logps" not in tensors or "weights_sha256" not in metadata:
         raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")

@@ -17,6 +17,7 @@ import generate
 import weights
 from base.errors import UserError, warn
 from base.files import claim, read_plain, write_whole
+from base.progress import count
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.keys import OURS, TrainKeys
@@ -71,6 +72,8 @@ class Run:
             self.saved_at = done
             print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
         self.compute.once(lambda: self._open(seen))
+        for doubt in optim.doubts(self.cfg, model, self.steps):
+            warn(doubt)
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
@@ -97,6 +100,10 @@ class Run:
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
         if found or self._did_a_step():  # what is there is not wiped for another run
             config.check_same(self.cfg, config.written(self.cfg), "a run")
+        if not found and self._did_a_step() and (self.folder / "model").exists():
+            raise UserError(
+                f"out_dir {self.folder}: the run there is done, without a checkpoint left (keep 0): name another one"
+            )
         if not found:
             return None
         folder, state = found
@@ -160,7 +167,7 @@ class Run:
         self.compute.once(self._prune)
 
     def _prune(self) -> None:
-        checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
+        checkpoint.prune(self.checkpoints, max(1, self.cfg.keep), self.best["step"] if self.best else None)
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal:
@@ -204,6 +211,8 @@ class Run:
         else:
             weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
+        if self.cfg.keep == 0:
+            self.compute.once(lambda: checkpoint.prune(self.checkpoints, 0, None))
         self._end()
         print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
 
@@ -277,10 +286,13 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     mflop, mflop_predicted = (step_flops(model, *one) / 1e6 for one in ((1, 0), (0, 1)))
     part = f"; {sum(distributed.own(p).numel() for p in model.parameters()):,} of them on this rank" if plan.world > 1 else ""
     memory = optim.memory(model, cfg.optimizer) / 1e9
+    saved = 4e-9 * trained * (1 + optim.OPTIMIZERS[cfg.optimizer].states)
+    most = max(1, cfg.keep) + 2  # with the best one, and the one that is being written
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"
-        f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
+        f"on the disk: at most {most} checkpoints of {saved:.2f} GB, and {4e-9 * total:.2f} GB for the model\n"
+        f"{count(steps, 'steps')} of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
         + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")
     )
