@@ -29,6 +29,7 @@ from torch import Tensor
 
 from base.errors import UserError, warn
 from base.files import check_there, write_whole
+from base.progress import count
 from data import check_data, jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded
 from data.tokenizer import choose
@@ -215,7 +216,7 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
     print(
         f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
         f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
-        f"ended; {len(items):,} prompts, {cfg.n} completions each"
+        f"ended; {count(len(items), 'prompts')}, {cfg.n} completions each"
     )
     numbers = zip(prompts, items, measured["reward"].tolist(), kl.tolist(), strict=True)
     return result, [
@@ -238,7 +239,7 @@ def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
         warn("policy and reference agree on every pair: they are the same model")
     print(
         f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "
-        f"{result['n']:,} pairs; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
+        f"{count(result['n'], 'pairs')}; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
         f"{result['gain_chosen']:+.3f} chosen, {result['gain_rejected']:+.3f} rejected, in nats"
     )
     return result, details

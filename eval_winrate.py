@@ -211,6 +211,8 @@ def main() -> None:
         unanswered = sum(any(d.failed.startswith("no answer") for d in j.decisions) for j in judgements)
         again = f", {unanswered} of them without an answer: the same command asks those again" if unanswered else ""
         warn(f"{result['failed']} of {result['n']} judgements failed and count for neither side{again}; --details says why")
+    if result["ci95"] is None:
+        raise UserError(f"key judge: {say(result)}: look into --details, and start again")
     print(f"{say(result)}; asked now: {judge.calls:,} calls")
     print(json.dumps({name: value for name, value in result.items() if name != "judge_prompt"}))
 

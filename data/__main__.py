@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 
 from base.files import write_whole
+from base.progress import count
 from data import VIEWS, Example, load
 from data.tokenizer import get
 from runtime import config
@@ -61,7 +62,7 @@ def main() -> None:
     view = "sft" if cfg.view == "prompts" else cfg.view
     examples = to_text(load(cfg.data, cfg.split, view, data_dir=cfg.data_dir, limit=cfg.limit, columns=cfg.columns))
     write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
-    print(f"wrote {cfg.out}: {len(examples):,} lines")
+    print(f"wrote {cfg.out}: {count(len(examples), 'lines')}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from base.errors import UserError, warn
 from base.files import read_safetensors, sha256_of
+from base.progress import count
 from data.encode import Encoded, data_hash
 from losses import REFERENCE_FREE
 
@@ -56,7 +57,11 @@ class Reference:
         for name, value in here.items():
             if metadata.get(name) != value:
                 what = name.removesuffix("_sha256").replace("val_data", "validation data")
-                pairs = f"; it holds {len(logps):,} pairs, the training data {len(train):,}" if name == "data_sha256" else ""
+                pairs = (
+                    f"; it holds {count(len(logps), 'pairs')}, the training data {len(train):,}"
+                    if name == "data_sha256"
+                    else ""
+                )
                 raise UserError(
                     f"key ref: {path} was made with another {what} ({metadata.get(name)!s:.12}, here {value:.12}{pairs}): "
                     "make it anew with precompute_ref.py from this run's init_from, data, tokenizer, max_len and truncation"
@@ -64,7 +69,7 @@ class Reference:
         for pairs, table in ((train, logps), (val, val_logps)):
             if tuple(table.shape) != (len(pairs), 2):
                 raise UserError(
-                    f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {len(pairs)} pairs: make it anew"
+                    f"key ref: {path} is damaged: {tuple(table.shape)} numbers for {count(len(pairs), 'pairs')}: make it anew"
                 )
         if metadata["weights_sha256"] != fingerprint:
             message = (
