@@ -65,8 +65,8 @@ def run(main: Callable[[], int | None], alone: bool = False) -> None:
     errors.run(main, alone)
 
 
-_started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
-if sys.argv[0] == "-m" or ROOT in _started.parents[:2]:  # `-m`: the module to be run is still being looked for
+_started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").absolute()
+if sys.argv[:1] == ["-m"] or ROOT in _started.parents[:2]:  # `-m`: the module to be run is still being looked for
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and the like ignore it
         signal.signal(signal.SIGINT, interrupted)
     if "--help" in sys.argv or "-h" in sys.argv:

@@ -65,7 +65,7 @@ def check_data(source: str) -> None:
 def local_files(source: str) -> list[Path]:
     """The files that `source` names: paths or patterns (`part-*.jsonl`), with commas between. UserError if one is not there."""
     parts = [source] if Path(source).exists() else source.split(",")
-    names = [name for part in parts for name in (sorted(glob.glob(part)) if set("*?[") & set(part) else [part]) or [part]]
+    names = [name for part in parts for name in sorted(glob.glob(part)) or [part]]
     for name in names:
         if not Path(name).exists():
             known, near = ", ".join(sorted(RECIPES)), difflib.get_close_matches(name, RECIPES, n=1)

@@ -122,7 +122,7 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
     if hasattr(config, "check"):
         config.check()
     keep_apart(config, [path, *words] if path else words)
-    if argv is None and os.environ.get("RANK", "0") == "0":  # other machines need not see rank 0's files
+    if argv is None and os.environ.get("GROUP_RANK", "0") == "0":  # other machines than rank 0's need not see its files
         for name, f in keys.items():
             if rules(f).reads and getattr(config, name):
                 rules(f).reads(getattr(config, name))
