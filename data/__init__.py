@@ -24,19 +24,7 @@ from data import alpaca, hellaswag, hh, hub, human_labels, math_problems, own, r
 from data.examples import VIEWS, Example, local, move_space, only_text_views, question, report, split_of
 from data.tables import ENDINGS
 
-__all__ = [
-    "RECIPES",
-    "VIEWS",
-    "Example",
-    "check_data",
-    "load",
-    "local",
-    "move_space",
-    "only_text_views",
-    "question",
-    "report",
-    "split_of",
-]
+__all__ = ["RECIPES", "VIEWS", "Example", "load", "local", "move_space", "only_text_views", "question", "report", "split_of"]
 
 SPLITS = ("train", "val", "test")  # of a recipe; a data set of the hub has its own
 
@@ -66,12 +54,14 @@ def local_files(source: str) -> list[Path]:
     """The files that `source` names: paths or patterns (`part-*.jsonl`), with commas between. UserError if one is not there."""
     parts = [source] if Path(source).exists() else source.split(",")
     names = [name for part in parts for name in sorted(glob.glob(part)) or [part]]
-    for name in names:
-        if not Path(name).exists():
-            known, near = ", ".join(sorted(RECIPES)), difflib.get_close_matches(name, RECIPES, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            other = f"data {name!r} is neither a recipe ({known}) nor a file ({', '.join(ENDINGS)}) nor hub:owner/name{hint}"
-            raise UserError(f"{name}: no such file: check the path" if name.endswith(ENDINGS) else other)
+    for name in (name for name in names if not Path(name).exists()):
+        if name.endswith(ENDINGS):
+            raise UserError(f"{name}: no such file: check the path")
+        known, near = ", ".join(sorted(RECIPES)), difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"data {name!r} is neither a recipe ({known}) nor a file ({', '.join(ENDINGS)}) nor hub:owner/name{hint}"
+        )
     return [Path(name) for name in names]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from base.files import write_whole
 from base.progress import count
-from data import VIEWS, Example, load
+from data import VIEWS, Example, check_data, load
 from data.tokenizer import get
 from runtime import config
 from runtime.config import REQUIRED, key
@@ -20,7 +20,9 @@ from runtime.config import REQUIRED, key
 class Config:
     """Write a recipe's examples to a JSONL file."""
 
-    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]")
+    data: str = key(
+        REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]", reads=check_data
+    )
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a; empty = as they are")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     split: str = key("test", "the split of a recipe (train, val, test) or of the hub's data set")

@@ -132,8 +132,8 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
 def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
     """Raise UserError where the script would write over what it reads, or write two files to one place.
 
-    Any text of the settings is taken for a path that is read, and so are `paths` and the base of an adapter. In a folder that
-    is read the names in `READ` are.
+    Any text of the settings is taken for a path that is read (where files are read, for several, or a pattern), and so are
+    `paths` and the base of an adapter. In a folder that is read the names in `READ` are.
     """
     read, written = [(f"PATH {n}", path) for n, path in enumerate(paths, 1)], {}
     for f in fields(config):
@@ -141,8 +141,8 @@ def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
         if value and (rule.writes is not None or rule.replaces):
             written[f.name] = [Path(value, name) for name in rule.replaces or [""]]
         elif f.type is str and not rule.choices and "\0" not in value:
-            parts = [os.path.expanduser(part) for part in {value, *value.split(",")} if part]  # several files, or patterns
-            read += [(f.name, path) for part in parts for path in glob.glob(part) or [part]]
+            several = [path for part in value.split(",") for path in glob.glob(part)] if rule.reads else []
+            read += [(f.name, os.path.expanduser(path)) for path in (value, *several) if path]
     configs = [(name, read_json(Path(path, "adapter_config.json"))) for name, path in read if os.path.isdir(path)]
     bases = [(f"{name} (its base)", str(found.get("base_model_name_or_path", ""))) for name, found in configs]
     read += [(name, base) for name, base in bases if base]

@@ -80,9 +80,7 @@ class RunKeys:
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)", least=0, below=1)
     eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end", least=0)
     save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end", least=0, free=True)
-    keep: int = key(
-        2, "newest checkpoints to keep, beside the best one; 0 = none once the model is written", least=0, free=True
-    )
+    keep: int = key(2, "newest checkpoints to keep, beside the best one; 0 = none at the end", least=0, free=True)
     samples: int = key(2, "validation prompts to complete and print at each validation", least=0, free=True)
     wandb: str = key("", "wandb project to log to, empty = none", free=True)
 

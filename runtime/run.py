@@ -101,9 +101,8 @@ class Run:
         if found or self._did_a_step():  # what is there is not wiped for another run
             config.check_same(self.cfg, config.written(self.cfg), "a run")
         if not found and self._did_a_step() and (self.folder / "model").exists():
-            raise UserError(
-                f"out_dir {self.folder}: the run there is done, without a checkpoint left (keep 0): name another one"
-            )
+            why = "the run there is done, and no checkpoint of it is left (keep 0)"
+            raise UserError(f"out_dir {self.folder}: {why}: name another one, or start anew with --overwrite")
         if not found:
             return None
         folder, state = found

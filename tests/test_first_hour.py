@@ -184,7 +184,7 @@ def test_keep_0_leaves_the_model_alone(files, call, refused, tmp_path):
     weights_of = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("two", "none")]
     assert weights_of[0] == weights_of[1] and metrics(tmp_path / "two") == metrics(tmp_path / "none")
     assert list((tmp_path / "two/checkpoints").iterdir()) and not list((tmp_path / "none/checkpoints").iterdir())
-    refused("sft", *alone, says="the run there is done, without a checkpoint left")
+    refused("sft", *alone, says="the run there is done, and no checkpoint of it is left")
     assert call("sft", *alone, "--overwrite")[0] == 0
 
 
