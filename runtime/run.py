@@ -290,7 +290,7 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"
-        f"on the disk: at most {most} checkpoints of {saved:.2f} GB, and {4e-9 * total:.2f} GB for the model\n"
+        f"on the disk: at most {most} checkpoints of {saved:.3g} GB, and {4e-9 * total:.3g} GB for the model\n"
         f"{count(steps, 'steps')} of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.examples_per_epoch:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
         + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")

@@ -173,7 +173,7 @@ def test_the_header_says_what_it_counted_and_the_disk(run, tmp_path):
     printed, _, _ = run("sft", tmp_path / "run")
     assert "\n5 steps of an epoch, 10 examples each: " in printed
     params = int(re.search(r"([\d,]+) trained", printed)[1].replace(",", ""))
-    assert f"on the disk: at most 4 checkpoints of {12e-9 * params:.2f} GB, and {4e-9 * params:.2f} GB for the model" in printed
+    assert f"on the disk: at most 4 checkpoints of {12e-9 * params:.3g} GB, and {4e-9 * params:.3g} GB for the model" in printed
 
 
 @pytest.mark.slow
