@@ -9,6 +9,8 @@ from: dpo.py checks that.
 The losses are in losses.py. The loss is the mean over the global batch's pairs, however it is split up.
 """
 
+from base.script import run
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import losses
 import weights
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from data.batch import collate
 from data.encode import Encoded, column, data_hash, pair_places, places
 from data.plan import describe, epoch_order
@@ -30,7 +32,7 @@ from runtime.config import key
 from runtime.drift import Drift
 from runtime.keys import TrainKeys
 from runtime.log import Timer
-from runtime.reference import AUTO, Reference, command
+from runtime.reference import AUTO, Reference, check, command
 from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
 from runtime.score import score
 
@@ -145,6 +147,7 @@ def main() -> int | None:
     cfg = config.load(Config, prog="dpo.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
+    compute.once(lambda: check(cfg.ref, command(cfg)) if cfg.ref else None)  # before anything is loaded
 
     # model, text -> tokens
     tokenizer = build_tokenizer(cfg, cfg.init_from, compute)

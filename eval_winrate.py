@@ -13,6 +13,8 @@ docs/judging.md says what the figures mean. `python -m report.plot RESULT.json â
 eval_reward.py needs no judge: it compares the model with its reference.
 """
 
+from base.script import run
+
 import contextlib
 import html
 import json
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import adapters
 import weights
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
 from judge.cache import open_cache
 from judge.client import Decision, Judge, JudgeKeys, Question
@@ -209,6 +211,8 @@ def main() -> None:
         unanswered = sum(any(d.failed.startswith("no answer") for d in j.decisions) for j in judgements)
         again = f", {unanswered} of them without an answer: the same command asks those again" if unanswered else ""
         warn(f"{result['failed']} of {result['n']} judgements failed and count for neither side{again}; --details says why")
+    if result["ci95"] is None:
+        raise UserError(f"key judge: {say(result)}: look into --details, and start again")
     print(f"{say(result)}; asked now: {judge.calls:,} calls")
     print(json.dumps({name: value for name, value in result.items() if name != "judge_prompt"}))
 

@@ -5,6 +5,8 @@
 The file carries what it was made from (weights, tokenized data, tokenizer, lengths), so that dpo.py can refuse a wrong one.
 """
 
+from base.script import run
+
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 
 import weights
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
 from data.encode import Encoded, pair_places
 from runtime import config, distributed, reference

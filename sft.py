@@ -6,11 +6,12 @@
 The loss is the mean negative log-likelihood over all completion tokens of the global batch, however it is split up.
 """
 
+from base.script import run
+
 import math
 from dataclasses import dataclass
 
 import losses
-from base.errors import run
 from data.batch import collate
 from data.encode import Encoded, data_hash
 from data.plan import describe

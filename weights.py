@@ -155,6 +155,12 @@ def on_hub(name: str) -> bool:
     return name in HUB_NAMES or bool(named and not Path(name).parent.exists())
 
 
+def check_model(init_from: str) -> None:
+    """UserError for a name that is no folder here and no model that is looked for elsewhere. Reads and downloads nothing."""
+    if init_from != "scratch" and not on_hub(init_from) and not expand(init_from).exists():
+        _folder(init_from)
+
+
 def _hub(name: str) -> Find:
     return lambda names: hub_find(name, names)
 

@@ -6,6 +6,8 @@
 The table needs no matplotlib.
 """
 
+from base.script import run
+
 import io
 import itertools
 import math
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import parse_json, read_plain, write_whole
 from report.runs import ACCURACY, GAINS, MARGIN, Records, read_run, series, warn_of_jumps
 from runtime import config

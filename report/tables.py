@@ -6,12 +6,14 @@
 Of a run folder it reads config.toml, metrics.jsonl, and the results of eval_winrate.py in it (*.json).
 """
 
+from base.script import run
+
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import parse_json, read_plain, write_whole
 from data.jsonl import get, read
 from report.plot import aligned, by_label, command, figure, save

@@ -9,7 +9,7 @@ import torch
 import adapters
 import weights
 from base.errors import UserError
-from data import RECIPES
+from data import RECIPES, is_local
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
@@ -112,7 +112,7 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         limits = {"train": cfg.limit, "val": cfg.val_limit}
         return *(load(cfg.data, cfg.split, limit, (half, cfg.val_share)) for half, limit in limits.items()), max_len
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
-    if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
+    if val_source == cfg.data and is_local(cfg.data) and not cfg.val_data:
         raise UserError(
             f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data, or --val_share"
         )

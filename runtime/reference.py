@@ -46,11 +46,16 @@ def find(folder: Path, wanted: dict[str, str]) -> str:
     return ""
 
 
+def check(path: str | Path, make: str = "precompute_ref.py") -> None:
+    """UserError if there is no file `path`; `auto` is none."""
+    if str(path) != AUTO and not Path(path).is_file():
+        raise UserError(f"key ref: {path}: no such file: make it with {make}")
+
+
 def read(path: str | Path, make: str = "precompute_ref.py") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a reference file, `logps` among them, and its metadata. UserError for any other file (of key ref)."""
+    check(path, make)
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"key ref: {path}: no such file: make it with {make}")
     tensors, metadata = read_safetensors(path, "make it anew with precompute_ref.py")
     if "logps" not in tensors or "weights_sha256" not in metadata:
         raise UserError(f"key ref: {path} is not a file of precompute_ref.py (no logps or no weights_sha256)")

@@ -18,6 +18,7 @@ import generate
 import weights
 from base.errors import UserError, warn
 from base.files import claim, read_plain, write_whole
+from base.progress import count
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.keys import OURS, TrainKeys
@@ -81,6 +82,8 @@ class Run:
                     f"so the learning rate goes on at {now:.3g}, after {before:.3g}"
                 )
         self.compute.once(lambda: self._open(seen))
+        for doubt in optim.doubts(self.cfg, model, self.steps):
+            warn(doubt)
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
@@ -112,6 +115,9 @@ class Run:
                 if (was := before.get(name)) not in (None, now := getattr(self.cfg, name)):
                     more = ", and dropout draws other random numbers" if self.cfg.dropout or self.cfg.lora_dropout else ""
                     print(f"{name} is {now} now, not {was}: the last bits will differ from an unbroken run's{more}")
+        if not found and self._did_a_step() and (self.folder / "model").exists():
+            why = "the run there is done, and no checkpoint of it is left (keep 0)"
+            raise UserError(f"out_dir {self.folder}: {why}: name another one, or start anew with --overwrite")
         if not found:
             return None
         folder, state = found
@@ -161,7 +167,7 @@ class Run:
         a reward, that decides instead, and what has gone too far (`max_kl`) does not count."""
         if self.metrics:
             self.metrics.write({"step": step, "split": "val", **record})
-        too_far = record.get("kl", 0) > getattr(self.cfg, "max_kl", 0)
+        too_far = "kl" in record and record["kl"] > self.cfg.max_kl
         if too_far:
             warn(f"step {step}: KL {record['kl']:.1f} nats from the start: too far (a higher beta, a lower lr, fewer steps?)")
         score = record.get("reward", -record["loss"])
@@ -187,7 +193,7 @@ class Run:
         self.compute.once(self._prune)
 
     def _prune(self) -> None:
-        checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
+        checkpoint.prune(self.checkpoints, max(1, self.cfg.keep), self.best["step"] if self.best else None)
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal:
@@ -231,6 +237,8 @@ class Run:
         else:
             weights.save(model, self.tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
+        if self.cfg.keep == 0:
+            self.compute.once(lambda: checkpoint.prune(self.checkpoints, 0, None))
         self._end()
         print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
 
@@ -304,10 +312,13 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     mflop, mflop_predicted = (step_flops(model, *one) / 1e6 for one in ((1, 0), (0, 1)))
     part = f"; {sum(distributed.own(p).numel() for p in model.parameters()):,} of them on this rank" if plan.world > 1 else ""
     memory = optim.memory(model, cfg.optimizer) / 1e9
+    saved = 4e-9 * trained * (1 + optim.OPTIMIZERS[cfg.optimizer].states)
+    most = max(1, cfg.keep) + 2  # with the best one, and the one that is being written
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"
-        f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.epoch_size:,}; "
+        f"on the disk: at most {most} checkpoints of {saved:.3g} GB, and {4e-9 * total:.3g} GB for the model\n"
+        f"{count(steps, 'steps')} of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.epoch_size:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
         + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")
     )

@@ -21,6 +21,8 @@ A step is done when its file is there, and every file is written whole. So the s
 each round a warning says if nothing was learnt. `rounds.md` and `rounds.json` have the figures of all rounds.
 """
 
+from base.script import run
+
 import dataclasses
 import importlib
 import json
@@ -31,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import precompute_ref
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import read_json, write_whole
 from data import math_problems, rewards
 from data.jsonl import read

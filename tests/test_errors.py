@@ -86,7 +86,7 @@ def test_examples_longer_than_the_context(files, call, refused, tmp_path):
     _, printed, _ = call("sft", *sft_args(files, tmp_path / "a", data=mixed, val_data=None))
     assert "3 examples, 2 dropped as too long" in printed
     _, printed, _ = call("sft", *sft_args(files, tmp_path / "c", data=cut, val_data=None, truncation="left"))
-    assert "1 prompts cut from the left, 74 tokens cut off them" in printed
+    assert "1 prompt cut from the left, 74 tokens cut off them" in printed
     line = refused("sft", *sft_args(files, tmp_path / "b", data=hopeless), says="no example is left of 2")
     assert "hopeless.jsonl:1" in line and "truncation left" in line
     args = sft_args(files, tmp_path / "d", data=mixed, truncation="left")
