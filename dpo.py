@@ -25,6 +25,7 @@ from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from runtime import config, distributed, optim
 from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.config import key
+from runtime.drift import Drift
 from runtime.keys import TrainKeys
 from runtime.log import Timer
 from runtime.reference import Reference
@@ -45,10 +46,15 @@ class Config(TrainKeys):
     dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference", least=0)
     discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
     sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood per token", least=0)
+    kl_prompts: int = key(0, "estimate the KL from the start at each validation, on so many of its prompts", least=0)
+    reward: str = key("", "kl_prompts: reviews, sentiment, or FILE.py:NAME: keep the weights of the best such reward, not loss")
+    max_kl: float = key(10.0, "kl_prompts: warn above it (nats a completion), and keep no weights by reward there", above=0)
     pairs_per_example: int = key(1, "pairs drawn per problem and epoch where it has several wrong answers, 0 = all", least=0)
 
     def check(self) -> None:
         super().check()
+        if self.reward and not self.kl_prompts:
+            raise UserError("key reward: it is measured on what the model writes: give --kl_prompts 16, or so")
         if self.loss == "robust" and self.label_smoothing >= 0.5:
             raise UserError(f"key label_smoothing: {self.label_smoothing} must be below 0.5 for loss robust")
         if self.loss == "exo_pair" and self.label_smoothing == 0:
@@ -142,7 +148,7 @@ def main() -> int | None:
     # model, text -> tokens
     tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
-    model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start)
+    model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start or cfg.kl_prompts > 0)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
@@ -155,6 +161,7 @@ def main() -> int | None:
         val_ref = val_ref[places(column(val, "n_completions"), drawn)]
         val = [val[i] for i in drawn]
     counts = np.array(column(train, "n_completions"))
+    drift = Drift(cfg, val, model, tokenizer, compute) if cfg.kl_prompts else None
     plan = batch_plan(cfg, train, compute, cfg.pairs_per_example)
     print(describe(plan, train))
 
@@ -225,7 +232,8 @@ def main() -> int | None:
         this_run.log_step(done, record, timer.lap(), len(p.chosen), model, predicted)
         best = False
         if val and this_run.due(cfg.eval_every, done):
-            best = this_run.log_val(done, validate(model, val, val_ref, cfg, compute))
+            record = validate(model, val, val_ref, cfg, compute)
+            best = this_run.log_val(done, record | (drift.measure(model) if drift else {}))
             print_samples(model, tokenizer, val[: cfg.samples], compute)
         if best or this_run.due(cfg.save_every, done):
             this_run.save(done, model, optimizer)

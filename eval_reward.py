@@ -21,7 +21,6 @@ import json
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +29,11 @@ from base.files import write_whole
 from data import jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded, pair_places
 from data.tokenizer import choose
-from generate import stream
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
 from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
-from runtime.score import score
+from runtime.score import score, texts_of, written
 from sample import encode
 
 
@@ -147,20 +145,6 @@ def grade(policy: Tensor, ref: Tensor, items: list[Encoded], beta: float) -> tup
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def write(model, prompts: list[list[int]], n: int, cfg: Config, tokenizer, compute) -> list[Encoded]:
-    """n completions of every prompt by the model. The ranks share the work, and each gets all of it."""
-    mine = {i: prompts[i] for i in range(compute.rank, len(prompts), compute.world)}
-    found: dict[int, list] = {i: [None] * n for i in mine}
-    how = {"n": n, "n_ids": tokenizer.size, "batch_size": cfg.batch_size, "temperature": 1.0, "seed": cfg.seed}
-    with compute.autocast(), torch.inference_mode():
-        for i, j, ids in stream(model, mine, cfg.max_new_tokens, tokenizer.eot, **how):
-            ended = [tokenizer.eot] if len(ids) < cfg.max_new_tokens else []
-            found[i][j] = np.array(ids + ended, np.int32)
-    for part in compute.gather(found):
-        found |= part
-    return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
-
-
 def weighted(rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Reward and KL of the policy that gives the reference's own completions these weights, (prompts, n), each row's sum 1; and
     `ess`, how many of the n the weights amount to (Kish's effective sample size). All (prompts,)."""
@@ -202,10 +186,11 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
             raise UserError(f"{where}: a prompt of {len(ids)} tokens leaves no room for max_new_tokens {cfg.max_new_tokens}")
 
     def graded(items: list[Encoded]) -> Tensor:  # (prompts, n)
-        written = [[tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in item.completions] for item in items]
-        return torch.tensor([[reward(p, text) for text in of] for p, of in zip(prompts, written, strict=True)]).double()
+        of_each = zip(prompts, (texts_of(item, tokenizer) for item in items), strict=True)
+        return torch.tensor([[reward(prompt, text) for text in texts] for prompt, texts in of_each]).double()
 
-    items = write(model, tokens, cfg.n, cfg, tokenizer, compute)
+    how = {"max_new_tokens": cfg.max_new_tokens, "batch_size": cfg.batch_size, "seed": cfg.seed}
+    items = written(model, tokens, tokenizer, compute, n=cfg.n, **how)
     logps = log_probs(cfg.model, model, items, cfg, compute)
     kl = (logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()).view(-1, cfg.n)
     measured = {
@@ -216,7 +201,7 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
     }
     result = {"n": len(items), **means(measured, prompts)}
     if cfg.optimum:
-        drawn = graded(write(ref_model, tokens, cfg.optimum, cfg, tokenizer, compute))
+        drawn = graded(written(ref_model, tokens, tokenizer, compute, n=cfg.optimum, **how))
         result["limit"] = limit(drawn)
         result["best_of"] = [{"k": k, **means(best_of(drawn, k), prompts)} for k in (2, 4, 8, 16) if 4 * k <= cfg.optimum]
     print(

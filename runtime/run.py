@@ -137,13 +137,18 @@ class Run:
         self.console.step(record, seconds, examples)
 
     def log_val(self, step: int, record: dict) -> bool:
-        """Record a validation; True if its loss is the best so far (of a trained model: step 0 does not count)."""
+        """Record a validation; True if its loss is the best so far (of a trained model: step 0 does not count). Where there is
+        a reward, that decides instead, and what has gone too far (`max_kl`) does not count."""
         if self.metrics:
             self.metrics.write({"step": step, "split": "val", **record})
-        finite = math.isfinite(record["loss"])
-        better = step > 0 and finite and (self.best is None or record["loss"] < self.best["loss"])
+        too_far = record.get("kl", 0) > getattr(self.cfg, "max_kl", 0)
+        if too_far:
+            warn(f"step {step}: KL {record['kl']:.1f} nats from the start: too far (a higher beta, a lower lr, fewer steps?)")
+        score = record.get("reward", -record["loss"])
+        counts = step > 0 and math.isfinite(score) and not ("reward" in record and too_far)
+        better = counts and (self.best is None or score > self.best.get("score", -self.best["loss"]))
         if better:
-            self.best = {"step": step, "loss": record["loss"]}
+            self.best = {"step": step, "loss": record["loss"], "score": score}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in record.items())
         print(f"validation at step {step}: {shown}{'  (best)' if better else ''}", flush=True)
         return better

@@ -1,5 +1,8 @@
-"""The question that every stage asks: the log-probability of completions after their prompts, without gradients."""
+"""The question that every stage asks: the log-probability of completions after their prompts, without gradients.
 
+And completions that the model writes itself, to ask it about them."""
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ from base.progress import Progress
 from data.batch import collate
 from data.encode import Encoded
 from data.plan import Rows, plan_once
+from generate import stream
 from losses import completion_sums
 
 
@@ -42,3 +46,25 @@ def score(
     progress.close()
     model.train(was_training)
     return list(compute.total(out).split(counts))
+
+
+def written(
+    model, prompts: list[list[int]], tokenizer, compute, *, n: int, max_new_tokens: int, seed: int, batch_size=64, shared=True
+) -> list[Encoded]:
+    """n completions of every prompt by the model at temperature 1, each with its end-of-text token if it ended. Every rank gets
+    all of them. shared: each rank writes a part; where a model is sharded all must write all, in step."""
+    mine = {i: ids for i, ids in enumerate(prompts) if not shared or i % compute.world == compute.rank}
+    found: dict[int, list] = {i: [None] * n for i in mine}
+    how = {"n": n, "n_ids": tokenizer.size, "batch_size": batch_size, "temperature": 1.0, "seed": seed}
+    with compute.autocast(), torch.inference_mode():
+        for i, j, ids in stream(model, mine, max_new_tokens, tokenizer.eot, **how):
+            ended = [tokenizer.eot] if len(ids) < max_new_tokens else []
+            found[i][j] = np.array(ids + ended, np.int32)
+    for part in compute.gather(found) if shared else ():
+        found |= part
+    return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
+
+
+def texts_of(item: Encoded, tokenizer) -> list[str]:
+    """An item's completions as text, without the end-of-text token."""
+    return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in item.completions]

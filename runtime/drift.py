@@ -1,0 +1,56 @@
+"""How far DPO has gone from its start: KL, estimated from a few completions that the model writes at each validation.
+
+The log-probs of the pairs do not show it: a model may write what no pair holds. See docs/preference-tuning.md.
+"""
+
+from dataclasses import fields
+
+import torch
+
+from base.errors import UserError
+from data import rewards
+from data.encode import Encoded
+from lora import as_started
+from runtime.build import build_model
+from runtime.keys import ModelKeys
+from runtime.score import score, texts_of, written
+
+NEW_TOKENS = 64  # most tokens of a completion
+
+
+class Drift:
+    """The start of a run, and the prompts of validation on which it is compared with the model of later steps."""
+
+    def __init__(self, cfg, items: list[Encoded], model, tokenizer, compute):
+        """With LoRA the start is in the model (`lora.as_started`), else it is a second copy of the weights, whole on each
+        process. UserError where no validation prompt has room for a completion, or the reward cannot be had."""
+        room = model.config.block_size + 1 - NEW_TOKENS
+        prompts = dict.fromkeys(tuple(item.prompt.tolist()) for item in items if len(item.prompt) <= room)
+        self.prompts = [list(ids) for ids in prompts][: cfg.kl_prompts]
+        if not self.prompts:
+            raise UserError(f"key kl_prompts: no validation prompt leaves room for {NEW_TOKENS} tokens: name other val_data")
+        self.cfg, self.tokenizer, self.compute, self.start = cfg, tokenizer, compute, None
+        self.reward = rewards.get(cfg.reward) if cfg.reward else None
+        if not cfg.lora_rank:
+            self.start = build_model(ModelKeys(**{f.name: getattr(cfg, f.name) for f in fields(ModelKeys)}), tokenizer, compute)
+
+    def measure(self, model) -> dict[str, float]:
+        """`kl`: the mean of log pi - log pi_start over 4 completions a prompt, in nats a completion. With a reward: `reward`,
+        its mean over the same completions. Every process draws all of them, because a sharded model needs all processes."""
+        how = {"n": 4, "max_new_tokens": NEW_TOKENS, "seed": self.cfg.seed, "shared": False}
+        items = written(model, self.prompts, self.tokenizer, self.compute, **how)
+
+        def log_probs(of) -> torch.Tensor:
+            return torch.stack(score(of, items, self.compute, self.cfg.micro_tokens)).double()
+
+        now = log_probs(model)
+        if self.start is None:
+            with as_started(model):
+                gains = now - log_probs(model)
+        else:
+            gains = now - log_probs(self.start)
+        found = {"kl": gains.mean().item()}
+        if self.reward:
+            texts = ((self.tokenizer.decode(item.prompt.tolist()), texts_of(item, self.tokenizer)) for item in items)
+            found["reward"] = sum(self.reward(prompt, text) for prompt, of in texts for text in of) / now.numel()
+        return found
