@@ -62,6 +62,11 @@ def step(name: str, **keys: object) -> None:
         sys.exit(status)
 
 
+def write_lines(path: Path, records: list[dict], what: str) -> None:
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    print(f"\nwrote {path}: {len(records):,} lines, {what}")
+
+
 class Demo:
     """The commands with what they have in common."""
 
@@ -81,13 +86,13 @@ class Demo:
         step("selftrain.reward_pairs", samples=samples, **how, out=pairs)
         rows = [record for _, record in read(pairs)]
         chosen = [{"prompt": row["prompt"], "completion": row["completions"][a]} for row in rows for a, _ in row["pairs"]]
-        write_whole(out / "chosen.jsonl", "".join(json.dumps(line) + "\n" for line in chosen))
+        write_lines(out / "chosen.jsonl", chosen, "the chosen review of each pair")
         step("precompute_ref", init_from=self.model, data=pairs, out=out / "ref.safetensors")
         # the failure of the HellaSwag source, on purpose: the reference is not the model that DPO starts from
         untrained = {"init_from": "scratch", "tokenizer": "reviews", "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64}
         step("precompute_ref", **untrained, seed=cfg.seed, data=pairs, out=out / "wrong_ref.safetensors")
         asked = sorted({prompt for prompt, _ in reviews.reviews("test", 1000)})
-        write_whole(out / "eval_prompts.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in asked))
+        write_lines(out / "eval_prompts.jsonl", [{"prompt": prompt} for prompt in asked], "each beginning that reviews have")
 
     def chosen(self) -> Path:
         """More SFT, on the chosen reviews."""

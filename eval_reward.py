@@ -170,15 +170,13 @@ def limit(rewards: Tensor) -> list[dict]:
 
 
 def best_of(rewards: Tensor, k: int) -> dict[str, Tensor]:
-    """Reward and KL of the best of k of the reference's completions, from the rewards of n of them, (prompts, n).
+    """Reward and KL of the best of k completions that are drawn from the reference's n, with rewards (prompts, n).
 
-    A completion's weight is the chance that its reward is the largest of k of the n, shared by those of the same reward. The
-    KL is below log k - (k - 1) / k (Beirami et al. 2024, arXiv 2401.01879)."""
+    The KL is at most log k - (k - 1) / k (Beirami et al. 2024, arXiv 2401.01879)."""
     ordered, n = rewards.sort(1).values, rewards.size(1)
-    # how many of the prompt's rewards are at most this one, and how many are below it
-    ranks = [torch.searchsorted(ordered, rewards, right=right).double() for right in (True, False)]
-    largest, smaller = (torch.stack([(r - i).clamp_min(0) / (n - i) for i in range(k)]).prod(0) for r in ranks)
-    return weighted(rewards, (largest - smaller) / (ranks[0] - ranks[1]))
+    at_most, below = (torch.searchsorted(ordered, rewards, right=right).double() for right in (True, False))
+    # the chance that the largest of k rewards is this one, shared by the completions that have it
+    return weighted(rewards, ((at_most / n) ** k - (below / n) ** k) / (at_most - below))
 
 
 def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:

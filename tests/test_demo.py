@@ -15,16 +15,16 @@ from runtime import config
 from tests.conftest import flags, script
 from tests.data.test_recipe_page import command
 
-SMALL = {"sft_steps": 250, "dpo_steps": 120, "prompts": 1500, "n": 64}
+SMALL = {"sft_steps": 200, "dpo_steps": 100, "prompts": 1200, "n": 48}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(folder, what was printed, results) of a demo with two betas and without the curves over steps."""
+    """(folder, what was printed, results) of a demo with one beta and one curve over steps."""
     out = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(open(out.with_name("said"), "w")) as said:
-        patch.setattr(demo, "BETAS", (2, 1))
-        patch.setattr(demo, "CURVES", ())
+        patch.setattr(demo, "BETAS", (1,))
+        patch.setattr(demo, "CURVES", demo.CURVES[:1])
         assert script("demo", *flags(**SMALL, out_dir=out)) == 0
         said.flush()
     return out, out.with_name("said").read_text(), json.loads((out / "results.json").read_text())
@@ -39,23 +39,16 @@ def holds(results: dict) -> bool:
 def test_what_the_picture_claims(small):
     out, said, results = small
     assert holds(results), demo.findings(results)
-    assert [p["name"] for p in results["policies"]] == [
-        "SFT",
-        "SFT on chosen",
-        "best of 4",
-        "DPO",
-        "DPO",
-        "DPO, wrong reference",
-    ]
+    assert [p["name"] for p in results["policies"]] == ["SFT", "SFT on chosen", "best of 4", "DPO", "DPO, wrong reference"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     best = next(p for p in results["policies"] if p["name"] == "best of 4")
     assert best["kl"] <= math.log(4) - 3 / 4
-    assert best["reward"] <= demo.limit_at(best["kl"], results["limit"]) + 0.01
+    assert -0.005 < demo.limit_at(best["kl"], results["limit"]) - best["reward"] < 0.05
     for line in said.splitlines():
         if line.startswith("$ "):
             module, words = command(line)
             config.load(__import__(module, fromlist=["Config"]).Config, words)
-    assert said.count("\n$ ") == 5 + 2 + 1 + 3 + 5  # to prepare (the last two for references), to train, to measure
+    assert said.count("\n$ ") == 6 + 3 + 4 + 3 * 2  # to prepare, to train, to measure, the curve
 
 
 @pytest.mark.slow
