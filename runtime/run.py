@@ -70,7 +70,7 @@ class Run:
             self.compute.once(self._prune)  # a kill may have come between its save and this
             self.saved_at = done
             print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
-        self.compute.once(lambda: self._open(seen))
+        self.compute.once(lambda: self._open(seen, done))
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
@@ -114,9 +114,9 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         return metrics.exists() and b'"split": "train"' in read_plain(metrics)
 
-    def _open(self, seen: int) -> None:
+    def _open(self, seen: int, done: int) -> None:
         write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))
-        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, self.cfg.wandb, dataclasses.asdict(self.cfg))
+        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, dataclasses.asdict(self.cfg), done)
 
     # --- along the way ---
 
@@ -205,7 +205,8 @@ class Run:
             weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
         self._end()
-        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
+        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}")
+        print(f"to look at it: python -m report.page {self.folder} --out {self.folder / 'report.html'}", flush=True)
 
     def _save_merged(self, tokenizer) -> None:
         found = adapters.source(str(self.folder / "adapter"), **source_options(self.cfg, tokenizer))
