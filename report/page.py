@@ -19,11 +19,12 @@ from base.errors import UserError, run, warn
 from base.files import write_whole
 from report import plot
 from report.formats import Table, turned
-from report.results import Points, result_table, results_in
+from report.results import Points, read_result, result_table, results_in
 from report.runs import Run, differing, read_config, read_run, run_table, shorten, troubles
 from report.tables import read_answers
 from runtime.config import REQUIRED, key
 
+NOT_ALLOWED = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # in HTML and XML
 # Nothing is fetched, whatever a text holds: a browser obeys the policy. The script shows the rows that hold what is searched.
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8" /><title>Runs</title>
@@ -85,7 +86,7 @@ def collect(paths: dict[str, str], rows: int) -> Found:
         path = Path(name)
         if not path.is_dir():
             if path.suffix == ".json":
-                found.points += [{**p, "label": p["label"] or label} for p in plot.read_result(path)]
+                found.points += [{**p, "label": p["label"] or label} for p in read_result(path)]
             else:
                 add_answers(found, label, path, rows)
             continue
@@ -94,7 +95,8 @@ def collect(paths: dict[str, str], rows: int) -> Found:
         if not is_run and not inside:
             raise UserError(f"{path}: neither a run folder nor a folder of runs: it has no config.toml and no metrics.jsonl")
         for folder in [path] if is_run else [path, *inside]:
-            add_folder(found, label if is_run else folder.name, folder, rows)
+            name = folder.name if len(paths) == 1 else f"{label}/{folder.name}"
+            add_folder(found, label if folder == path else name, folder, rows)
     return found
 
 
@@ -131,19 +133,14 @@ def add_answers(found: Found, label: str, path: Path, rows: int) -> None:
 # --- HTML -----------------------------------------------------------------------------------------------------------------
 
 
-def escape(text: str) -> str:
-    """A text as HTML shows it. Characters that HTML and XML do not allow are replaced."""
-    return html.escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
-
-
 def html_table(table: Table, texts: int, kind: str = "") -> str:
     """texts: how many columns are text; those after them are numbers."""
     rows = []
     for row in table[1:]:
-        cells = [f"<td{'' if i < texts else ' class=number'!r}" for i in range(len(row))]
-        rows.append("".join(f"{cell}>{escape(text)}</td>" for cell, text in zip(cells, row, strict=True)))
-    head = "".join(f"<th>{escape(text)}</th>" for text in table[0])
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        cells = [(html.escape(text), "text" if i < texts else "number") for i, text in enumerate(row)]
+        rows.append("<tr>" + "".join(f'<td class="{side}" dir="auto">{text}</td>' for text, side in cells) + "</tr>")
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in table[0])
+    body = "\n".join(rows)
     return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -189,9 +186,9 @@ def page(found: Found) -> str:
         table = [["prompt", *found.answers]]
         table += [[prompt, *(texts.get(prompt, "-") for texts in found.answers.values())] for prompt in prompts]
         parts += ["<h2>Answers</h2>", SEARCH, html_table(table, len(table[0]), "answers"), SCRIPT]
-    listed = "".join(f"<li>{escape(text)}</li>" for text in said)
+    listed = "".join(f"<li>{html.escape(text)}</li>" for text in said)
     top = f'<ul class="warnings">{listed}</ul>' if said else "<p>No warnings.</p>"
-    return "\n".join([HEAD, top, *parts, "</body></html>\n"])
+    return re.sub(NOT_ALLOWED, "\ufffd", "\n".join([HEAD, top, *parts, "</body></html>\n"]))
 
 
 def write(paths: list[str], out: str | Path, labels: str = "", rows: int = 200) -> None:

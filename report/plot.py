@@ -103,7 +103,7 @@ def dress(ax, xlabel: str, ylabel: str) -> None:
 
 def legend_text(label: str) -> str:
     """`label` as matplotlib shows it unchanged: it takes $ for mathematics and leaves out a label that starts with _."""
-    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+    return (" " if label.startswith("_") else "") + label.encode(errors="replace").decode().replace("$", r"\$")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def model_of(init_from: str) -> str:
 
 
 def numbers(run: Run) -> list[dict[str, str]]:
-    """What a run came to, as {heading: text}, in two groups.
+    """What a run came to, as {heading: text}, in groups: losses, preferences, times.
 
     Loss, accuracy and margin are those of the saved model: of the best validation, or else of the last training step. Each
     kind of loss has a heading of its own. Perplexity is exp of a loss that is one a token. The time is the sum of the steps'
@@ -188,13 +188,12 @@ def numbers(run: Run) -> list[dict[str, str]]:
         found |= {f"val loss ({run.kind()})": f"{best['loss']:.3f}", "at step": str(best["step"])}
         if run.kind() == "SFT":
             found["perplexity"] = f"{math.exp(min(best['loss'], 700)):.3f}"
-    for name, metric in (("accuracy", ACCURACY), ("margin", MARGIN)):
-        if isinstance(end.get(metric), int | float):
-            found[name] = f"{end[metric]:.3f}"
+    wanted = {"accuracy": end.get(ACCURACY), "margin": end.get(MARGIN)}
+    preferred = {name: f"{value:.3f}" for name, value in wanted.items() if isinstance(value, int | float)}
     times = {"minutes": f"{seconds.sum() / 60:.2f}"} if len(seconds) else {}
     times |= {"tokens/s": f"{np.median(speed):.0f}"} if len(speed) else {}
     jumped = ", ".join(str(step) for step, _, _ in jumps(run))
-    return [found, times | ({"loss jumps at": jumped} if jumped else {})]
+    return [found, preferred, times | ({"loss jumps at": jumped} if jumped else {})]
 
 
 def run_table(runs: dict[str, Run], folders: dict[str, str]) -> Table:
@@ -210,9 +209,9 @@ def run_table(runs: dict[str, Run], folders: dict[str, str]) -> Table:
         for point in results_in(folders[label])[0]:
             text = rounded(point["value"])
             found[point["measure"]] = f"{found[point['measure']]}, {text}" if point["measure"] in found else text
-        reached, times = numbers(run)
+        *reached, times = numbers(run)
         shown = {name: shorten(run.settings[name]) for name in keys if name in run.settings and name != "init_from"}
-        rows.append([{"run": label, **known}, shown, reached, found, times])
+        rows.append([{"run": label, **known}, shown, *reached, found, times])
     head = list(dict.fromkeys(name for groups in zip(*rows, strict=True) for group in groups for name in group))
     whole = [{name: text for group in row for name, text in group.items()} for row in rows]
     return [head, *([row.get(name, "-") for name in head] for row in whole)]
