@@ -25,35 +25,8 @@ from report.tables import read_answers
 from runtime.config import REQUIRED, key
 
 NOT_ALLOWED = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # in HTML and XML
-# Nothing is fetched, whatever a text holds: a browser obeys the policy. The script shows the rows that hold what is searched.
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8" /><title>Runs</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"/>
-<meta name="viewport" content="width=device-width" />
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 1500px; padding: 0 1.5em }
-h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin: 2em 0 .6em }
-div.wide { overflow-x: auto } svg { width: 100%; height: auto }
-table { border-collapse: collapse } th, td { border: 1px solid #ddd; padding: .3em .6em; text-align: left; vertical-align: top }
-th { background: #f3f3f3 } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-table.answers { table-layout: fixed; width: 100%; min-width: 60em }
-table.answers td { white-space: pre-wrap; overflow-wrap: anywhere }
-ul.warnings { background: #fff4e0; border-left: 4px solid #E69F00; padding: .7em 2em }
-input { font: inherit; padding: .3em .6em; width: 24em; margin-bottom: .8em } summary { cursor: pointer; margin: .8em 0 }
-</style></head><body><h1>Runs</h1>
-"""
-SEARCH = """<input id="search" type="search" placeholder="search prompts and answers" /> <span id="found"></span>"""
-SCRIPT = """<script>
-document.getElementById("search").addEventListener("input", event => {
-  const wanted = event.target.value.toLowerCase();
-  let found = 0;
-  document.querySelectorAll("table.answers tbody tr").forEach(row => {
-    row.hidden = !row.textContent.toLowerCase().includes(wanted);
-    found += row.hidden ? 0 : 1;
-  });
-  document.getElementById("found").textContent = found + " shown";
-});
-</script>"""
+FRAME = Path(__file__).with_name("page.html")
+SEARCH = '<input id="search" type="search" placeholder="search prompts and answers" /> <span id="found"></span>'
 
 
 @dataclass
@@ -185,10 +158,11 @@ def page(found: Found) -> str:
         prompts = dict.fromkeys(prompt for texts in found.answers.values() for prompt in texts)
         table = [["prompt", *found.answers]]
         table += [[prompt, *(texts.get(prompt, "-") for texts in found.answers.values())] for prompt in prompts]
-        parts += ["<h2>Answers</h2>", SEARCH, html_table(table, len(table[0]), "answers"), SCRIPT]
+        parts += ["<h2>Answers</h2>", SEARCH, html_table(table, len(table[0]), "answers")]
     listed = "".join(f"<li>{html.escape(text)}</li>" for text in said)
     top = f'<ul class="warnings">{listed}</ul>' if said else "<p>No warnings.</p>"
-    return re.sub(NOT_ALLOWED, "\ufffd", "\n".join([HEAD, top, *parts, "</body></html>\n"]))
+    content = re.sub(NOT_ALLOWED, "\ufffd", "\n".join([top, *parts]))
+    return FRAME.read_text(encoding="utf-8").replace("<!-- content -->", content)
 
 
 def write(paths: list[str], out: str | Path, labels: str = "", rows: int = 200) -> None:

@@ -344,7 +344,8 @@ def read_results(paths: list[str], labels: str = "") -> Points:
     for names in [split_labels(labels, paths)] if labels else [stems, folders, both]:
         own = "" if labels else "label"
         points = [{**p, "label": p.get(own) or name} for name, of in zip(names, found, strict=True) for p in of]
-        if len({(p["label"], p["measure"], p["parameters"]) for p in points}) == len(points):
+        sized = all(p["parameters"] for p in points)
+        if len({(p["label"], p["measure"], sized and p["parameters"]) for p in points}) == len(points):
             break  # each can be told from the others
     return points
 

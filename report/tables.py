@@ -16,7 +16,7 @@ from data import messages
 from data.jsonl import get, read
 from report.formats import Table, as_csv, broken, markdown, turned
 from report.plot import by_label, command, east_asian, figure, save
-from report.runs import read_run, run_table, warn_of_losses
+from report.runs import read_config, read_run, run_table, warn_of_losses
 from runtime.config import key
 
 CELL = 500  # characters of a text that a cell shows: a prompt's last ones, an answer's first ones
@@ -105,6 +105,8 @@ def main() -> None:
     if are_runs:
         records = {label: read_run(folder) for label, folder in sources.items()}
         table = run_table(records, sources)
+        for folder in paths:
+            read_config(folder)  # a table without settings says too little
         warn_of_losses(records)
     else:
         table = answers(sources, cfg.rows, 0 if is_csv else CELL)

@@ -97,7 +97,7 @@ def test_pictures(folder, losses, call, refused, tmp_path, monkeypatch):
         assert call("report.tables", source, "--png", tmp_path / "new" / "t.png")[0] == 0
         picture = (tmp_path / "new" / "t.png").read_bytes()
         width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
-        assert picture[:4] == b"\x89PNG" and 500 < width < 2000 and 60 < height < 600
+        assert picture[:4] == b"\x89PNG" and 250 < width < 2000 and 60 < height < 600
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused("report.tables", run, "--png", tmp_path / "other.png", says="pip install matplotlib")
 
