@@ -66,6 +66,17 @@ def figure(out: str | Path, width: float, height: float):
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
+def grid(out: str | Path, n: int, columns: int, width: float, **options: Any):
+    """(a Figure so many inches wide, its n panels in rows of `columns`). options: those of matplotlib's subplots."""
+    rows = -(-n // columns)
+    fig = figure(out, width, 6.5 if rows == 1 else 4.75 * rows)
+    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
+    axes = fig.subplots(rows, columns, squeeze=False, **options).flatten()
+    for ax in axes[n:]:
+        ax.remove()
+    return fig, axes[:n]
+
+
 def east_asian() -> list[str]:
     """The first installed font with Chinese, Japanese and Korean letters; matplotlib takes it where another lacks a letter."""
     from matplotlib.font_manager import fontManager
@@ -152,14 +163,8 @@ def runs_figure(runs: dict[str, Run], out: str | Path):
         raise UserError(f"nothing to draw: no finite loss in {', '.join(runs)}")
 
     columns = len(curves) if len(curves) <= 3 else max(-(-len(curves) // 2), 3) if len(curves) <= 8 else 4
-    rows = -(-len(curves) // columns)
-    fig = figure(out, 16, 6.5 if rows == 1 else 4.75 * rows)
-    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
-    ratios = [3, 2] if len(curves) == 2 else None
-    axes = fig.subplots(rows, columns, squeeze=False, width_ratios=ratios).flatten()
-    for ax in axes[len(curves) :]:
-        ax.remove()
-    panels = dict(zip(curves, axes, strict=False))
+    fig, axes = grid(out, len(curves), columns, 16, width_ratios=[3, 2] if len(curves) == 2 else None)
+    panels = dict(zip(curves, axes, strict=True))
     for name, ax in panels.items():
         draw_panel(ax, name, dict(zip(runs, curves[name], strict=True)))
         dress(ax, "optimizer step", names[name])
@@ -199,11 +204,6 @@ def draw_panel(ax, name: str, curves: dict[str, list]) -> None:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def draw_results(points: Points, out: str | Path) -> None:
-    """Draw the points of report.results into the picture `out`, a panel for each measure (see `results_figure`)."""
-    save(results_figure(points, out), out)
-
-
 def results_figure(points: Points, out: str | Path):
     """Lines over the models' sizes where all are known and differ; else bars; a reward over its KL where that was measured.
 
@@ -215,16 +215,11 @@ def results_figure(points: Points, out: str | Path):
     if any("kl" in point for point in points):
         measures = {name: group for name, group in measures.items() if not name.startswith("KL ")}  # it is an axis
     columns = min(len(measures), 3)
-    rows = -(-len(measures) // columns)
-    fig = figure(out, 11 if columns == 1 else 7 * columns, 6.5 if rows == 1 else 5 * rows)
-    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
-    axes = fig.subplots(rows, columns, squeeze=False).flatten()
+    fig, axes = grid(out, len(measures), columns, 11 if columns == 1 else 7 * columns)
     colours = {label: i % 7 for i, label in enumerate(dict.fromkeys(p["label"] for p in points))}
-    for ax in axes[len(measures) :]:
-        ax.remove()
-    for ax, (name, group) in zip(axes, measures.items(), strict=False):
-        if any("kl" in p for p in group):
-            draw_frontier(ax, [p for p in group if "kl" in p], colours)
+    for ax, (name, group) in zip(axes, measures.items(), strict=True):
+        if all("kl" in p for p in group):
+            draw_frontier(ax, group, colours)
         elif len({p["parameters"] for p in group}) > 1 and all(p["parameters"] for p in group):
             draw_sizes(ax, group, colours)
         else:
@@ -234,16 +229,15 @@ def results_figure(points: Points, out: str | Path):
         dress(ax, ax.get_xlabel(), "")
         ax.set_title("\n".join(textwrap.wrap(name, 45)), fontsize=14)
         ax.margins(y=0.12)
-        if any(p["chance"] is not None or "%" in name or "score" in name for p in group):
-            ax.set_ylim(0, max(60, *(1.08 * (p["high"] or p["value"]) for p in group)))
+        if "%" in name or "score" in name:
+            ax.set_ylim(0, max(60 if "%" in name else 100, *(1.08 * (p["high"] or p["value"]) for p in group)))
     fig.suptitle("with 95% intervals", fontsize=11, color="0.3")
-    handles = {
-        label: handle for ax in axes[: len(measures)] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
+    handles = {}
+    for ax in axes:
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
-        fig.legend(
-            handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=14, frameon=False
-        )
+        style = {"ncols": min(len(handles), 5), "fontsize": 14, "frameon": False}
+        fig.legend(handles.values(), handles, loc="outside lower center", **style)
     return fig
 
 
@@ -288,11 +282,8 @@ def draw_bars(ax, points: Points, colours: dict[str, int]) -> None:
 def draw_frontier(ax, points: Points, colours: dict[str, int]) -> None:
     """Each reward over the KL divergence that it cost; and the limit that no method can pass."""
     for p in points:
-        kl, low, high = p["kl"]
-        across = None if low is None else [[kl - low], [high - kl]]
-        ax.errorbar(
-            [kl], [p["value"]], arms([p]), across, **look(colours[p["label"]]), linestyle="", label=legend_text(p["label"])
-        )
+        style = {**look(colours[p["label"]]), "linestyle": "", "label": legend_text(p["label"])}
+        ax.errorbar([p["kl"]["value"]], [p["value"]], arms([p]), arms([p["kl"]]), **style)
     limit = max((p["limit"] for p in points), key=len)
     if limit:
         ax.plot(*zip(*limit, strict=True), color="0.3", label="limit")
@@ -342,11 +333,12 @@ def read_results(paths: list[str], labels: str = "") -> Points:
     both = [f"{folder} {stem}" for folder, stem in zip(folders, stems, strict=True)]
     found = [read_result(path) for path in paths]
     for names in [split_labels(labels, paths)] if labels else [stems, folders, both]:
-        own = "" if labels else "label"
-        points = [{**p, "label": p.get(own) or name} for name, of in zip(names, found, strict=True) for p in of]
+        pairs = [(p, name) for name, of in zip(names, found, strict=True) for p in of]
+        points = [{**p, "label": name if labels else p["label"] or name} for p, name in pairs]
         sized = all(p["parameters"] for p in points)
-        if len({(p["label"], p["measure"], sized and p["parameters"]) for p in points}) == len(points):
-            break  # each can be told from the others
+        told = [(name, p["measure"], sized and p["parameters"]) for p, name in pairs if not p["label"]]
+        if len(set(told)) == len(told):
+            break  # each that has no label of its own can be told from the others
     return points
 
 
@@ -355,7 +347,7 @@ def main() -> None:
     if all(path.endswith(".json") for path in paths):
         points = read_results(paths, cfg.labels)
         print(markdown(result_table(points)), end="", flush=True)
-        draw_results(points, cfg.out)
+        save(results_figure(points, cfg.out), cfg.out)
     else:
         folders = by_label(cfg.labels, paths)
         runs = {label: read_run(folder) for label, folder in folders.items()}

@@ -33,8 +33,8 @@ def number(value: Any) -> bool:
 def read_result(path: str | Path) -> Points:
     """A point for each measure in a result file: label, parameters, measure, value, low, high (the 95% interval), n, chance.
 
-    Of what is missing, parameters and the interval are None. A point of a reward has `kl` and its interval, and the `limit`,
-    where they were measured. Raises UserError for any other file, and for a result that measured nothing.
+    Of what is missing, parameters and the interval are None. A point of a reward has `kl` (value, low, high) and
+    the `limit`, where they were measured. Raises UserError for any other file, and for a result that measured nothing.
     """
     try:
         found = parse_json(read_plain(Path(path)))
@@ -42,8 +42,10 @@ def read_result(path: str | Path) -> Points:
         n = found["n"]
         if not fields or not number(n) or not all(number(value) or value is None for *_, value in fields.values()):
             raise TypeError
-        size = found.get("parameters")
-        same = {"label": str(found.get("label") or ""), "parameters": size if number(size) and size > 0 else None, "n": n}
+        known = {
+            name: found[name] if number(found.get(name)) and found[name] > 0 else None for name in ("parameters", "chance")
+        }
+        same = {"label": str(found.get("label") or ""), "parameters": known["parameters"], "n": n}
         text = {name: Path(str(found.get(name, "?"))).name for name in ("mode", "data", "split", "reward_rule", "k")}
         points = []
         for field, (name, scale, value) in fields.items():
@@ -51,11 +53,12 @@ def read_result(path: str | Path) -> Points:
                 continue
             low, high = interval(found, field)
             scaled = {"value": scale * value, "low": low and scale * low, "high": high and scale * high}
-            chance = {"win_rate": 0.5, "accuracy": 0.5}.get(field, found.get("chance") if field.startswith("acc") else None)
+            chance = {"win_rate": 0.5, "accuracy": 0.5}.get(field, known["chance"])
             points.append({**same, "measure": name.format(**text), **scaled, "chance": chance and scale * chance})
             if field == "reward" and number(found.get("kl")):
-                limit = [(at["kl"], at["reward"]) for at in found.get("limit", []) if at["ess"] >= 10]
-                points[-1] |= {"kl": (found["kl"], *interval(found, "kl")), "limit": sorted(limit)}
+                limit = [(float(at["kl"]), float(at["reward"])) for at in found.get("limit", []) if at["ess"] >= 10]
+                kl = dict(zip(("value", "low", "high"), (found["kl"], *interval(found, "kl")), strict=True))
+                points[-1] |= {"kl": kl, "limit": sorted(limit)}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: name a result of an evaluation script") from None
     except (ValueError, KeyError, TypeError, IndexError):

@@ -428,3 +428,13 @@ def test_tensorboard_gets_every_record_and_a_resumed_run_goes_on(run, tmp_path, 
 def test_tensorboard_that_is_missing(files, refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused("sft", *sft_args(files, tmp_path / "run", tensorboard="true"), says="pip install tensorboard")
+
+
+def test_a_run_ends_with_the_command_of_its_page(run, call, tmp_path):
+    """And the command works, also a second time, when the page is there."""
+    out, _, _ = run("sft", tmp_path / "run")
+    words = out.partition("to look at it: python -m report.page ")[2].split()
+    assert words == [str(tmp_path / "run"), "--out", str(tmp_path / "run" / "report.html")]
+    for _ in range(2):
+        assert call("report.page", *words)[0] == 0
+    assert "val loss (SFT)" in (tmp_path / "run" / "report.html").read_text()
