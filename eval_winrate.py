@@ -9,7 +9,7 @@
 
 pairwise asks which of two texts is better, the model's or another one. score asks for 0 to 100 points, given a reference
 answer. `--judge local` needs no server: judge/local.py. `--calibrate` measures how often a judge agrees with known preferences.
-docs/judging.md says what the figures mean. `python -m report.plot RESULT.json …` draws them against model size.
+docs/judging.md says what the figures mean. `python -m report.plot RESULT.json …` draws them.
 eval_reward.py needs no judge: it compares the model with its reference.
 """
 

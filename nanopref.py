@@ -10,8 +10,8 @@ from pathlib import Path
 
 SCRIPTS = (
     *("sft", "precompute_ref", "dpo", "eval_mcq", "eval_reward", "eval_winrate", "sample", "data", "demo", "bench"),
-    *("selftrain.loop", "selftrain.problems", "selftrain.eval_math", "selftrain.pairs"),
-    *("report.plot", "report.tables", "report.memory", "tools.convert_openai"),
+    *("selftrain.loop", "selftrain.problems", "selftrain.eval_math", "selftrain.pairs", "selftrain.reward_pairs"),
+    *("report.page", "report.plot", "report.tables", "report.memory", "tools.convert_openai", "tools.export"),
 )
 
 

@@ -7,7 +7,7 @@ formula, a line a model family in `KEPT`. Tests compare both with what a run hol
 from logprobs import LOGITS_BUDGET, LOGITS_CHUNK
 from lora import LoRAConfig, add_lora
 from model import SIZES, GPTConfig
-from report.tables import markdown
+from report.formats import markdown
 from runtime.optim import OPTIMIZERS
 from weights import empty
 

@@ -73,8 +73,8 @@ class Rules:
         if self.below is not None and value >= self.below:
             raise UserError(f"key {name}: {value} must be below {self.below}")
         if self.writes is not None and value:
-            if not value.endswith(self.writes):
-                raise UserError(f"key {name}: {value} must end in {self.writes}")
+            if not value.endswith(tuple(self.writes.split()) or ""):
+                raise UserError(f"key {name}: {value} must end in {' or '.join(self.writes.split())}")
             check_file(name, value)
 
 
@@ -83,11 +83,11 @@ def key(default: Any, help: str, choices: Iterable = (), **rules: Any) -> Any:
 
     help: a line for `--help`. choices: the values allowed, all where empty. least, most, above, below: bounds of a number;
     floats are always finite, and a REQUIRED text is never empty. writes: the key names a file that the script will write,
-    with this ending ("" = any); a place that cannot be written is refused before the work begins. replaces: the key names a
-    folder in which the script replaces or deletes what has these names ("" = the folder itself). No other text of the
-    settings may name what is written, see `keep_apart`. reads: raises UserError where what the key names is not there; a
-    script asks it before anything else. free: a resumed run may change it. model: the key names a model; of a run's folder it
-    becomes that of the weights, see `checkpoint.weights_of`.
+    with one of these endings (".png .pdf"; "" = any); a place that cannot be written is refused before the work begins.
+    replaces: the key names a folder in which the script replaces or deletes what has these names ("" = the folder itself). No
+    other text of the settings may name what is written, see `keep_apart`. reads: raises UserError where what the key names is
+    not there; a script asks it before anything else. free: a resumed run may change it. model: the key names a model; of a
+    run's folder it becomes that of the weights, see `checkpoint.weights_of`.
     """
     return field(default=default, kw_only=True, metadata={"rules": Rules(help, tuple(choices), **rules)})
 

@@ -9,7 +9,8 @@ from runtime.config import REQUIRED, key
 from runtime.optim import OPTIMIZERS
 from weights import check_model
 
-OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id")  # what a run leaves in its folder, beside config.toml
+# what a run leaves in its folder, beside config.toml
+OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id", "tensorboard")
 SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
 DTYPES = ("auto", "float32", "bfloat16")
 MOST_SEED = 2**63 - 1
@@ -86,6 +87,7 @@ class RunKeys:
     keep: int = key(2, "newest checkpoints to keep, beside the best one; 0 = none at the end", least=0, free=True)
     samples: int = key(2, "validation prompts to complete and print at each validation", least=0, free=True)
     wandb: str = key("", "wandb project to log to, empty = none", free=True)
+    tensorboard: bool = key(False, "write the metrics for TensorBoard too, in out_dir/tensorboard", free=True)
 
 
 @dataclass

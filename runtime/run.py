@@ -81,7 +81,7 @@ class Run:
                     f"extended from {was} to {self.steps} steps: the {self.cfg.schedule} schedule covers all {self.steps} now, "
                     f"so the learning rate goes on at {now:.3g}, after {before:.3g}"
                 )
-        self.compute.once(lambda: self._open(seen))
+        self.compute.once(lambda: self._open(seen, done))
         for doubt in optim.doubts(self.cfg, model, self.steps):
             warn(doubt)
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -140,9 +140,9 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         return metrics.exists() and b'"split": "train"' in read_plain(metrics)
 
-    def _open(self, seen: int) -> None:
+    def _open(self, seen: int, done: int) -> None:
         write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))
-        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, self.cfg.wandb, dataclasses.asdict(self.cfg))
+        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, dataclasses.asdict(self.cfg), done)
 
     # --- along the way ---
 
@@ -240,7 +240,8 @@ class Run:
         if self.cfg.keep == 0:
             self.compute.once(lambda: checkpoint.prune(self.checkpoints, 0, None))
         self._end()
-        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
+        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}")
+        print(f"to look at it: python -m report.page {self.folder} --out {self.folder / 'report.html'}", flush=True)
 
     def _save_merged(self) -> None:
         found = adapters.source(str(self.folder / "adapter"), **source_options(self.cfg, self.tokenizer))

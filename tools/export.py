@@ -5,11 +5,12 @@
 A run's end is in its model/ already. With LoRA the adapter is merged into its base.
 """
 
+from base.script import run
+
 from dataclasses import dataclass
 
 import adapters
 import weights
-from base.errors import run
 from data.tokenizer import choose
 from runtime import config
 from runtime.config import REQUIRED, key
