@@ -131,7 +131,10 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
     if argv is None and os.environ.get("GROUP_RANK", "0") == "0":  # other machines than rank 0's need not see its files
         for name, f in keys.items():
             if rules(f).reads and getattr(config, name):
-                rules(f).reads(getattr(config, name))
+                try:
+                    rules(f).reads(getattr(config, name))
+                except UserError as error:
+                    raise UserError(f"key {name}: {str(error).removeprefix(f'key {name}: ')}") from None
     return config
 
 

@@ -70,7 +70,7 @@ SITUATIONS = [  # the command, its exit status, what is said on stderr
     ("sft --bacth_size 4", 2, "the nearest known key is 'batch_size'"),
     ("sft --num_beams 4", 2, "unknown key 'num_beams': --help lists all"),
     # what is not there is said before anything is downloaded or tokenized: gpt2 is a download
-    ("sft --init_from gpt2 --data none.jsonl --out_dir run", 2, "error: none.jsonl: no such file: check the path"),
+    ("sft --init_from gpt2 --data none.jsonl --out_dir run", 2, "error: key data: none.jsonl: no such file: check the path"),
     ("sft --init_from gpt2 --data good.jsonl --val_data none.jsonl --out_dir run", 2, "none.jsonl: no such file"),
     ("sft --init_from gpt2 --data hellaswag --data_dir nowhere --out_dir run", 2, "nowhere: no such file or folder"),
     ("sft --init_from gpt2 --data helaswag --out_dir run", 2, "did you mean hellaswag?"),
@@ -155,7 +155,7 @@ def test_the_learning_rate(stage, size, keys, says):
 
 
 def test_the_configs_of_published_experiments_are_not_doubted():
-    """But for toy_dpo, whose model is tiny."""
+    """But for reviews_dpo, whose model is tiny."""
     doubted, stages = {}, {"sft": sft, "dpo": dpo, "lora": sft}
     for path in sorted((ROOT / "configs").glob("*.toml")):
         stage = stages.get(path.stem.rpartition("_")[2])
@@ -163,7 +163,7 @@ def test_the_configs_of_published_experiments_are_not_doubted():
             cfg = config.load(stage.Config, ["--config", str(path)])
             size = cfg.init_from if cfg.init_from in SIZES else "gpt2"
             doubted[path.stem] = optim.doubts(cfg, weights.empty(GPTConfig(*SIZES[size])), 1000)
-    assert len(doubted) > 10 and [name for name, found in doubted.items() if found] == ["toy_dpo"]
+    assert len(doubted) > 10 and [name for name, found in doubted.items() if found] == ["reviews_dpo"]
 
 
 # --- what a run prints and leaves ------------------------------------------------------------------------------------------
