@@ -23,13 +23,14 @@ from base.errors import UserError, warn
 from base.files import read_json, write_whole
 from data import reviews
 from data.jsonl import read
+from report import page
 from report.plot import COLOURS, NEUTRAL, dress, figure, save
 from runtime import config
 from runtime.config import key
 
 MARK = ".demo"  # tells a folder in which `MADE` may be deleted from one of the user's
 MADE = ("sft", "chosen", "dpo", "wrong", "rewards", "prompts.jsonl", "eval_prompts.jsonl", "samples.jsonl", "pairs.jsonl")
-MADE += ("chosen.jsonl", "ref.safetensors", "wrong_ref.safetensors", "results.json", "demo.png")
+MADE += ("chosen.jsonl", "ref.safetensors", "wrong_ref.safetensors", "results.json", "demo.png", "report.html")
 
 BETAS = (5, 2, 1, 0.5, 0.2)
 TEMPERATURE = 0.2  # of the labels: DPO at strength beta looks for the limit at b = beta * TEMPERATURE
@@ -256,7 +257,14 @@ def main() -> None:
         draw(results, out / "demo.png")
     except UserError as error:  # without matplotlib there is no picture
         warn(str(error))
-    print(f"\n{table(results)}\n\n{sentences(results)}\n\n{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png")
+    print(f"\n{table(results)}\n\n{sentences(results)}\n")
+    runs = [f"dpo/beta_{beta}_steps_{cfg.dpo_steps}" for beta in BETAS] + [f"wrong/beta_1_steps_{cfg.dpo_steps}"]
+    runs = ["sft", "chosen", *runs]
+    graded = [f"rewards/{name.replace('/', '_')}.json" for name in runs]
+    paths, labels = [str(out / name) for name in runs + graded], ",".join(runs + graded)
+    print(f"$ python -m report.page {' '.join(paths)} --labels {labels} --out {out}/report.html")
+    page.write(paths, out / "report.html", labels)
+    print(f"\n{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png, {out}/report.html")
 
 
 if __name__ == "__main__":
