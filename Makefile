@@ -2,10 +2,13 @@
 # make test       the test suite; at the end it lists what was skipped and why
 # make test-fast  the test suite without its slow tests
 # make check      lint, format, lines of code against the budgets, imports against the rooms
-# Each makes .venv and installs what it needs.
+# Each makes .venv and installs what it needs. TORCH says which torch, for example one of
+# another build: make demo TORCH="torch --index-url ADDRESS", with an address of pytorch.org.
 
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 demo: .venv/demo.installed
 	$(BIN)/python demo.py
@@ -22,14 +25,15 @@ check: .venv/dev.installed
 	$(BIN)/python -m tests.size
 	$(BIN)/python -m pytest -q tests/test_house.py
 
+# torch first and alone: the other packages then take the build that is there
 .venv/demo.installed: requirements.txt | .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt matplotlib
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements.txt
 	@touch $@
 
-# torch first and alone: the other packages then take the build that is there
 .venv/dev.installed: requirements.txt requirements-dev.txt | .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements-dev.txt
 	@touch $@
 
 .venv:

@@ -175,15 +175,35 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
 
     Of a sharded model every rank must call this. Raises what `weights.write_folder` does.
     """
-    lora, tensors = model.lora, {}
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.lora}
-    for name, layer in layers.items():
-        a, b = (whole(p).detach().to("cpu", torch.float32) for p in (layer.lora.a, layer.lora.b))
-        if layer.lora.parts > 1:
-            b = torch.block_diag(*b.chunk(layer.lora.parts))
-        tensors |= {f"{PEFT}{model.hf_name(name)}.lora_{x}.weight": tensor for x, tensor in (("A", a), ("B", b))}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    found = {name: whole(p).detach().to("cpu", torch.float32) for name, p in trained}
     if rank:
         return
+    tensors, metadata = _as_peft(found, model, model.origin.base_sha256)
+
+    def write(new: Path) -> None:
+        (new / WEIGHTS).write_bytes(weights.safetensors_bytes(tensors, {"format": "pt", **metadata}))
+        describe(model, tokenizer, new)
+
+    weights.write_folder(folder, CONFIG, "an adapter", write)
+
+
+def _as_peft(found: dict[str, Tensor], model: LanguageModel, base_sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Adapters by our names of their parameters -> tensors by peft's, and what else the file says. See lora.LoRA for shapes."""
+    tensors, most = {}, 1
+    for name in [name.removesuffix(".lora.a") for name in found if name.endswith(".lora.a")]:
+        a, b = found[f"{name}.lora.a"], found[f"{name}.lora.b"]
+        parts = len(a) // b.shape[1]
+        b = torch.block_diag(*b.chunk(parts)) if parts > 1 else b
+        tensors |= {f"{PEFT}{model.hf_name(name)}.lora_{x}.weight": tensor for x, tensor in (("A", a), ("B", b))}
+        most = max(most, parts)
+    return tensors, {"base_sha256": base_sha256, "qkv_parts": str(most)}
+
+
+def describe(model: LanguageModel, tokenizer, folder: Path) -> None:
+    """Write what an adapter's folder has beside the adapter."""
+    lora = model.lora
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.lora}
     an_example = {target: next(name for name in layers if is_target(name, (target,))) for target in lora.targets}
     # peft scales a fused layer by its own rank: alpha grows with it, so that the scale stays
     parts = {_kind(model.hf_name(name), target): layers[name].lora.parts for target, name in an_example.items()}
@@ -205,14 +225,8 @@ def save(model: LanguageModel, tokenizer, folder: Path, rank: int = 0) -> None:
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    metadata = {"format": "pt", "base_sha256": model.origin.base_sha256, "qkv_parts": str(max(parts.values()))}
-
-    def write(new: Path) -> None:
-        (new / WEIGHTS).write_bytes(weights.safetensors_bytes(tensors, metadata))
-        write_json(new / CONFIG, config)
-        tokenizer.save(new)
-
-    weights.write_folder(folder, CONFIG, "an adapter", write)
+    write_json(folder / CONFIG, config)
+    tokenizer.save(folder)
 
 
 def _kind(name: str, target: str) -> str:
@@ -230,11 +244,13 @@ def _short(alpha: float) -> int | float:
 def _read(folder: Path, raw: dict, model: LanguageModel, base: str) -> Adapter:
     """An adapter of ours or peft's for `model`, which is called `base`. Raises UserError for what is missing, damaged, or no
     plain LoRA of its layers."""
-    path = folder / WEIGHTS
-    if not path.is_file():
+    path, parts = folder / WEIGHTS, {}
+    if (folder / weights.STATE).is_file():
+        tensors, metadata = _saved(folder, model)
+    elif path.is_file():
+        tensors, metadata = read_safetensors(path, "copy it again")
+    else:
         raise UserError(f"no {WEIGHTS} in {folder}: save the adapter as safetensors")
-    tensors, metadata = read_safetensors(path, "copy it again")
-    parts = {}
     for name, layer in model.named_modules():
         theirs = model.hf_name(name) if isinstance(layer, Linear) else ""
         a, b = (tensors.pop(f"{PEFT}{theirs}.lora_{letter}.weight", None) for letter in "AB")
@@ -262,6 +278,17 @@ def _read(folder: Path, raw: dict, model: LanguageModel, base: str) -> Adapter:
         what = f"tensor {left[0]} is no LoRA of a linear layer of {base}" if left else "no LoRA tensors in it"
         raise UserError(f"{path}: an adapter for another model: {what}")
     return Adapter(folder, metadata.get("base_sha256", ""), parts, _uniform(parts, raw, model), copies)
+
+
+def _saved(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The adapters in a run's checkpoint as `save` would have written them."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    found = dict(weights.joined(folder, [f"{name}.lora.{letter}" for name in layers for letter in "ab"]))
+    for name in found:
+        a, b = (found.get(name[:-1] + letter) for letter in "ab")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not 0 < b.shape[1] <= len(a):
+            raise UserError(f"{folder}: A and B of {name[:-2]} do not belong together: name another checkpoint")
+    return _as_peft(found, model, str(read_json(folder / weights.STATE).get("base_sha256", "")))
 
 
 def _split(a: Tensor, b: Tensor, scale: float, parts: int) -> Part:

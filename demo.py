@@ -7,6 +7,8 @@ measured on reviews that it writes. Beside it: the limit that no method can pass
 reviews, and DPO with the log-probs of the wrong reference. Each command is printed before it runs.
 """
 
+from base.script import run
+
 import importlib
 import json
 import math
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import read_json, write_whole
 from data import reviews
 from data.jsonl import read

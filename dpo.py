@@ -4,9 +4,12 @@
     python dpo.py --init_from runs/hellaswag_sft/model --data hellaswag --ref runs/hellaswag_ref.safetensors \\
         --out_dir runs/hellaswag_dpo --beta 0.1 --lr 1e-5
 
-The reference file comes from precompute_ref.py, made from the very weights that this run starts from: dpo.py checks that.
+The reference file comes from precompute_ref.py (with `--ref auto` by itself), made from the very weights that this run starts
+from: dpo.py checks that.
 The losses are in losses.py. The loss is the mean over the global batch's pairs, however it is split up.
 """
+
+from base.script import run
 
 from dataclasses import dataclass
 
@@ -16,19 +19,20 @@ from torch import Tensor
 
 import losses
 import weights
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from data.batch import collate
 from data.encode import Encoded, column, data_hash, pair_places, places
 from data.plan import describe, epoch_order
 from lora import as_started
 from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
+from precompute_ref import find_or_make
 from runtime import config, distributed, optim
 from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.config import key
 from runtime.drift import Drift
 from runtime.keys import TrainKeys
 from runtime.log import Timer
-from runtime.reference import Reference
+from runtime.reference import AUTO, Reference, check, command
 from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
 from runtime.score import score
 
@@ -39,7 +43,9 @@ class Config(TrainKeys):
 
     loss: str = key("sigmoid", "preference loss, see losses.py", LOSSES)
     beta: float = key(0.1, "strength of the pull to the reference (for ipo and sppo_hard it sets the target)", above=0)
-    ref: str = key("", "reference file of precompute_ref.py; with lora_rank empty = this model as it starts")
+    ref: str = key(
+        "", "file of precompute_ref.py; auto = find or make it beside out_dir; empty with lora_rank = the model as it starts"
+    )
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
     label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, both aot: chance that a label is flipped", least=0, below=1)
     simpo_gamma: float = key(0.5, "simpo: target margin")
@@ -60,10 +66,7 @@ class Config(TrainKeys):
         if self.loss == "exo_pair" and self.label_smoothing == 0:
             raise UserError("key label_smoothing: 0.0 must be above 0 for loss exo_pair")
         if not self.ref and self.loss not in REFERENCE_FREE and not self.lora_rank:
-            raise UserError(
-                f"key ref: loss {self.loss} needs the reference's log-probs: make them with `python precompute_ref.py "
-                f"--init_from {self.init_from} --data {self.data} --out ref.safetensors` and give --ref ref.safetensors"
-            )
+            raise UserError(f"key ref: loss {self.loss} needs the reference's log-probs: make them with {command(self)}")
 
 
 def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
@@ -144,6 +147,7 @@ def main() -> int | None:
     cfg = config.load(Config, prog="dpo.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
+    compute.once(lambda: check(cfg.ref, command(cfg)) if cfg.ref else None)  # before anything is loaded
 
     # model, text -> tokens
     tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
@@ -152,6 +156,8 @@ def main() -> int | None:
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
+    if cfg.ref == AUTO and cfg.loss not in REFERENCE_FREE:
+        cfg.ref = find_or_make(cfg, model, tokenizer, max_len, train, val, compute)
     fingerprint = weights.fingerprint(model)
     reference = compute.once(lambda: Reference.open(cfg, fingerprint, tokenizer, max_len, train, val))
     ref, val_ref = reference.logps.to(compute.device), reference.val_logps.to(compute.device)
@@ -168,7 +174,7 @@ def main() -> int | None:
     # optimizer, run folder
     steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
-    this_run = Run(cfg, steps, compute, binding, "pairs")
+    this_run = Run(cfg, steps, compute, tokenizer, binding, "pairs")
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
     model.train()
@@ -241,7 +247,7 @@ def main() -> int | None:
             return 128 + this_run.stop_signal
         timer.lap()  # validation and saving are not the next step's time
 
-    this_run.finish(model, tokenizer)
+    this_run.finish(model)
     return None
 
 

@@ -8,15 +8,17 @@ as lm-evaluation-harness does (there the latter is called acc_bytes). generate a
 among the options (`acc`; `aligned` is the share of answers that are one of the options at all, right or wrong).
 """
 
+from base.script import run
+
 import json
 import math
 from dataclasses import dataclass
 
 import generate
-from base.errors import UserError, run
-from base.files import write_whole
+from base.errors import UserError
+from base.files import check_there, write_whole
 from base.progress import Progress
-from data import Example, load
+from data import Example, check_data, load
 from data.encode import CUT, Encoded, encode
 from data.tokenizer import choose
 from runtime import config, distributed
@@ -25,16 +27,22 @@ from runtime.config import REQUIRED, key
 from runtime.keys import DeviceKeys, ModelKeys
 from runtime.log import Timer
 from runtime.score import score
+from weights import check_model
 
 
 @dataclass
 class Config(DeviceKeys):
     """Accuracy on multiple-choice questions."""
 
-    model: str = key(REQUIRED, "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
-    data: str = key(REQUIRED, "a recipe (toy, hellaswag), a file, or hub:owner/name[:config]")
+    model: str = key(
+        REQUIRED,
+        "a folder of a model, adapter or run; gpt2 (-medium, …); owner/name on the hub",
+        model=True,
+        reads=check_model,
+    )
+    data: str = key(REQUIRED, "a recipe (toy, hellaswag), a file, or hub:owner/name[:config]", reads=check_data)
     columns: str = key("", "columns of a file by your names for them: prompt=question,choices=a; empty = as they are")
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     mode: str = key("loglik", "score the options, or write an answer", ["loglik", "generate"])

@@ -17,6 +17,8 @@ can pass, from so many completions of the reference: at every KL the best policy
 docs/judging.md says what the figures mean. Runs under torchrun too.
 """
 
+from base.script import run
+
 import json
 import math
 from dataclasses import dataclass
@@ -24,9 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from base.errors import UserError, run, warn
-from base.files import write_whole
-from data import jsonl, messages, rewards
+from base.errors import UserError, warn
+from base.files import check_there, write_whole
+from base.progress import count
+from data import check_data, jsonl, messages, rewards
 from data.encode import Encoded, data_hash, load_encoded, pair_places
 from data.tokenizer import choose
 from runtime import config, distributed, reference
@@ -35,26 +38,32 @@ from runtime.config import REQUIRED, key
 from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
 from runtime.score import score, texts_of, written
 from sample import encode
+from weights import check_model
 
 
 @dataclass
 class Config(ChatKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
-    model: str = key(REQUIRED, "the trained model or adapter: a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model")
-    ref_model: str = key("", "the reference model; or give ref")
-    data: str = key("", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts")
+    model: str = key(
+        REQUIRED, "the trained model: a folder of a model, adapter or run; or gpt2 (-medium, …)", model=True, reads=check_model
+    )
+    ref: str = key("", "reference file of precompute_ref.py that holds these pairs; or give ref_model", reads=reference.check)
+    ref_model: str = key("", "the reference model; or give ref", model=True, reads=check_model)
+    data: str = key(
+        "", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts", reads=check_data
+    )
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
+    val_share: float = key(0.0, "of a file only the share that training with this key kept back", least=0, below=1)
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
     tokenizer: str = key("auto", "gpt2, toy, a folder, or auto = the model's own")
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
     beta: float = key(0.1, "strength of the pull to the reference, as in training", above=0)
-    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line')
+    prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line', reads=check_there)
     reward: str = key("", "prompts: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
     n: int = key(4, "prompts: completions per prompt", least=1)
     max_new_tokens: int = key(128, "prompts: most tokens of a completion", least=1)
@@ -109,7 +118,7 @@ def stored_reference(path: str, items: list[Encoded]) -> Tensor:
     made = ", ".join(f"{name} {metadata.get(name)}" for name in ("data", "tokenizer", "max_len", "truncation"))
     raise UserError(
         f"key ref: {path} does not hold these pairs (it was made from {made}): evaluate with the same, and the same "
-        "limit; or give --ref_model"
+        "limit and val_share; or give --ref_model"
     )
 
 
@@ -207,7 +216,7 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
     print(
         f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
         f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
-        f"ended; {len(items):,} prompts, {cfg.n} completions each"
+        f"ended; {count(len(items), 'prompts')}, {cfg.n} completions each"
     )
     numbers = zip(prompts, items, measured["reward"].tolist(), kl.tolist(), strict=True)
     return result, [
@@ -219,7 +228,8 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
 def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     """(result, a detail a pair): the implicit reward of preference pairs."""
     max_len = cfg.max_len or model.config.block_size
-    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "min_gap": cfg.min_gap}
+    half = ("val", cfg.val_share) if cfg.val_share else None
+    how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "min_gap": cfg.min_gap, "half": half}
     items = share(lambda: load_encoded(cfg.data, cfg.split, "preference", tokenizer, max_len, cfg.truncation, **how), compute)
     ref = compute.once(lambda: stored_reference(cfg.ref, items)) if cfg.ref else None
     logps = log_probs(cfg.model, model, items, cfg, compute)
@@ -231,7 +241,7 @@ def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
         warn("policy and reference agree on every pair: they are the same model")
     print(
         f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "
-        f"{result['n']:,} pairs; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
+        f"{count(result['n'], 'pairs')}; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
         f"{result['gain_chosen']:+.3f} chosen, {result['gain_rejected']:+.3f} rejected, in nats"
     )
     return result, details

@@ -9,9 +9,11 @@
 
 pairwise asks which of two texts is better, the model's or another one. score asks for 0 to 100 points, given a reference
 answer. `--judge local` needs no server: judge/local.py. `--calibrate` measures how often a judge agrees with known preferences.
-docs/judging.md says what the figures mean. `python -m report.plot RESULT.json …` draws them against model size.
+docs/judging.md says what the figures mean. `python -m report.plot RESULT.json …` draws them.
 eval_reward.py needs no judge: it compares the model with its reference.
 """
+
+from base.script import run
 
 import contextlib
 import html
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import adapters
 import weights
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
 from judge.cache import open_cache
 from judge.client import Decision, Judge, JudgeKeys, Question
@@ -57,7 +59,7 @@ class Config(JudgeKeys, ChatKeys, DeviceKeys):
     table_rows: int = key(10, "examples in the table", least=1)
     cache: str = key("", "JSONL file of the judge's answers, empty = beside `out`, as NAME.cache.jsonl", writes="")
     label: str = key("", "name of the run in tables and pictures (SFT, DPO, …)")
-    model: str = key("", "the model that wrote the responses, a folder or gpt2 …: its size is noted")
+    model: str = key("", "the model that wrote the responses, a folder or gpt2 …: its size is noted", model=True)
     parameters: int = key(0, "its number of parameters, where `model` cannot tell", least=0)
     limit: int = key(0, "use only the first so many prompts, 0 = all", least=0)
     seed: int = key(0, "seed of who is side A, and of which examples the table shows", least=0, most=MOST_SEED)
@@ -209,6 +211,8 @@ def main() -> None:
         unanswered = sum(any(d.failed.startswith("no answer") for d in j.decisions) for j in judgements)
         again = f", {unanswered} of them without an answer: the same command asks those again" if unanswered else ""
         warn(f"{result['failed']} of {result['n']} judgements failed and count for neither side{again}; --details says why")
+    if result["ci95"] is None:
+        raise UserError(f"key judge: {say(result)}: look into --details, and start again")
     print(f"{say(result)}; asked now: {judge.calls:,} calls")
     print(json.dumps({name: value for name, value in result.items() if name != "judge_prompt"}))
 

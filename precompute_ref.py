@@ -5,16 +5,20 @@
 The file carries what it was made from (weights, tokenized data, tokenizer, lengths), so that dpo.py can refuse a wrong one.
 """
 
+from base.script import run
+
+import hashlib
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import weights
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
-from data.encode import Encoded, data_hash, pair_places
-from runtime import config, distributed
+from data.encode import Encoded, pair_places
+from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, load_data
 from runtime.config import REQUIRED, key
 from runtime.keys import DataKeys, DeviceKeys, ModelKeys
@@ -57,6 +61,37 @@ def reference_logps(model, items: list[Encoded], compute, micro_tokens: int) -> 
     return torch.stack(logps) if len(set(map(len, logps))) == 1 else torch.cat(logps)
 
 
+def make(out: str, bound: dict[str, str], cfg, model, tokenizer, train: list[Encoded], val: list[Encoded], compute) -> None:
+    """Write the reference file of these pairs. bound: see `reference.bound_to`."""
+    parts = {name: items for name, items in (("logps", train), ("val_logps", val)) if items}
+    tensors = {name: reference_logps(model, items, compute, cfg.micro_tokens) for name, items in parts.items()}
+    metadata = {
+        "weights_sha256": weights.fingerprint(model),
+        **bound,
+        "init_from": cfg.init_from,
+        "data": cfg.data,
+        "tokenizer": tokenizer.name,
+        "date": cfg.date,
+        "dtype": str(compute.dtype).removeprefix("torch."),
+    }
+    compute.once(lambda: write_whole(out, weights.safetensors_bytes(tensors, metadata)))
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+    means = tensors["logps"].flatten()[pair_places(train)].mean(0).tolist()
+    print(f"wrote {out}: {shapes}; mean log-prob chosen, rejected {means}")
+
+
+def find_or_make(cfg, model, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded], compute) -> str:
+    """The reference file of a run that begins with `model`, in the folder of its out_dir: one that fits, or a new one."""
+    folder, bound = Path(cfg.out_dir).parent, reference.bound_to(cfg, tokenizer, max_len, train, val)
+    wanted = bound | {"weights_sha256": weights.fingerprint(model)}
+    out = compute.once(lambda: reference.find(folder, wanted))
+    print(f"ref auto: {out} fits" if out else f"ref auto: no file in {folder} fits these weights and data: making one")
+    if not out:
+        out = str(folder / f"ref_{hashlib.sha256(repr(sorted(wanted.items())).encode()).hexdigest()[:12]}.safetensors")
+        make(out, bound, cfg, model, tokenizer, train, val, compute)
+    return out
+
+
 def main() -> None:
     cfg = config.load(Config, prog="precompute_ref.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
@@ -64,28 +99,7 @@ def main() -> None:
     tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     model = build_model(cfg, tokenizer, compute)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
-
-    tensors, hashes = {}, {}
-    for prefix, items in (("", train), ("val_", val)):
-        if items:
-            tensors[prefix + "logps"] = reference_logps(model, items, compute, cfg.micro_tokens)
-            hashes[prefix + "data_sha256"] = data_hash(items)
-    metadata = {
-        "weights_sha256": weights.fingerprint(model),
-        **hashes,
-        "init_from": cfg.init_from,
-        "data": cfg.data,
-        "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.fingerprint(),
-        "max_len": str(max_len),
-        "truncation": cfg.truncation,
-        "date": cfg.date,
-        "dtype": str(compute.dtype).removeprefix("torch."),
-    }
-    compute.once(lambda: write_whole(cfg.out, weights.safetensors_bytes(tensors, metadata)))
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-    means = tensors["logps"].flatten()[pair_places(train)].mean(0).tolist()
-    print(f"wrote {cfg.out}: {shapes}; mean log-prob chosen, rejected {means}")
+    make(cfg.out, reference.bound_to(cfg, tokenizer, max_len, train, val), cfg, model, tokenizer, train, val, compute)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ Ctrl-C stops the text, Ctrl-D leaves. With --chat it is a turn of a conversation
 With --server the completions come from a server with OpenAI's protocol (runtime/served.py), and no model is loaded here.
 """
 
+from base.script import run
+
 import contextlib
 import hashlib
 import json
@@ -32,9 +34,9 @@ from dataclasses import dataclass
 import torch
 
 import weights
-from base.errors import UserError, fail, run
+from base.errors import UserError, fail
 from base.files import write_whole
-from base.progress import Progress
+from base.progress import Progress, count
 from data import jsonl, messages
 from data.encode import shorten
 from generate import lay_out, stream
@@ -49,7 +51,7 @@ from runtime.unfinished import Unfinished
 class Config(ServerKeys, ChatKeys, DeviceKeys):
     """Complete the prompts of a file, or those typed in."""
 
-    model: str = key("", "a model or adapter folder, gpt2 (or -medium, -large, -xl), or owner/name on the hub")
+    model: str = key("", "a folder of a model, adapter or run; gpt2 (-medium, …); owner/name on the hub", model=True)
     server: str = key("", "instead: address of a server with OpenAI's protocol (vLLM, SGLang, llama.cpp): http://HOST:8000/v1")
     server_model: str = key("", "name of the model at that server; empty = model")
     timeout: float = key(600.0, "seconds to wait for a whole answer of the server", above=0)
@@ -164,7 +166,7 @@ def complete(cfg: Config, records: list[dict], asked: list, source: dict, draw: 
     with Unfinished(cfg.out, settings, cfg.overwrite, compute) as unfinished:
         done = unfinished.done
         todo = [i for i in range(len(records)) if i not in done][compute.rank :: compute.world]
-        print(f"{len(records):,} prompts, {cfg.n} completions each, {len(done):,} finished before", flush=True)
+        print(f"{count(len(records), 'prompts')}, {cfg.n} completions each, {len(done):,} finished before", flush=True)
         progress = Progress("sampling", cfg.n * len(todo), "completions", compute.rank)
         found, written = {i: {} for i in todo}, 0
         with contextlib.closing(draw(todo)) as drawn:

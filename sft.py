@@ -6,11 +6,12 @@
 The loss is the mean negative log-likelihood over all completion tokens of the global batch, however it is split up.
 """
 
+from base.script import run
+
 import math
 from dataclasses import dataclass
 
 import losses
-from base.errors import run
 from data.batch import collate
 from data.encode import Encoded, data_hash
 from data.plan import describe
@@ -49,7 +50,7 @@ def main() -> int | None:
     # optimizer, run folder
     steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)
     optimizer = optim.make(model, cfg)
-    this_run = Run(cfg, steps, compute, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")
+    this_run = Run(cfg, steps, compute, tokenizer, {"data": data_hash(train), "val_data": data_hash(val)}, "examples")
     start = this_run.begin(model, optimizer)
     print(summary(model, cfg, steps, plan))
     model.train()
@@ -91,7 +92,7 @@ def main() -> int | None:
             return 128 + this_run.stop_signal
         timer.lap()  # validation and saving are not the next step's time
 
-    this_run.finish(model, tokenizer)
+    this_run.finish(model)
     return None
 
 

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FAMILIES = {"gpt2": "model", "llama": "llama", "mistral": "llama", "qwen2": "lla
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+STATE = "state.json"  # of a run's checkpoint, see runtime/checkpoint.py: its weights are in rank_0.safetensors, …
 # What a model's folder may hold of its tokenizer. tokenizer.json is the last to be downloaded: where it is, all others are.
 TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"),
@@ -89,7 +91,8 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
 
     init_from: "scratch" (a GPT-2 of the sizes n_layer, n_head, n_embd, block_size and vocab_size, its weights drawn by seed),
     a name on the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or owner/name), or a folder in Hugging Face's layout: config.json
-    with model.safetensors, in one file or in shards. A folder that has the name of one of these GPT-2s is written ./gpt2.
+    with model.safetensors, in one file or in shards; or with the files of a run's checkpoint. A folder that has the name of one
+    of these GPT-2s is written ./gpt2.
 
     Raises UserError for what is missing, damaged, or no model that is computed here (a tied head that differs from the
     embedding only while the weights are read), and for sizes that are given (not 0) and are not those of the weights.
@@ -113,7 +116,8 @@ def source(init_from: str | Path, *, dropout: float = 0.0, vocab_size: int = 502
     for key, size in sizes.items():
         if size and size != getattr(config, key):
             raise UserError(f"{key} is {size}, but {path} has {getattr(config, key)}: leave it out or use scratch")
-    return _opened(config, _ours(_headers(find, name), empty(config)), name)
+    saved = (path.parent / STATE).is_file()
+    return _opened(config, _saved(path.parent, empty(config)) if saved else _ours(_headers(find, name), empty(config)), name)
 
 
 def _opened(config, tensors: Iterator[tuple[str, Tensor]], base: str) -> Source:
@@ -149,6 +153,12 @@ def on_hub(name: str) -> bool:
     """Whether a model is looked for on the hub: GPT-2's four names, and owner/name where there is no folder `owner` here."""
     named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
     return name in HUB_NAMES or bool(named and not Path(name).parent.exists())
+
+
+def check_model(init_from: str) -> None:
+    """UserError for a name that is no folder here and no model that is looked for elsewhere. Reads and downloads nothing."""
+    if init_from != "scratch" and not on_hub(init_from) and not expand(init_from).exists():
+        _folder(init_from)
 
 
 def _hub(name: str) -> Find:
@@ -233,6 +243,38 @@ def _ours(headers: list[tuple[Path, str, tuple, str]], model: LanguageModel) -> 
     return read()
 
 
+def pieces(folder: Path, opened: contextlib.ExitStack) -> dict[str, list]:
+    """The tensors in a checkpoint by name, each in pieces: (number of the first row, slice of a file in `opened`)."""
+    found: dict[str, list] = {}
+    for path in filter(Path.is_file, sorted(folder.glob("rank_*.safetensors"))):
+        file = opened.enter_context(safe_open(path, "pt"))
+        for name, start in (file.metadata() or {}).items():
+            found.setdefault(name, []).append((int(start), file.get_slice(name)))
+    return found
+
+
+def joined(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of those of `names` that are in a checkpoint, whole. UserError where it is damaged."""
+    try:
+        with contextlib.ExitStack() as opened:
+            found = pieces(folder, opened)
+            for name in filter(found.get, names):
+                yield name, torch.cat([rows[:].float() for _, rows in sorted(found[name], key=itemgetter(0))])
+    except (SafetensorError, OSError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"{folder} is a damaged checkpoint ({error}): name another one") from None
+
+
+def _saved(folder: Path, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of `model`, out of a checkpoint."""
+    left = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, tensor in joined(folder, list(left)):
+        if (wanted := left.pop(name)) != tuple(tensor.shape):
+            raise UserError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, not {wanted} as {CONFIG} says")
+        yield name, tensor
+    if left:
+        raise UserError(f"{folder}: tensor {min(left)} is missing: name another checkpoint, or the run's model/")
+
+
 def _headers(find: Find, name: str) -> list[tuple[Path, str, tuple, str]]:
     """(file, name, shape, dtype) of every tensor in the weights."""
     path = find(WEIGHTS)
@@ -294,13 +336,18 @@ def save_tensors(config, tensors: Iterator[tuple[str, Tensor]], tokenizer, folde
         theirs = ((model.hf_name(name), p.t() if model.transposed(name) else p) for name, p in tensors)
         with open(new / "model.safetensors", "wb") as file:
             write_safetensors(file, shapes, theirs, {"format": "pt"})
-        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
-        common = {"model_type": config.model_type, "vocab_size": config.vocab_size, "torch_dtype": "float32", "use_cache": True}
-        write_json(new / CONFIG, config.to_hf() | common | ids)
-        write_json(new / "generation_config.json", ids | {"pad_token_id": tokenizer.eot})
-        tokenizer.save(new)
+        describe(config, tokenizer, new)
 
     write_folder(folder, CONFIG, "a model", write)
+
+
+def describe(config, tokenizer, folder: Path) -> None:
+    """Write what a model's folder has beside its weights."""
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    common = {"model_type": config.model_type, "vocab_size": config.vocab_size, "torch_dtype": "float32", "use_cache": True}
+    write_json(folder / CONFIG, config.to_hf() | common | ids)
+    write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.eot})
+    tokenizer.save(folder)
 
 
 def strangers(folder: Path, mark: str) -> str:

@@ -86,8 +86,13 @@ def fail(message: object) -> int:
 
 def warn(message: str) -> None:
     """Print `warning: message` on stderr. Only rank 0 prints."""
+    note(f"warning: {message}")
+
+
+def note(message: str) -> None:
+    """Print a line on stderr, also before a script has set its processes up. Only rank 0 prints."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr)
+        print(message, file=sys.stderr)
 
 
 def lost_another(error: RuntimeError) -> bool:

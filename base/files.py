@@ -95,6 +95,12 @@ def check_file(key: str, path: str) -> None:
         raise UserError(f"key {key}: {path} cannot be written: {parent} is no folder that you may write to")
 
 
+def check_there(path: str) -> None:
+    """Raise UserError if there is no file or folder `path`."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder: check the path")
+
+
 def lies_in(path: str | Path, place: str | Path) -> bool:
     """Whether `path` is `place`, or lies in it: by other spellings, links and hard links, too."""
     path, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))

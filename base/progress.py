@@ -1,5 +1,6 @@
 """Progress of long work, on stderr."""
 
+import re
 import sys
 import time
 
@@ -9,6 +10,11 @@ def duration(seconds: float) -> str:
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
+
+
+def count(n: int, what: str) -> str:
+    """1, "pairs dropped" -> "1 pair dropped"; 1200, "pairs" -> "1,200 pairs"."""
+    return "1 " + re.sub(r"^(\w+)s\b", r"\1", what) if n == 1 else f"{n:,} {what}"
 
 
 class Progress:

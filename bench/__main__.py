@@ -9,6 +9,8 @@
 Losses, log-likelihoods or completions stand side by side as proof that the work was the same.
 """
 
+from base.script import run
+
 import dataclasses
 import importlib.metadata
 import json
@@ -18,7 +20,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from base.errors import run
 from base.files import write_whole
 from bench import gpu, mcq, rows, sample, training
 from bench.common import Config

@@ -12,7 +12,10 @@ data_dir    a folder with the data set's files (`local` finds them), or a file w
 limit       above 0: only the first so many problems
 """
 
+import base.script  # noqa: F401  `python -m data` imports this file first
+
 import difflib
+import glob
 from functools import partial
 from pathlib import Path
 
@@ -36,37 +39,54 @@ RECIPES = {
 }
 
 
-def files(source: str, split: str) -> list[Path]:
-    """The files behind data that are no recipe: `source` itself, or those of a data set on the hub, downloaded."""
-    if source.startswith(hub.PREFIX):
-        return hub.files(source, split)
-    if not source.endswith(ENDINGS) and not Path(source).exists():
-        known, near = ", ".join(sorted(RECIPES)), difflib.get_close_matches(source, RECIPES, n=1)
+def is_local(source: str) -> bool:
+    """Whether data are files on this machine: no recipe, and not on the hub."""
+    return source not in RECIPES and not source.startswith(hub.PREFIX)
+
+
+def check_data(source: str) -> None:
+    """UserError for data that are neither a recipe, nor on the hub, nor files that are there. Reads and downloads nothing."""
+    if is_local(source):
+        local_files(source)
+
+
+def local_files(source: str) -> list[Path]:
+    """The files that `source` names: paths or patterns (`part-*.jsonl`), with commas between. UserError if one is not there."""
+    parts = [source] if Path(source).exists() else source.split(",")
+    names = [name for part in parts for name in sorted(glob.glob(part)) or [part]]
+    for name in (name for name in names if not Path(name).exists()):
+        if name.endswith(ENDINGS):
+            raise UserError(f"{name}: no such file: check the path")
+        known, near = ", ".join(sorted(RECIPES)), difflib.get_close_matches(name, RECIPES, n=1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"data {source!r} is neither a recipe ({known}) nor a file ({', '.join(ENDINGS)}) nor hub:owner/name{hint}"
+            f"data {name!r} is neither a recipe ({known}) nor a file ({', '.join(ENDINGS)}) nor hub:owner/name{hint}"
         )
+    return [Path(name) for name in names]
+
+
+def files(source: str, split: str) -> list[Path]:
+    """The files behind data that are no recipe: those of `local_files`, or those of a data set on the hub, downloaded."""
+    if not is_local(source):
+        return hub.files(source, split)
     if split not in SPLITS:
         raise UserError(f"key split: {split!r}: the file {source} has no splits: leave it out")
-    return [Path(source)]
+    return local_files(source)
 
 
-def load(
-    source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, columns: str = "", min_gap: float = 0.0
-) -> list[Example]:
+def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int = 0, **rows) -> list[Example]:
     """Examples of a recipe's split, of a file (which is its own only split), or of a data set on the hub, in the form of a
     view.
 
     data_dir: a folder that holds a recipe's files under their published names, plain or .gz; "" = download them. limit:
-    above 0, only the first so many problems. columns, min_gap: for what is no recipe, see `tables.read` and `own.several`.
+    above 0, only the first so many problems. rows: `columns`, `min_gap` and `half`, for what is no recipe, see `own.load`.
     Raises UserError, naming file and line, for whatever is wrong with the data.
     """
     assert view in VIEWS, view
     if source not in RECIPES:
-        return list(own.load(files(source, split), view, limit, columns, min_gap))
-    if split not in SPLITS or columns:
-        name = "columns" if columns else "split"
-        raise UserError(
-            f"key {name}: {columns or split!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns"
-        )
+        return list(own.load(files(source, split), view, limit, **rows))
+    columns, half = rows.get("columns"), rows.get("half")
+    if split not in SPLITS or columns or half:
+        name, given = ("val_share", half[1]) if half else ("columns", columns) if columns else ("split", split)
+        raise UserError(f"key {name}: {given!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns")
     return RECIPES[source](split, view, data_dir=data_dir, limit=limit)

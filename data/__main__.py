@@ -3,12 +3,14 @@
 python -m data --data hh --split test --view prompts --limit 250 --out runs/hh_prompts.jsonl
 """
 
+from base.script import run
+
 import json
 from dataclasses import dataclass, replace
 
-from base.errors import run
 from base.files import write_whole
-from data import VIEWS, Example, load
+from base.progress import count
+from data import VIEWS, Example, check_data, load
 from data.tokenizer import get
 from runtime import config
 from runtime.config import REQUIRED, key
@@ -18,7 +20,9 @@ from runtime.config import REQUIRED, key
 class Config:
     """Write a recipe's examples to a JSONL file."""
 
-    data: str = key(REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]")
+    data: str = key(
+        REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]", reads=check_data
+    )
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a; empty = as they are")
     min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
@@ -64,7 +68,7 @@ def main() -> None:
     how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "min_gap": cfg.min_gap}
     examples = to_text(load(cfg.data, cfg.split, view, **how))
     write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
-    print(f"wrote {cfg.out}: {len(examples):,} lines")
+    print(f"wrote {cfg.out}: {count(len(examples), 'lines')}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def prompt(instruction: str, given: str) -> str:
 
 def is_record(record: dict) -> bool:
     """Whether an object has Alpaca's fields."""
-    return "instruction" in record and "prompt" not in record
+    return "instruction" in record and "output" in record and "prompt" not in record
 
 
 def examples(record: dict, view: str, group: int, where: str) -> list[Example]:

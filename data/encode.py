@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from base.errors import UserError
+from base.errors import UserError, warn
+from base.progress import count
 from data import RECIPES, Example, cache, files, load, own
 from data.examples import PLAIN
 
@@ -98,13 +100,35 @@ def pair_places(items: Sequence[Encoded]) -> np.ndarray:
 
 
 CUT = "prompts cut from the left"
+SAME = "pairs dropped, chosen and rejected being the same tokens"
 
 
 class Report(collections.Counter):
-    """What `encode` did: of what in words, how many."""
+    """What `encode` did: of what in words, how many. And what looks like a mistake in the texts."""
+
+    marked = glued = 0  # examples with a special token spelled out in a completion; without white space before a completion
 
     def __str__(self) -> str:
-        return ", ".join(f"{n:,} {what}" for what, n in self.items() if n)
+        return ", ".join(count(n, what) for what, n in self.items() if n)
+
+    def look(self, example: Example, tokenizer) -> None:
+        """Count what looks like a mistake in an example of texts."""
+        prompt, texts = example.prompt, example.completions
+        if isinstance(prompt, str) and all(isinstance(text, str) for text in texts):
+            self.marked += any(tokenizer.written.search(text) is not None for text in texts)
+            # ASCII only: Chinese, for one, does without spaces
+            self.glued += any(re.fullmatch(r"[!-~]{2}", prompt[-1:] + text[:1]) is not None for text in texts)
+
+    def doubts(self) -> list[str]:
+        """A warning for each thing that looks like a mistake."""
+        found, n = [], self["examples"]
+        if self.marked:
+            said = f"{self.marked:,} of {n:,} examples spell out a special token in a completion, where it is plain text"
+            found.append(f"{said}: leave it out; the end-of-text token is added behind each completion")
+        if self.glued > n / 2:
+            said = f"in {self.glued:,} of {n:,} examples no white space stands between prompt and completion"
+            found.append(f"{said}: begin the completions with a space, or end the prompts with a new line")
+        return found + [f"{count(self[SAME], SAME)}: look for what made them"] * bool(self[SAME])
 
 
 def to_ids(texts: list[str | tuple[int, ...]], tokenizer, encode_batch: Callable) -> list[list[int]]:
@@ -174,7 +198,7 @@ def usable(completions: list[list[int]], pairs: Sequence[tuple[int, int]], most:
     Counts the other pairs in `report`."""
     differ = [(w, l) for w, l in pairs if completions[w] != completions[l]]
     short = [pair for pair in differ if max(len(completions[i]) for i in pair) <= most]
-    report["pairs dropped, chosen and rejected being the same tokens"] += len(pairs) - len(differ)
+    report[SAME] += len(pairs) - len(differ)
     report["pairs dropped as too long" if len(pairs) > 1 else "dropped as too long"] += len(differ) - len(short)
     needed = sorted({i for pair in short for i in pair})
     return [completions[i] for i in needed], tuple((needed.index(w), needed.index(l)) for w, l in short)
@@ -202,6 +226,7 @@ def encoded(
     for number, (example, ids) in enumerate(tokenize(examples, tokenizer, end)):
         first = first or example.source
         report["examples"] += 1
+        report.look(example, tokenizer)
         if ids is None:
             report["conversations dropped, which do not begin with what asks for their answer"] += 1
             continue
@@ -242,7 +267,7 @@ def load_encoded(
     """`data.load`, then `encode`; prints how many examples and tokens there are, what was dropped or cut, and the first one.
 
     A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
-    disk, and what is returned then holds none of them in memory. rows: `columns` and `min_gap`, as `data.load` takes them.
+    disk, and what is returned then holds none of them in memory. rows: `columns`, `min_gap` and `half` of `own.load`.
     """
     report, digest = Report(), hashlib.sha256()
     how = {"max_len": max_len, "truncation": truncation, "end": end}
@@ -258,11 +283,14 @@ def load_encoded(
         items = cache.kept(
             cache.name(paths, decisive),
             lambda: map(packed, hashed(encoded(own.load(paths, **rows), report, tokenizer, **how), digest)),
-            lambda: {"report": str(report), "sha256": digest.hexdigest()},
+            lambda: {"report": str(report), "doubts": report.doubts(), "sha256": digest.hexdigest()},
             unpacked,
         )
+    for doubt in items.about["doubts"] if isinstance(items, cache.Records) else report.doubts():
+        warn(f"data {source}: {doubt}")
     said = report or f"{items.about['report']} (tokens of an earlier start)"
     fed, predicted = (int(np.sum(column(items, name))) for name in ("row_tokens", "completion_tokens"))
+    split, _ = rows.get("half") or (split, 0)
     print(f"{split} data {source}: {said}; {fed:,} tokens in rows, {predicted:,} of them to predict")
     plain = view == "preference" and items[0].n_completions == 2 and items[0].pairs == PLAIN
     names = ("chosen", "rejected") if plain else itertools.repeat("completion")

@@ -8,6 +8,7 @@ loglik       the options, after the plain context     eval_mcq.py --mode loglik
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +90,15 @@ def split_of(text: bytes, val: float, test: float) -> str:
     every file and order, so no copy of a validation text is in the training data."""
     at = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
     return "val" if at < val else "test" if at < val + test else "train"
+
+
+def half_of(example: Example, val_share: float) -> str:
+    """Whether a prompt is of that share of all ("val") or of the others ("train"), by its hash. Of a conversation what comes
+    before its first answer is hashed, and without a prompt the completion."""
+    asked = example.prompt or example.completions[0]
+    if example.is_chat:
+        asked = [(m["role"], m["content"]) for m in itertools.takewhile(lambda m: m["role"] != "assistant", asked)]
+    return split_of((asked if isinstance(asked, str) else repr(asked)).encode(), val_share, 0)
 
 
 def local(data_dir: str, names: Sequence[str]) -> list[Path]:

@@ -61,9 +61,12 @@ def get(record: dict, field: str, kind: type, where: str):
     value = record[field]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}: the field {field!r} must be {KINDS[kind]}, not {value!r:.60}")
-    texts = [text for text in (value if kind is list else [value]) if isinstance(text, str)]
-    if any("\ud800" <= c <= "\udfff" for text in texts if not text.isascii() for c in text):
-        raise UserError(f"{where}: the field {field!r} holds half a surrogate pair (\\ud800…): no Unicode text")
+    try:
+        for text in value if kind is list else [value]:
+            if isinstance(text, str):
+                text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the field {field!r} holds half a surrogate pair (\\ud800…): no Unicode text") from None
     return value
 
 

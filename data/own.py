@@ -4,6 +4,7 @@
     preference   {"prompt", "chosen", "rejected"}; or several completions of one prompt, and which are preferred to which:
                  {"prompt", "completions": […], "pairs": [[chosen, rejected], …]}, numbered from 0, or with "scores": […]
     mcq, loglik  {"prompt", "choices": […], "label": int}
+    all of them  {"question", "choices", "answer" or "answerKey"}, as MMLU and ARC have it: see `choice`
 
 Conversations, lists of messages in these fields or in `messages`: see data/messages.py. A file whose objects have the fields
 of a published data set (HellaSwag, Alpaca, Anthropic HH) is read as that data set.
@@ -17,24 +18,74 @@ from pathlib import Path
 
 from base.errors import UserError
 from data import alpaca, hellaswag, hh, messages, tables
-from data.examples import Example, move_space, only_text_views, report
+from data.examples import Example, Problem, half_of, move_space, only_text_views, report, view_problem
 from data.jsonl import completion, get, index
 
 # Each has is_record(record) and examples(record, view, group, where); DROPPED says why examples() may give none.
 PUBLISHED = (messages, hellaswag, alpaca, hh)
+OTHERS = {  # our fields -> what other formats call them
+    "prompt": "question instruction query input problem context user text",
+    "completion": "response answer output target solution assistant",
+    "chosen": "preferred accepted response_chosen chosen_response answer_chosen better good",
+    "rejected": "dispreferred response_rejected rejected_response answer_rejected worse bad",
+    "choices": "options answers endings",
+    "label": "answer gold target correct",
+}
+CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "turns")
 
 
-def examples(record: dict, view: str, where: str) -> list[Example]:
+def need(record: dict, fields: tuple[str, ...], where: str) -> None:
+    """UserError if one of the fields is missing. It names the fields of other formats, and the --columns that takes them."""
+    missing = [field for field in fields if field not in record]
+    if not missing:
+        return
+    columns = {f: f if f in record else next((n for n in OTHERS[f].split() if n in record), "") for f in fields}
+    found = [name for field, name in columns.items() if name not in ("", field)]
+    say = f"--columns {','.join(f'{field}={name}' for field, name in columns.items())}" if all(columns.values()) else ""
+    talk = next((record[name] for name in CONVERSATIONS if name in record and "completion" in fields), None)
+    if isinstance(talk, list) and talk and isinstance(talk[0], dict):
+        found = [name for name in CONVERSATIONS if name in record]
+        same = f"as {{{', '.join(talk[0])}}}: write it as `messages` of {{role, content}}"
+        say = f"--columns messages={found[0]}" if "role" in talk[0] else same
+    hint = f"; found {', '.join(found)}{': ' if say.startswith('--') else ' '}{say}".rstrip() if found else ""
+    there = ", ".join(sorted(record)) or "none"
+    raise UserError(f"{where}: the field {missing[0]!r} is missing (fields there: {there}){hint}")
+
+
+def choice(record: dict, view: str, group: int, where: str) -> list[Example]:
+    """A question as MMLU has it, {"question", "choices": [texts], "answer": index}, or as ARC has it, {"question", "choices":
+    {"text": [texts], "label": [names]}, "answerKey": a name}. Scored after "Question: …\nAnswer:", as lm-evaluation-harness
+    does for ARC; elsewhere the prompt lists the options (`data.examples.question`)."""
+    question, texts = get(record, "question", str, where), record["choices"]
+    if isinstance(texts, dict):
+        names, key = get(texts, "label", list, where), get(record, "answerKey", str, where)
+        if key not in names:
+            raise UserError(f"{where}: answerKey {key!r} is not one of {', '.join(map(str, names))}")
+        texts, record = get(texts, "text", list, where), {"answer": names.index(key)}
+    texts = options(texts, where)
+    context = f"Question: {question}\nAnswer:" if view == "loglik" else question
+    return view_problem(Problem(context, texts, index(record, "answer", len(texts), where)), view, group, where)
+
+
+def options(texts: list, where: str) -> tuple[str, ...]:
+    """The options of a question; UserError unless they are at least two texts."""
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{where}: 'choices' must be a list of at least two texts, none of them empty")
+    return tuple(texts)
+
+
+def examples(record: dict, view: str, group: int, where: str) -> list[Example]:
     """A line in your own format as the examples of a view."""
+    if "prompt" not in record and {"question", "choices"} <= record.keys() and {"answer", "answerKey"} & record.keys():
+        return choice(record, view, group, where)
+    answer = "completion" if "completion" in record or "chosen" not in record else "chosen"
+    fields = {"sft": (answer,), "preference": ("chosen", "rejected")}.get(view, ("choices", "label"))
+    need(record, ("prompt", *fields), where)
     prompt = get(record, "prompt", str, where)
     if view in ("sft", "preference"):
-        answer = "completion" if "completion" in record or "chosen" not in record else "chosen"
-        fields = (answer,) if view == "sft" else ("chosen", "rejected")
         return [Example(prompt, tuple(completion(record, field, where) for field in fields), source=where)]
-    choices = get(record, "choices", list, where)
-    if len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise UserError(f"{where}: 'choices' must be a list of at least two texts, none of them empty")
-    example = Example(prompt, tuple(choices), index(record, "label", len(choices), where), source=where)
+    choices = options(get(record, "choices", list, where), where)
+    example = Example(prompt, choices, index(record, "label", len(choices), where), source=where)
     return [move_space(example) if view == "loglik" else example]
 
 
@@ -87,14 +138,24 @@ def scored_pairs(record: dict, n: int, where: str, min_gap: float) -> tuple[tupl
     return tuple((i, j) for i, j in both if scores[i] > scores[j] and scores[i] - scores[j] >= min_gap)
 
 
-def load(files: list[Path], view: str, limit: int = 0, columns: str = "", min_gap: float = 0.0) -> Iterator[Example]:
+def load(
+    files: list[Path],
+    view: str,
+    limit: int = 0,
+    columns: str = "",
+    min_gap: float = 0.0,
+    half: tuple[str, float] | None = None,
+) -> Iterator[Example]:
     """Files, one behind the other, as the examples of a view, one by one; `limit` above 0 takes so many rows.
 
-    columns: see `tables.read`. min_gap: see `several`. Prints what the first row is taken as.
+    columns: see `tables.read`. min_gap: see `several`. half: only the prompts of this half ("train" or "val", validation's
+    share), see `half_of`. Prints what the first row is taken as.
     """
-    found, dropped = 0, {}
-    rows = (row for path in files for row in tables.read(path, limit, columns))
-    for number, (where, record) in enumerate(itertools.islice(rows, limit or None)):
+    found, taken, dropped = 0, 0, {}
+    rows = (row for path in files for row in tables.read(path, 0 if half else limit, columns))
+    for number, (where, record) in enumerate(rows):
+        if limit and taken == limit:
+            break
         ours = is_several(record)
         published = None if ours else next((recipe for recipe in PUBLISHED if recipe.is_record(record)), None)
         if number == 0:
@@ -104,11 +165,16 @@ def load(files: list[Path], view: str, limit: int = 0, columns: str = "", min_ga
         if ours:
             made = several(record, view, where, min_gap)
         else:
-            made = published.examples(record, view, number, where) if published else examples(record, view, where)
+            made = published.examples(record, view, number, where) if published else examples(record, view, number, where)
         if not made:
             why = "their scores make no pair" if ours else published.DROPPED
             dropped[why] = dropped.get(why, 0) + 1
+        if half:
+            made = [example for example in made if half_of(example, half[1]) == half[0]]
+        taken += bool(made or not half)
         found += len(made)
         yield from made
+    if half and not found:
+        raise UserError(f"key val_share: {half[1]} leaves no prompt of {files[0]} for {half[0]}: give another, or more data")
     if dropped:
         report(str(files[0]), found, dropped)

@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from base.errors import UserError
+from base.progress import count
 from data.encode import Encoded, column
 
 Rows = list[list[int]]  # a micro-batch: rows of examples
@@ -161,8 +162,10 @@ def describe(plan: BatchPlan, items: list[Encoded], most: int = 200) -> str:
     chosen = [[items[i] for i in plan.examples(step)] for step in steps]
     padded = sum(max(i.longest for i in step) * sum(len(i.completions) for i in step) for step in chosen)
     n_rows, forwards = sum(map(len, micros)), sum(len(ranks[0]) for ranks in planned)
+    epoch = count(plan.steps_per_epoch, "steps")
     return (
-        f"{len(steps)} steps of {plan.batch_size}: {fed:,} tokens in {positions:,} positions "
+        f"{f'the first {most} of ' if len(steps) == most else ''}{epoch} of an epoch, {plan.batch_size} examples each: "
+        f"{fed:,} tokens in {positions:,} positions "
         f"({100 * (1 - fed / positions):.1f}% padding); "
         f"padded and unshared they would be {padded:,} ({padded / positions:.2f}x)\n"
         f"a step: {fed / len(steps):,.0f} tokens in {n_rows / len(steps):.1f} rows, {forwards / len(steps):.1f} forwards a rank"

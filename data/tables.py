@@ -71,6 +71,8 @@ def _parquet(wanted: dict[str, str], path: Path, file: BinaryIO) -> Iterator[tup
 def _csv(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
     rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
     names = rows.fieldnames or []
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), "")):
+        raise UserError(f"{path}:1: {mark!r} stands between its columns, not a comma: save it with commas, or as .jsonl")
     if len(set(names)) < len(names):
         raise UserError(f"{path}:1: two columns of one name among {', '.join(names)}: rename one")
     for record in rows:

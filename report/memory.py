@@ -7,8 +7,8 @@ formula, a line a model family in `KEPT`. Tests compare both with what a run hol
 from logprobs import LOGITS_BUDGET, LOGITS_CHUNK
 from lora import LoRAConfig, add_lora
 from model import SIZES, GPTConfig
-from report.tables import markdown
-from runtime.optim import STATES
+from report.formats import markdown
+from runtime.optim import OPTIMIZERS
 from weights import empty
 
 # Bytes that a block keeps for the backward pass, a token and unit of width, by the bytes of the compute dtype: the inputs of
@@ -54,7 +54,7 @@ def needed(
     return {
         "weights": (width * matrices + 4 * (total - matrices + adapters) if rank else 4 * total) // processes,
         "gradients": 4 * trained // processes,
-        "optimizer": 4 * STATES[optimizer] * trained // processes,
+        "optimizer": 4 * OPTIMIZERS[optimizer].states * trained // processes,
         "working": working,
         "activations": blocks + 12 * predicted * c.n_embd,
         "logits": logits if logits <= LOGITS_BUDGET else 2 * LOGITS_CHUNK,

@@ -1,24 +1,28 @@
-"""Draw the curves of runs, or win rates against model size, into a PNG, and print the same as a table.
+"""Draw the curves of runs, or the results of evaluations, as PNG, PDF or SVG, and print the same as a table.
 
     python -m report.plot runs/dpo runs/dpo-ipo --out curves.png --labels "sigmoid,ipo"
-    python -m report.plot runs/small.json runs/medium.json --out winrate.png    # results of eval_winrate.py
+    python -m report.plot runs/small.json runs/medium.json --out results.pdf    # results of any eval script
 
 The table needs no matplotlib.
 """
 
+from base.script import run
+
 import io
-import itertools
-import math
+import re
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from base.errors import UserError, run
-from base.files import parse_json, read_plain, write_whole
-from report.runs import ACCURACY, GAINS, MARGIN, Records, read_run, series, warn_of_jumps
+from base.errors import UserError, warn
+from base.files import write_whole
+from report.formats import aligned, markdown, turned
+from report.results import Points, read_result, result_table, size
+from report.runs import ACCURACY, GAINS, MARGIN, Run, read_run, run_table, series, warn_of_losses
 from runtime import config
 from runtime.config import REQUIRED, key
 
@@ -27,6 +31,23 @@ T = TypeVar("T")
 # Okabe and Ito's palette, which colour-blind readers can tell apart; from the eighth run on it repeats, dashed
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
+EAST_ASIAN = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "IPAGothic",
+)
+EAST_ASIAN += (
+    "Droid Sans Fallback",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Unifont",
+)
 NEUTRAL = {"color": "0.3", "linewidth": 1.4, "linestyle": (0, (2, 3)), "zorder": 1}  # where nothing is won and nothing lost
 
 
@@ -39,17 +60,48 @@ def figure(out: str | Path, width: float, height: float):
     Raises UserError, naming `out`, the file it is for, if matplotlib is missing.
     """
     try:
+        from matplotlib import rcParams
         from matplotlib.figure import Figure  # not pyplot, which looks for a display
     except ImportError:
         raise UserError(f"matplotlib is needed to draw {out}: pip install matplotlib") from None
+    rcParams["font.family"] = ["sans-serif", *east_asian()]
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
+def grid(out: str | Path, n: int, columns: int, width: float, **options: Any):
+    """(a Figure so many inches wide, its n panels in rows of `columns`). options: those of matplotlib's subplots."""
+    rows = -(-n // columns)
+    fig = figure(out, width, 6.5 if rows == 1 else 4.75 * rows)
+    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
+    axes = fig.subplots(rows, columns, squeeze=False, **options).flatten()
+    for ax in axes[n:]:
+        ax.remove()
+    return fig, axes[:n]
+
+
+def east_asian() -> list[str]:
+    """The first installed font with Chinese, Japanese and Korean letters; matplotlib takes it where another lacks a letter."""
+    from matplotlib.font_manager import fontManager
+
+    return [name for name in EAST_ASIAN if name in fontManager.get_font_names()][:1]
+
+
 def save(fig, out: str | Path, **options: Any) -> None:
-    """Write a Figure to the PNG file `out`, whole or not at all. options: those of matplotlib's savefig."""
+    """Write a Figure to the file `out`, .png, .pdf or .svg, whole or not at all. options: those of matplotlib's savefig.
+
+    Warns of letters that no installed font has.
+    """
     picture = io.BytesIO()
-    fig.savefig(picture, format="png", **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fig.savefig(picture, format=Path(out).suffix[1:], **options)
     write_whole(out, picture.getvalue())
+    missing = {chr(int(found[1])) for w in said if (found := re.match(r"Glyph (\d+)", str(w.message)))}
+    if missing:
+        some = "".join(sorted(missing)[:8])
+        warn(
+            f"{out}: no font here has {len(missing)} of its letters ({some}), boxes stand for them: install Noto Sans CJK, say"
+        )
 
 
 def dress(ax, xlabel: str, ylabel: str) -> None:
@@ -64,65 +116,47 @@ def dress(ax, xlabel: str, ylabel: str) -> None:
 
 def legend_text(label: str) -> str:
     """`label` as matplotlib shows it unchanged: it takes $ for mathematics and leaves out a label that starts with _."""
-    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+    return (" " if label.startswith("_") else "") + label.encode(errors="replace").decode().replace("$", r"\$")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean under a bell an eighth of the curve wide, cut off at its ends; under 16 points nothing changes."""
-    if len(values) < 16:
+    """Centred mean under a bell an eighth of the curve wide; under 16 points nothing changes.
+
+    Near an end the bell is as narrow as the way to the end: so the first and the last value stay, and a slope is not bent.
+    """
+    half = len(values) // 16
+    if not half:
         return values
-    bell = np.hanning(len(values) // 16 * 2 + 3)
-    return np.convolve(values, bell, "same") / np.convolve(np.ones(len(values)), bell, "same")
+    bells = [np.hanning(2 * reach + 3)[1:-1] for reach in range(half + 1)]
+    smoothed = np.convolve(values, bells[half] / bells[half].sum(), "same")
+    for reach, bell in enumerate(bells[:half]):
+        for at in (reach, len(values) - 1 - reach):
+            smoothed[at] = np.average(values[at - reach : at + reach + 1], weights=bell)
+    return smoothed
 
 
-def table(runs: dict[str, Records]) -> str:
-    """One line a run. Margin and accuracy are the last of validation, or of training where a run has no validation;
-    tokens/s is the median over its training records.
+def draw(runs: dict[str, Run], out: str | Path) -> None:
+    """Draw the runs (label -> records) over each other into the picture `out`, 1600 pixels wide (see `runs_figure`)."""
+    save(runs_figure(runs, out), out)
+
+
+def runs_figure(runs: dict[str, Run], out: str | Path):
+    """Panels: the loss, one panel for each kind, and the learning rate; for preference runs accuracy, reward margin and
+    log-prob gains.
+
+    out: the file that a message is to name. Raises UserError if there is nothing to draw, or if matplotlib is missing.
     """
-    head = "run, steps, last train loss, best val loss, last val loss, lr peak / last, margin, accuracy, tokens/s"
-    rows = [head.split(", ")]
-    for label, records in runs.items():
-        loss, rate, speed = (series(records, "train", name)[1] for name in ("loss", "lr", "tokens_per_s"))
-        steps, val = series(records, "val", "loss")
-        if steps.any():  # step 0 is the model before training
-            steps, val = steps[steps > 0], val[steps > 0]
-        row = [label, str(max(r["step"] for r in records)), f"{loss[-1]:.4f}" if len(loss) else "-"]
-        row += [f"{val.min():.4f} @ {steps[val.argmin()]:.0f}", f"{val[-1]:.4f}"] if len(val) else ["-", "-"]
-        row += [f"{rate.max():.2e} / {rate[-1]:.2e}" if len(rate) else "-"]
-        for name in (MARGIN, ACCURACY):
-            last = [*series(records, "train", name)[1][-1:], *series(records, "val", name)[1][-1:]][-1:]
-            row.append(f"{last[0]:.4f}" if last else "-")
-        rows.append([*row, f"{np.median(speed):,.0f}" if len(speed) else "-"])
-    return "\n".join(aligned(rows))
-
-
-def aligned(table: list[list[str]], texts: int = 1, most: int = 1000) -> list[str]:
-    """Each row of a table as lines of plain text, its cells broken into lines of `most` letters and padded to one width.
-
-    texts: how many columns are text; those after them are numbers, and are aligned on the right.
-    """
-    cells = [
-        [[part for line in text.splitlines() for part in textwrap.wrap(line, most) or [""]] for text in row] for row in table
-    ]
-    widths = [max(len(line) for cell in column for line in cell) for column in zip(*cells, strict=True)]
-    row_format = "  ".join(f"{{:{'<' if i < texts else '>'}{width}}}" for i, width in enumerate(widths))
-    return ["\n".join(row_format.format(*line) for line in itertools.zip_longest(*row, fillvalue="")) for row in cells]
-
-
-def draw(runs: dict[str, Records], out: str | Path) -> None:
-    """Draw the runs (label -> records) over each other into the PNG file `out`, 1600 pixels wide.
-
-    Panels: loss and learning rate, and for DPO runs accuracy, reward margin and log-prob gains. Raises UserError if there is
-    nothing to draw, or if matplotlib is missing.
-    """
-    is_dpo = [any(MARGIN in record for record in records) for records in runs.values()]
-    loss = "loss (per pair)" if all(is_dpo) else "loss" if any(is_dpo) else "loss (nats per token)"
-    names = {"loss": loss, "lr": "learning rate", ACCURACY: "chosen over rejected (share of pairs)"}
+    kinds = dict.fromkeys(run.kind() for run in runs.values())
+    names = {f"loss {kind}": "loss (nats per token)" if kind == "SFT" else f"{kind} loss (per pair)" for kind in kinds}
+    names |= {"lr": "learning rate", ACCURACY: "chosen over rejected (share of pairs)"}
     names |= {MARGIN: "reward margin (nats)", **{name: f"log-prob gain of {name[5:]} (nats)" for name in GAINS}}
     curves = {name: [[series(r, split, name) for split in ("train", "val")] for r in runs.values()] for name in names}
+    for kind in kinds:
+        shown = [run if run.kind() == kind else [] for run in runs.values()]
+        curves[f"loss {kind}"] = [[series(r, split, "loss") for split in ("train", "val")] for r in shown]
     # before the first update the model is the reference itself, which prefers nothing and so is never right
     for pair in curves[ACCURACY]:
         pair[:] = [(at[at > first], values[at > first]) for (at, values), first in zip(pair, (1, 0), strict=True)]
@@ -130,14 +164,9 @@ def draw(runs: dict[str, Records], out: str | Path) -> None:
     if not curves:
         raise UserError(f"nothing to draw: no finite loss in {', '.join(runs)}")
 
-    rows = 2 if len(curves) > 3 else 1
-    fig = figure(out, 16, 9.5 if rows == 2 else 6.5)
-    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # inches
-    ratios = [3, 2] if len(curves) == 2 else None
-    axes = fig.subplots(rows, -(-len(curves) // rows), squeeze=False, width_ratios=ratios).flatten()
-    for ax in axes[len(curves) :]:
-        ax.remove()
-    panels = dict(zip(curves, axes, strict=False))
+    columns = len(curves) if len(curves) <= 3 else max(-(-len(curves) // 2), 3) if len(curves) <= 8 else 4
+    fig, axes = grid(out, len(curves), columns, 16, width_ratios=[3, 2] if len(curves) == 2 else None)
+    panels = dict(zip(curves, axes, strict=True))
     for name, ax in panels.items():
         draw_panel(ax, name, dict(zip(runs, curves[name], strict=True)))
         dress(ax, "optimizer step", names[name])
@@ -148,7 +177,7 @@ def draw(runs: dict[str, Records], out: str | Path) -> None:
     columns = max(1, min(len(runs), 1600 // (12 * max(map(len, runs)) + 90)))  # pixels: a letter is about 12
     style = {"loc": "outside lower center", "ncols": columns, "fontsize": 14, "frameon": False}
     fig.legend(*axes[0].get_legend_handles_labels(), **style, title="thin: training, smoothed; with marks: validation")
-    save(fig, out)
+    return fig
 
 
 def draw_panel(ax, name: str, curves: dict[str, list]) -> None:
@@ -174,71 +203,93 @@ def draw_panel(ax, name: str, curves: dict[str, list]) -> None:
         ax.set_ylim(bottom=0)
 
 
-# --- win rate against model size --------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
-def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result of eval_winrate.py: label, parameters, unit, value and its interval (low, high), in % or points, n.
+def results_figure(points: Points, out: str | Path):
+    """Lines over the models' sizes where all are known and differ; else bars; a reward over its KL where that was measured.
 
-    Raises UserError for any other file, and for a result without a verdict or without the model's size.
+    out: the file that a message is to name. Raises UserError if matplotlib is missing.
     """
-    try:
-        found = parse_json(read_plain(Path(path)))
-        unit, name, scale = ("win rate (%)", "win_rate", 100) if "win_rate" in found else ("score (0 to 100)", "mean", 1)
-        value, n, (low, high) = found[name], found["n"], (None, None) if found["ci95"] is None else found["ci95"]
-        if not all(x is None or isinstance(x, int | float) for x in (value, low, high, found.get("parameters"))):
-            raise TypeError
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: name a result of eval_winrate.py") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no result of eval_winrate.py --mode pairwise or score: it has no win_rate or mean") from None
-    if None in (value, low, high):
-        raise UserError(f"{path}: holds no verdict, so there is nothing to draw: leave it out")
-    if not 0 < (found.get("parameters") or 0) < math.inf:
-        raise UserError(f"{path}: does not hold the model's size: judge again with --model or --parameters (verdicts are kept)")
-    numbers = {"value": scale * value, "low": scale * low, "high": scale * high}
-    return {"label": str(found.get("label") or ""), "parameters": found["parameters"], "unit": unit, **numbers, "n": n}
+    measures: dict[str, Points] = {}
+    for point in points:
+        measures.setdefault(point["measure"], []).append(point)
+    if any("kl" in point for point in points):
+        measures = {name: group for name, group in measures.items() if not name.startswith("KL ")}  # it is an axis
+    columns = min(len(measures), 3)
+    fig, axes = grid(out, len(measures), columns, 11 if columns == 1 else 7 * columns)
+    colours = {label: i % 7 for i, label in enumerate(dict.fromkeys(p["label"] for p in points))}
+    for ax, (name, group) in zip(axes, measures.items(), strict=True):
+        if all("kl" in p for p in group):
+            draw_frontier(ax, group, colours)
+        elif len({p["parameters"] for p in group}) > 1 and all(p["parameters"] for p in group):
+            draw_sizes(ax, group, colours)
+        else:
+            draw_bars(ax, group, colours)
+        for chance in {p["chance"] for p in group} - {None}:
+            ax.axhline(chance, **NEUTRAL)
+        dress(ax, ax.get_xlabel(), "")
+        ax.set_title("\n".join(textwrap.wrap(name, 45)), fontsize=14)
+        ax.margins(y=0.12)
+        if "%" in name or "score" in name:
+            ax.set_ylim(0, max(60 if "%" in name else 100, *(1.08 * (p["high"] or p["value"]) for p in group)))
+    fig.suptitle("with 95% intervals", fontsize=11, color="0.3")
+    handles = {}
+    for ax in axes:
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if handles:
+        style = {"ncols": min(len(handles), 5), "fontsize": 14, "frameon": False}
+        fig.legend(handles.values(), handles, loc="outside lower center", **style)
+    return fig
 
 
-def size(parameters: float) -> str:
-    """124439808 -> "124M"."""
-    return f"{parameters / 1e9:.2g}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.0f}M"
+def look(colour: int) -> dict[str, Any]:
+    """How a label's points look."""
+    style = {"color": COLOURS[colour], "marker": MARKERS[colour], "markersize": 10, "markeredgecolor": "white"}
+    return {**style, "elinewidth": 1.8, "capsize": 5}
 
 
-def result_table(results: list[dict[str, Any]]) -> str:
-    """One line a result, as Markdown."""
-    lines = [f"| | parameters | {results[0]['unit']} | 95% interval | judged |", "|---|---|---|---|---|"]
-    for r in results:
-        interval = f"{r['low']:.1f} to {r['high']:.1f}"
-        lines.append(f"| {r['label']} | {size(r['parameters'])} | {r['value']:.1f} | {interval} | {r['n']} |")
-    return "\n".join(lines)
+def arms(points: Points) -> list[list[float]]:
+    """How far the intervals reach below and above the values; 0 where there is none."""
+    ends = [(p["value"], *((p["value"],) * 2 if p["low"] is None else (p["low"], p["high"]))) for p in points]
+    return [[max(value - low, 0) for value, low, _ in ends], [max(high - value, 0) for value, _, high in ends]]
 
 
-def draw_results(results: list[dict[str, Any]], out: str | Path) -> None:
-    """Draw each label's results over the size of their models, with their intervals, into the PNG file `out`."""
-    fig = figure(out, 11, 6.5)
-    ax = fig.subplots()
-    sizes = sorted({r["parameters"] for r in results})
-    labels = list(dict.fromkeys(r["label"] for r in results))
+def draw_sizes(ax, points: Points, colours: dict[str, int]) -> None:
+    """A line a label over the models' sizes."""
+    sizes = sorted({p["parameters"] for p in points})
+    labels = list(dict.fromkeys(p["label"] for p in points))
     for i, label in enumerate(labels):
-        mine = [r for r in results if r["label"] == label]
+        mine = sorted((p for p in points if p["label"] == label), key=lambda p: p["parameters"])
         aside = 1.015 ** (i - (len(labels) - 1) / 2)  # so that intervals of one size do not hide each other
-        bars = [[r["value"] - r["low"] for r in mine], [r["high"] - r["value"] for r in mine]]
-        style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 10, "markeredgecolor": "white"}
-        style |= {"linewidth": 2.4, "elinewidth": 1.8, "capsize": 5, "label": legend_text(label) or None}
-        ax.errorbar([r["parameters"] * aside for r in mine], [r["value"] for r in mine], bars, **style)
-    win_rate = results[0]["unit"].startswith("win")
-    if win_rate:
-        ax.axhline(50, **NEUTRAL)
-    dress(ax, "parameters", results[0]["unit"] + ", 95% interval")
+        style = {**look(colours[label]), "linewidth": 2.4, "label": legend_text(label) or None}
+        ax.errorbar([p["parameters"] * aside for p in mine], [p["value"] for p in mine], arms(mine), **style)
+    ax.set_xlabel("parameters")
     ax.set_xscale("log")
     ax.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
-    ax.set_ylim(0, max(60 if win_rate else 100, *(1.08 * r["high"] for r in results)))
     ax.set_xticks(sizes, [size(p) for p in sizes])
     ax.minorticks_off()
-    if any(labels):
-        fig.legend(loc="outside lower center", ncols=min(len(labels), 5), fontsize=14, frameon=False)
-    save(fig, out)
+
+
+def draw_bars(ax, points: Points, colours: dict[str, int]) -> None:
+    """A bar a point."""
+    style = {"color": [COLOURS[colours[p["label"]]] for p in points], "capsize": 5, "width": min(0.7, 0.2 * len(points))}
+    bars = ax.bar(range(len(points)), [p["value"] for p in points], yerr=arms(points), **style)
+    ax.bar_label(bars, [f"{p['value']:.3g}" for p in points], padding=3, fontsize=12)
+    names = [legend_text("\n".join(textwrap.wrap(p["label"], 14))) or "-" for p in points]
+    ax.set_xticks(range(len(points)), names, rotation=0 if len(points) < 6 else 30)
+    ax.set_xlim(-0.6, len(points) - 0.4)
+
+
+def draw_frontier(ax, points: Points, colours: dict[str, int]) -> None:
+    """Each reward over the KL divergence that it cost; and the limit that no method can pass."""
+    for p in points:
+        style = {**look(colours[p["label"]]), "linestyle": "", "label": legend_text(p["label"])}
+        ax.errorbar([p["kl"]["value"]], [p["value"]], arms([p]), arms([p["kl"]]), **style)
+    limit = max((p["limit"] for p in points), key=len)
+    if limit:
+        ax.plot(*zip(*limit, strict=True), color="0.3", label="limit")
+    ax.set_xlabel("KL from the reference (nats)")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -246,9 +297,9 @@ def draw_results(results: list[dict[str, Any]], out: str | Path) -> None:
 
 @dataclass
 class Config:
-    """Curves of runs, or win rates against model size: a table and a PNG."""
+    """Curves of runs, or results of evaluations: a table and a picture."""
 
-    out: str = key(REQUIRED, "the PNG file to draw", writes=".png")
+    out: str = key(REQUIRED, "the picture to draw: .png, .pdf or .svg", writes=".png .pdf .svg")
     labels: str = key("", "a name for each path, commas between, instead of its folder's or file's")
 
 
@@ -277,21 +328,34 @@ def by_label(labels: str, paths: list[str]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True))
 
 
+def read_results(paths: list[str], labels: str = "") -> Points:
+    """The points of result files, with a label each: the given one, the result's own, or the name of its file or folder."""
+    places = [Path(path).resolve() for path in paths]
+    stems, folders = [place.stem for place in places], [place.parent.name for place in places]
+    both = [f"{folder} {stem}" for folder, stem in zip(folders, stems, strict=True)]
+    found = [read_result(path) for path in paths]
+    for names in [split_labels(labels, paths)] if labels else [stems, folders, both]:
+        pairs = [(p, name) for name, of in zip(names, found, strict=True) for p in of]
+        points = [{**p, "label": name if labels else p["label"] or name} for p, name in pairs]
+        sized = all(p["parameters"] for p in points)
+        told = [(name, p["measure"], sized and p["parameters"]) for p, name in pairs if not p["label"]]
+        if len(set(told)) == len(told):
+            break  # each that has no label of its own can be told from the others
+    return points
+
+
 def main() -> None:
     paths, cfg = command(Config, "report.plot")
     if all(path.endswith(".json") for path in paths):
-        results = [read_result(path) for path in paths]
-        if cfg.labels:
-            results = [{**r, "label": label} for r, label in zip(results, split_labels(cfg.labels, paths), strict=True)]
-        if len({r["unit"] for r in results}) > 1:
-            raise UserError("some results are win rates and some are scores: draw them apart")
-        results.sort(key=lambda r: r["parameters"])
-        print(result_table(results), flush=True)
-        draw_results(results, cfg.out)
+        points = read_results(paths, cfg.labels)
+        print(markdown(result_table(points)), end="", flush=True)
+        save(results_figure(points, cfg.out), cfg.out)
     else:
-        runs = {label: read_run(folder) for label, folder in by_label(cfg.labels, paths).items()}
-        print(table(runs), flush=True)
-        warn_of_jumps(runs)
+        folders = by_label(cfg.labels, paths)
+        runs = {label: read_run(folder) for label, folder in folders.items()}
+        table = run_table(runs, folders)
+        print("\n".join(aligned(turned(table))), flush=True)
+        warn_of_losses(runs)
         draw(runs, cfg.out)
     print(f"wrote {cfg.out}")
 

@@ -9,7 +9,7 @@ import torch
 import adapters
 import weights
 from base.errors import UserError
-from data import RECIPES
+from data import RECIPES, is_local
 from data.encode import Encoded, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
@@ -36,7 +36,7 @@ def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
 
 def _date(cfg: ChatKeys) -> str:
     before = config.written(cfg).get("date", "") if hasattr(cfg, "out_dir") else ""
-    if not before and getattr(cfg, "ref", ""):
+    if not before and getattr(cfg, "ref", "") not in ("", reference.AUTO):
         before = reference.read(cfg.ref)[1].get("date", "")
     return before or date.today().isoformat()
 
@@ -102,13 +102,20 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         raise UserError(f"key max_len: {cfg.max_len} is more than the model's context of {block_size} tokens")
     max_len = cfg.max_len or block_size
 
-    def load(source: str, split: str, limit: int) -> Sequence[Encoded]:
-        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "min_gap": cfg.min_gap}
+    def load(source: str, split: str, limit: int, half: tuple[str, float] | None = None) -> Sequence[Encoded]:
+        how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "min_gap": cfg.min_gap, "half": half}
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
+    if cfg.val_share:
+        if other := "val_data" if cfg.val_data else "val_split" if cfg.val_split else "":
+            raise UserError(f"key val_share: {cfg.val_share}, but {other} names validation data already: give one of the two")
+        limits = {"train": cfg.limit, "val": cfg.val_limit}
+        return *(load(cfg.data, cfg.split, limit, (half, cfg.val_share)) for half, limit in limits.items()), max_len
     val_source = cfg.val_data or (cfg.data if cfg.data in RECIPES or cfg.val_split else "")
-    if val_source == cfg.data and Path(cfg.data).is_file() and not cfg.val_data:
-        raise UserError(f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data")
+    if val_source == cfg.data and is_local(cfg.data) and not cfg.val_data:
+        raise UserError(
+            f"key val_split: the file {cfg.data} has no splits: name validation data with --val_data, or --val_share"
+        )
     train = load(cfg.data, cfg.split, cfg.limit)
     return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len
 

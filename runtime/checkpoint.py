@@ -1,5 +1,7 @@
 """Checkpoints: safetensors files + state.json in out_dir/checkpoints/step_N, whole or absent. Nothing in them is unpickled.
 
+Beside them lies what a model's folder (with LoRA an adapter's) has, its config and tokenizer: so a checkpoint is a model.
+
 Each process writes the rows that it holds into a file of its own, with the number of each tensor's first row in the header.
 So any number of processes can read what any other number wrote.
 
@@ -12,23 +14,27 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+import adapters
 import weights
 from base.errors import UserError
-from base.files import read_json, sha256_of, sync, write_whole
+from base.files import expand, read_json, sha256_of, sync, write_whole
 from runtime.distributed import own
 
 UNFINISHED = ".tmp"  # the ending of folders that are being written or deleted
+MARKS = {"model": weights.CONFIG, "adapter": adapters.CONFIG}  # what a run writes at its end, and a file in it
 
 
-def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
-    """Write a checkpoint to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its rows.
+def save(root: Path, step: int, state: dict, model, optimizer, describe: Callable[[Path], None], compute) -> None:
+    """Write a checkpoint to root/step_N: the model, the optimizer and `state` (JSON). Every rank writes its rows, rank 0 what
+    `describe` writes into a folder.
 
     Frozen parameters are left out: whoever builds the model reads them anew. Nothing else is needed to go on: the data's
     order and dropout's random numbers follow from seed and step.
@@ -58,7 +64,11 @@ def save(root: Path, step: int, state: dict, model, optimizer, compute) -> None:
         for name, (size, _) in state["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"{folder / name} is not there: out_dir must be a folder that all nodes see")
-        write_whole(folder / "state.json", json.dumps(state, indent=1))
+        describe(folder)
+        for path in {*folder.iterdir()} - {folder / name for name in state["files"]}:
+            sync(path)
+            state["files"][path.name] = [path.stat().st_size, sha256_of(path)]
+        write_whole(folder / weights.STATE, json.dumps(state, indent=1))
         sync(folder)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(folder, final)
@@ -85,17 +95,42 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
-    pieces: dict[str, list] = {}
     try:
         with contextlib.ExitStack() as opened, torch.no_grad():
-            for path in filter(Path.is_file, sorted(folder.glob("rank_*.safetensors"))):
-                file = opened.enter_context(safe_open(path, "pt"))
-                for name, start in (file.metadata() or {}).items():
-                    pieces.setdefault(name, []).append((int(start), file.get_slice(name)))
+            pieces = weights.pieces(folder, opened)
             for name, tensor in _tensors(model, optimizer).items():
                 _read(name, tensor, pieces.get(name, []), compute)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint of this run ({error}): start anew with --overwrite") from None
+
+
+def weights_of(key: str, name: str) -> str:
+    """The folder with the weights that `name`, the value of a key, means: of a run's folder its model/, or its adapter/, or,
+    where the run has not come to its end, its newest whole checkpoint. Any other name stays. UserError for a checkpoint that is
+    damaged."""
+    folder = expand(name)
+    if not name or weights.on_hub(name) or not folder.is_dir():
+        return name
+    if (folder / weights.STATE).is_file():
+        if damage := inspect(folder)[1]:
+            raise UserError(f"key {key}: {name} is a damaged checkpoint ({damage}): name another one")
+        return name
+    if any((folder / mark).is_file() for mark in MARKS.values()):
+        return name
+    ended = [path for path, mark in MARKS.items() if (folder / path / mark).is_file()]
+    saved = steps(folder / "checkpoints")
+    if ended and not (saved and _goes_on(saved[-1])):
+        return str(Path(name, ended[0]))
+    found = newest(folder / "checkpoints")
+    return str(Path(name, "checkpoints", found[0].name)) if found else name
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether a checkpoint's run had steps to go."""
+    with contextlib.suppress(UserError):
+        state = read_json(folder / weights.STATE)
+        return state.get("steps", state.get("step")) != state.get("step")
+    return False
 
 
 def newest(root: Path) -> tuple[Path, dict] | None:
@@ -111,10 +146,10 @@ def newest(root: Path) -> tuple[Path, dict] | None:
 def inspect(folder: Path) -> tuple[dict, str | None]:
     """(state, None) of a whole checkpoint, ({}, what is wrong) of a damaged one. Reads every file through."""
     try:
-        state = read_json(folder / "state.json")
+        state = read_json(folder / weights.STATE)
         best = {"step": 0, "loss": 0.0} if state["best"] is None else state["best"]
-        numbers = [(state["step"], int), (state["metrics_bytes"], int), (best["step"], int), (best["loss"], float)]
-        if not all(type(number) is kind for number, kind in numbers) or state["metrics_bytes"] < 0:
+        numbers = state["step"], state["metrics_bytes"], state.get("steps", 0), best["step"]
+        if {*map(type, numbers)} != {int} or type(best["loss"]) is not float or state["metrics_bytes"] < 0:
             return {}, "state.json does not hold what was saved"
         if folder.name != f"step_{state['step']}":
             return {}, f"it is step {state['step']}"
@@ -142,7 +177,7 @@ def drop_after(root: Path, step: int) -> None:
 
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the one of step `best`; and what a kill left half-written."""
-    for folder in steps(root)[: -max(1, keep)]:
+    for folder in steps(root)[: -keep or None]:
         if folder.name != f"step_{best}":
             os.rename(folder, folder.with_name(folder.name + UNFINISHED))  # a half-deleted one must not look like one
     for leftover in root.glob("step_*" + UNFINISHED):

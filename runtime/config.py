@@ -11,28 +11,32 @@ config = load(Config)   # python script.py --config FILE.toml --lr 2e-5 --ref=re
 
 import argparse
 import difflib
+import glob
 import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from base.errors import UserError
+from base.errors import UserError, note
 from base.files import check_file, lies_in, parse_toml, read_json, read_plain
+from runtime import checkpoint
 from weights import TOKENIZER_FILES
 
 T = TypeVar("T")
 REQUIRED: Any = MISSING  # as a key's default: the user must give it
 COMMAND_LINE = "command line"
+NAMES = Path(__file__).with_name("names.txt")
 # in a folder of a model, of an adapter, or of a recipe
 READ = re.compile(
     rf"(adapter_)?model[\w.-]*|\w*config\.json|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
-    r"|alpaca_data\.json|\w+/o\w+line_\w+\.json"
+    r"|rank_\d+\.safetensors|alpaca_data\.json|\w+/o\w+line_\w+\.json"
     r"|(h\w+-[\w-]+/|hellaswag_|gsm8k_|math_)?(train|val|test)\.jsonl|(train|test)/\w+/\d+\.json"
 )
 EXPECTED = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str (in a file: in quotes)"}
@@ -50,7 +54,9 @@ class Rules:
     most: float | None = None
     writes: str | None = None
     replaces: tuple[str, ...] = ()
+    reads: Callable[[str], Any] | None = None
     free: bool = False
+    model: bool = False
 
     def check(self, name: str, value: Any, required: bool) -> None:
         """Raise UserError, naming the key, for a value outside the bounds or a path that cannot become a file."""
@@ -67,8 +73,8 @@ class Rules:
         if self.below is not None and value >= self.below:
             raise UserError(f"key {name}: {value} must be below {self.below}")
         if self.writes is not None and value:
-            if not value.endswith(self.writes):
-                raise UserError(f"key {name}: {value} must end in {self.writes}")
+            if not value.endswith(tuple(self.writes.split()) or ""):
+                raise UserError(f"key {name}: {value} must end in {' or '.join(self.writes.split())}")
             check_file(name, value)
 
 
@@ -77,9 +83,11 @@ def key(default: Any, help: str, choices: Iterable = (), **rules: Any) -> Any:
 
     help: a line for `--help`. choices: the values allowed, all where empty. least, most, above, below: bounds of a number;
     floats are always finite, and a REQUIRED text is never empty. writes: the key names a file that the script will write,
-    with this ending ("" = any); a place that cannot be written is refused before the work begins. replaces: the key names a
-    folder in which the script replaces or deletes what has these names ("" = the folder itself). No other text of the
-    settings may name what is written, see `keep_apart`. free: a resumed run may change it.
+    with one of these endings (".png .pdf"; "" = any); a place that cannot be written is refused before the work begins.
+    replaces: the key names a folder in which the script replaces or deletes what has these names ("" = the folder itself). No
+    other text of the settings may name what is written, see `keep_apart`. reads: raises UserError where what the key names is
+    not there; a script asks it before anything else. free: a resumed run may change it. model: the key names a model; of a
+    run's folder it becomes that of the weights, see `checkpoint.weights_of`.
     """
     return field(default=default, kw_only=True, metadata={"rules": Rules(help, tuple(choices), **rules)})
 
@@ -113,35 +121,46 @@ def load(cls: type[T], argv: list[str] | None = None, prog: str | None = None, p
             raise UserError(f"missing key {name} ({rules(f).help}): give --{name} or `{name} = …` in {place}")
     config = cls(**values)
     for name, f in keys.items():
-        rules(f).check(name, getattr(config, name), f.default is REQUIRED)
+        rules(f).check(name, value := getattr(config, name), f.default is REQUIRED)
+        if rules(f).model and (found := checkpoint.weights_of(name, value)) != value:
+            note(f"key {name}: of {value} the weights in {found}")
+            setattr(config, name, found)
     if hasattr(config, "check"):
         config.check()
     keep_apart(config, [path, *words] if path else words)
+    if argv is None and os.environ.get("GROUP_RANK", "0") == "0":  # other machines than rank 0's need not see its files
+        for name, f in keys.items():
+            if rules(f).reads and getattr(config, name):
+                try:
+                    rules(f).reads(getattr(config, name))
+                except UserError as error:
+                    raise UserError(f"key {name}: {str(error).removeprefix(f'key {name}: ')}") from None
     return config
 
 
 def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
     """Raise UserError where the script would write over what it reads, or write two files to one place.
 
-    Any text of the settings is taken for a path that is read, and so are `paths` and the base of an adapter. In a folder that
-    is read the names in `READ` are.
+    Any text of the settings is taken for a path that is read (where files are read, for several, or a pattern), and so are
+    `paths` and the base of an adapter. In a folder that is read the names in `READ` are.
     """
-    read, written = {f"PATH {n}": path for n, path in enumerate(paths, 1)}, {}
+    read, written = [(f"PATH {n}", path) for n, path in enumerate(paths, 1)], {}
     for f in fields(config):
         value, rule = getattr(config, f.name), rules(f)
         if value and (rule.writes is not None or rule.replaces):
             written[f.name] = [Path(value, name) for name in rule.replaces or [""]]
         elif f.type is str and not rule.choices and "\0" not in value:
-            read[f.name] = os.path.expanduser(value)
-    configs = {name: read_json(Path(path, "adapter_config.json")) for name, path in read.items() if os.path.isdir(path)}
-    read |= {f"{name} (its base)": str(found.get("base_model_name_or_path", "")) for name, found in configs.items()}
-    read = {name: path for name, path in read.items() if path}
+            several = [path for part in value.split(",") for path in glob.glob(part)] if rule.reads else []
+            read += [(f.name, os.path.expanduser(path)) for path in (value, *several) if path]
+    configs = [(name, read_json(Path(path, "adapter_config.json"))) for name, path in read if os.path.isdir(path)]
+    bases = [(f"{name} (its base)", str(found.get("base_model_name_or_path", ""))) for name, found in configs]
+    read += [(name, base) for name, base in bases if base]
     for name, places in written.items():
-        for place, (other, path) in itertools.product(places, read.items()):
+        for place, (other, path) in itertools.product(places, read):
             inside = place.is_file() and lies_in(place, path) and READ.fullmatch(os.path.relpath(place, path))
             if inside or lies_in(path, place):
                 raise UserError(f"key {name}: the run would write over {path}, which key {other} names: name another {name}")
-        read[name] = str(places[0])
+        read.append((name, str(places[0])))
 
 
 def to_toml(config: Any) -> str:
@@ -171,12 +190,12 @@ def written(config: Any, names: Iterable[str] = ()) -> dict[str, Any]:
     return table
 
 
-def check_same(config: Any, before: dict[str, Any], what: str) -> None:
-    """Raise UserError where the settings `before` of the run in out_dir are not those of now; `free` keys may differ."""
+def check_same(config: Any, before: dict[str, Any], what: str, but: Iterable[str] = ()) -> None:
+    """UserError where the settings `before` of the run in out_dir are not those of now. `free` keys and `but` may differ."""
     for f in fields(config):
         now = getattr(config, f.name)
         was = before.get(f.name, now if f.default is REQUIRED else f.default)  # a key may be younger than the run
-        if not rules(f).free and was != now:
+        if not rules(f).free and f.name not in but and was != now:
             raise UserError(
                 f"out_dir {config.out_dir} holds {what} with {f.name} = {was!r}, not {now!r}: go on with the same settings, "
                 f"name another out_dir{', or start anew with --overwrite' if hasattr(config, 'overwrite') else ''}"
@@ -192,7 +211,8 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
     """`--key value …` -> ({key: text}, words that belong to no key). `--help` lists the keys in groups, one for each class that
     declares some."""
     usage = f"python {prog or Path(sys.argv[0]).name} [--config FILE.toml] [--key value …]"
-    parser = _Parser(usage=usage, description=cls.__doc__.partition("\n")[0], allow_abbrev=False)
+    width = partial(argparse.HelpFormatter, width=100, max_help_position=30)
+    parser = _Parser(usage=usage, description=cls.__doc__.partition("\n")[0], allow_abbrev=False, formatter_class=width)
     parser.add_argument("--config", metavar="FILE", help="a flat TOML file of the keys below")
     left = dict(keys)
     for owner in cls.__mro__:
@@ -205,7 +225,7 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
             group.add_argument(f"--{f.name}", metavar=f.type.__name__, help=meaning, **bare)
     found, strays = parser.parse_known_args(argv)
     if unknown := [word for word in strays if word.startswith("--")]:
-        raise _unknown(unknown[0][2:].partition("=")[0], COMMAND_LINE, [*keys, "config"])
+        raise _unknown(unknown[0][2:].partition("=")[0], COMMAND_LINE, keys)
     return {name: text for name, text in vars(found).items() if text is not None}, strays
 
 
@@ -227,9 +247,16 @@ def _read_file(path: str, keys: dict[str, Field]) -> dict[str, Any]:
     return values
 
 
-def _unknown(name: str, where: str, known: Iterable[str]) -> UserError:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return UserError(f"{where}: unknown key {name!r}: the nearest known key is {nearest!r}, --help lists all")
+def _unknown(name: str, where: str, keys: dict[str, Field]) -> UserError:
+    """Names the key that another trainer's name stands for (names.txt), or one that is spelled almost so."""
+    pairs = [line.split(":") for line in NAMES.read_text().splitlines() if line[0] != "#"]
+    ours = {other: mine.split() for mine, others in pairs for other in others.split()}
+    theirs = difflib.get_close_matches(name.replace("-", "_"), ours, n=1, cutoff=0.9)
+    meant = [key for near in theirs for key in ours[near] if key in keys]
+    about = f" ({rules(keys[meant[0]]).help})" if meant else ""
+    meant = meant or difflib.get_close_matches(name.replace("-", "_"), [*keys, "config"], n=1, cutoff=0.7)
+    hint = f"the nearest known key is {meant[0]!r}{about}, " if meant else ""
+    return UserError(f"{where}: unknown key {name!r}: {hint}--help lists all")
 
 
 def _checked(f: Field, given: Any, where: str) -> Any:

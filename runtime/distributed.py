@@ -112,6 +112,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
             raise UserError(said, here=local == gpus)
     try:
         where = torch.device(name)
+        if where.type not in ("cpu", "cuda"):
+            raise NotImplementedError("cpu and cuda can, ROCm's GPUs by the name cuda; Apple's mps has no float64")
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None

@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 
 from base.errors import UserError
+from base.files import check_there
+from data import check_data
 from runtime.config import REQUIRED, key
+from runtime.optim import OPTIMIZERS
+from weights import check_model
 
-OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id")  # what a run leaves in its folder, beside config.toml
+# what a run leaves in its folder, beside config.toml
+OURS = ("checkpoints", "model", "adapter", "metrics.jsonl", "wandb_id", "tensorboard")
 SCRATCH = ("n_layer", "n_head", "n_embd", "block_size")
 DTYPES = ("auto", "float32", "bfloat16")
 MOST_SEED = 2**63 - 1
@@ -15,7 +20,12 @@ MOST_SEED = 2**63 - 1
 class ModelKeys:
     """Model"""
 
-    init_from: str = key("gpt2", "gpt2 (or -medium, -large, -xl), owner/name on the hub, a model or adapter folder, or scratch")
+    init_from: str = key(
+        "gpt2",
+        "gpt2 (-medium, …), owner/name on the hub, a folder (model, adapter, run), or scratch",
+        model=True,
+        reads=check_model,
+    )
     tokenizer: str = key("auto", "gpt2, toy, toy_math, a folder, owner/name, or auto = the one of init_from (gpt2 for scratch)")
     n_layer: int = key(0, "scratch: number of blocks", least=0)
     n_head: int = key(0, "scratch: attention heads per block", least=0)
@@ -27,7 +37,7 @@ class ModelKeys:
 class ChatKeys:
     """Conversations"""
 
-    chat_template: str = key("", "a Jinja file, to use instead of the model's own chat template")
+    chat_template: str = key("", "a Jinja file, to use instead of the model's own chat template", reads=check_there)
     chat_template_kwargs: str = key("", "more variables for the chat template, a JSON object")
     date: str = key(
         "", "the day that a chat template may write, YYYY-MM-DD; empty = that of out_dir's run or of ref, else today"
@@ -39,14 +49,18 @@ class DataKeys(ChatKeys):
     """Data"""
 
     data: str = key(
-        REQUIRED, "a recipe (toy, hh, alpaca, …), a file (.jsonl, .json, .csv, .parquet), or hub:owner/name[:config]"
+        REQUIRED,
+        "a recipe (toy, hh, alpaca, …), files (.jsonl, .json, .csv, .parquet; a.jsonl,b.jsonl or part-*.jsonl), or "
+        "hub:owner/name[:config]",
+        reads=check_data,
     )
-    val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file")
+    val_data: str = key("", "the same for validation; empty = the recipe's own, none for a file", reads=check_data)
+    val_share: float = key(0.0, "in place of val_data: a share of data's prompts, drawn by their hash", least=0, below=1)
     split: str = key("train", "the split of data to train on")
     val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
     columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
     min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     limit: int = key(0, "use only the first so many training problems, 0 = all", least=0)
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
@@ -66,13 +80,14 @@ class RunKeys:
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)
     batch_size: int = key(64, "examples or pairs per optimizer step, over all ranks", least=1)
     shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
-    row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0)
+    row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0, free=True)
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)", least=0, below=1)
     eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end", least=0)
     save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end", least=0, free=True)
-    keep: int = key(2, "newest checkpoints to keep, beside the one with the best validation loss", least=1, free=True)
+    keep: int = key(2, "newest checkpoints to keep, beside the best one; 0 = none at the end", least=0, free=True)
     samples: int = key(2, "validation prompts to complete and print at each validation", least=0, free=True)
     wandb: str = key("", "wandb project to log to, empty = none", free=True)
+    tensorboard: bool = key(False, "write the metrics for TensorBoard too, in out_dir/tensorboard", free=True)
 
 
 @dataclass
@@ -83,7 +98,7 @@ class OptimizerKeys:
     min_lr: float = key(0.0, "learning rate at the schedule's end", least=0)
     warmup: float = key(0.0, "steps of linear warmup, or a share of the run if below 1", least=0)
     schedule: str = key("cosine", "shape of the learning rate after warmup", ["cosine", "linear", "constant"])
-    optimizer: str = key("adamw", "update rule", ["adamw", "rmsprop", "sgd"])
+    optimizer: str = key("adamw", "update rule", OPTIMIZERS)
     adam_beta1: float = key(0.9, "decay of AdamW's mean of gradients", least=0, below=1)
     adam_beta2: float = key(0.999, "decay of AdamW's mean of squares", least=0, below=1)
     weight_decay: float = key(0.0, "decoupled weight decay of matrices and embeddings", least=0)
@@ -123,7 +138,7 @@ class DeviceKeys:
     seed: int = key(0, "seed of all that is drawn: data order, scratch weights, dropout, samples", least=0, most=MOST_SEED)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
     dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
-    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1)
+    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1, free=True)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, lines on the console, wandb; tokens per second, time left, MFU, memory."""
+"""What a run says: metrics.jsonl, lines on the console, wandb, TensorBoard; tokens per second, time left, MFU, memory."""
 
 import json
 import math
@@ -14,24 +14,25 @@ from base.progress import duration
 
 
 class Metrics:
-    """metrics.jsonl, a line a record, and the same to wandb if a project is named.
+    """metrics.jsonl, a line a record, and the same to wandb and TensorBoard where the settings ask for them.
 
-    `start`: the number of bytes to keep of a file that is there already (what the checkpoint being resumed had seen).
+    `start`: the number of bytes to keep of a file that is there already (what the checkpoint being resumed had seen). `done`:
+    the steps done by then.
     """
 
-    def __init__(self, path: Path, start: int, wandb: str = "", settings: dict | None = None):
+    def __init__(self, path: Path, start: int, settings: dict, done: int = 0):
         self.file = open(path, "ab")  # noqa: SIM115
         self.file.truncate(start)
         self.file.seek(start)
-        self.wandb = _wandb(wandb, path.parent, settings or {}) if wandb else None
+        makers = {"wandb": _wandb, "tensorboard": TensorBoard}
+        self.others = [make(path.parent, settings, done) for name, make in makers.items() if settings.get(name)]
 
     def write(self, record: dict) -> None:
         self.file.write((json.dumps(record) + "\n").encode())
         self.file.flush()
-        if self.wandb:
-            split = record["split"]
-            numbers = {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")}
-            self.wandb.log(numbers, step=record["step"])
+        numbers = {f"{record['split']}/{k}": v for k, v in record.items() if k not in ("step", "split")}
+        for other in self.others:
+            other.log(numbers, step=record["step"])
 
     def synced(self) -> int:
         """The bytes written so far, once they are on the disk."""
@@ -40,11 +41,31 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        for other in self.others:
+            other.finish()
 
 
-def _wandb(project: str, folder: Path, settings: dict):
+class TensorBoard:
+    """Event files in folder/tensorboard. Where a run is resumed, what they say of steps after `done` no longer counts."""
+
+    def __init__(self, folder: Path, settings: dict, done: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "key tensorboard: the package is not installed: pip install tensorboard, or leave the key out"
+            ) from None
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def _wandb(folder: Path, settings: dict, _done: int):
     try:
         import wandb
     except ImportError:
@@ -52,7 +73,7 @@ def _wandb(project: str, folder: Path, settings: dict):
     note = folder / "wandb_id"  # the same run goes on after a resume
     known = note.read_text().strip() if note.exists() else None
     try:
-        run = wandb.init(project=project, dir=folder, config=settings, name=folder.name, id=known, resume="allow")
+        run = wandb.init(project=settings["wandb"], dir=folder, config=settings, name=folder.name, id=known, resume="allow")
     except wandb.Error as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"key wandb: {said[0]}: mend that, set WANDB_MODE=offline, or leave the key empty") from None

@@ -2,19 +2,36 @@
 
 import math
 from decimal import Decimal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from base.progress import count
 from runtime.distributed import own
 from weights import whole
 
-STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # float32 numbers that an optimizer keeps a parameter
+
+class Optimizer(NamedTuple):
+    """`kind`: torch's class. `states`: float32 numbers that it keeps a parameter. `lr`: the least and the largest rate that SFT
+    of all weights usually takes."""
+
+    kind: type[torch.optim.Optimizer]
+    states: int
+    lr: tuple[float, float]
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(torch.optim.AdamW, 2, (1e-6, 2e-4)),
+    "rmsprop": Optimizer(torch.optim.RMSprop, 1, (1e-6, 2e-4)),
+    "sgd": Optimizer(torch.optim.SGD, 0, (1e-3, 10)),
+}
+TINY, SMALL = 20_000_000, 200_000_000  # parameters
 
 
 def memory(model: nn.Module, optimizer: str = "") -> int:
     """Bytes on this process of its part of the weights, and, where an optimizer trains them, of gradients and what it keeps."""
-    more = 1 + STATES[optimizer] if optimizer else 0
+    more = 1 + OPTIMIZERS[optimizer].states if optimizer else 0
     return sum(own(p).nbytes * (1 + more * p.requires_grad) for p in model.parameters())
 
 
@@ -30,8 +47,8 @@ def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
     if cfg.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": cfg.weight_decay}]
         groups += [{"params": rest, "weight_decay": 0.0}] if rest else []  # adapters are matrices only
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
-    optimizer = (torch.optim.RMSprop if cfg.optimizer == "rmsprop" else torch.optim.SGD)(trained, lr=cfg.lr)
+        return OPTIMIZERS["adamw"].kind(groups, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
+    optimizer = OPTIMIZERS[cfg.optimizer].kind(trained, lr=cfg.lr)
 
     @torch.no_grad()
     def decay(*_) -> None:
@@ -65,6 +82,32 @@ def learning_rate(cfg, step: int, steps: int) -> float:
     done = (step - warmup) / max(1, steps - warmup)  # 0 at the end of warmup, just under 1 at the last step
     left = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_lr + left * (cfg.lr - cfg.min_lr)
+
+
+def doubts(cfg, model: nn.Module, steps: int) -> list[str]:
+    """A warning for each setting of the rate that looks like a mistake: (`cfg`: runtime.keys.TrainKeys).
+
+    What a rate usually is: DPO takes a tenth of SFT's (the DPO paper 1e-6, Zephyr, arXiv 2310.16944, 5e-7 after SFT at 2e-5).
+    LoRA takes ten times that of all weights (LoRA's paper, arXiv 2106.09685, 2e-4 for GPT-2), and small models take more than
+    large ones. Models from scratch and tiny ones are not judged.
+    """
+    found, warmup, size = [], warmup_steps(cfg, steps), sum(p.numel() for p in model.parameters())
+    if warmup >= steps:
+        found.append(
+            f"key warmup: {warmup:,} of {count(steps, 'steps')}: the learning rate climbs to the end: give less, say 0.1"
+        )
+    if cfg.init_from == "scratch" or size < TINY:
+        return found
+    preference, lora = hasattr(cfg, "beta"), cfg.lora_rank > 0
+    least, most = (rate * 10**lora / 10**preference for rate in OPTIMIZERS[cfg.optimizer].lr)
+    most *= 5 if size < SMALL else 1
+    if not least <= cfg.lr <= most:
+        what = f"{'DPO' if preference else 'SFT'} {'with LoRA' if lora else 'of all weights'} by {cfg.optimizer}"
+        scale = ", but SFT does" if preference and cfg.lr > most else ""
+        found.append(
+            f"key lr: {what} rarely takes {cfg.lr:g}{scale}: usual for a model of this size is {least:.0e} to {most:.0e}"
+        )
+    return found
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

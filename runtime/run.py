@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,16 @@ import generate
 import weights
 from base.errors import UserError, warn
 from base.files import claim, read_plain, write_whole
+from base.progress import count
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.keys import OURS, TrainKeys
 from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
 
-MARKS = {"model": weights.CONFIG, "adapter": adapters.CONFIG}
+# Keys that may differ when a run goes on from a checkpoint, which is bound to what they name, or says how long the run is
+BOUND = ("data", "val_data", "data_dir", "init_from", "tokenizer", "ref", "max_steps", "epochs")
+LATER = ("base", "tokenizer")  # what checkpoints of earlier versions are not bound to
+LAYOUT = ("micro_tokens", "row_len", "activation_checkpointing")  # free keys that change the last bits
 
 
 class Run:
@@ -32,9 +37,10 @@ class Run:
     rank makes one and calls the same methods. Only rank 0 touches the folder, apart from the shards of a checkpoint.
     """
 
-    def __init__(self, cfg: TrainKeys, steps: int, compute, binding: dict, unit: str):
-        self.cfg, self.steps, self.compute = cfg, steps, compute
+    def __init__(self, cfg: TrainKeys, steps: int, compute, tokenizer, binding: dict, unit: str):
+        self.cfg, self.steps, self.compute, self.tokenizer = cfg, steps, compute, tokenizer
         self.binding = {**binding, "device": compute.device.type, "dtype": str(compute.dtype).removeprefix("torch.")}
+        self.binding["tokenizer"] = tokenizer.fingerprint()
         self.folder = Path(cfg.out_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.best: dict | None = None  # {"step", "loss"} of the best validation so far
@@ -56,8 +62,7 @@ class Run:
 
     def begin(self, model, optimizer) -> int:
         """Resume from the newest whole checkpoint, if there is one; returns the number of steps done."""
-        if model.lora:
-            self.binding["base"] = model.origin.start_sha256  # the checkpoints hold the adapters only
+        self.binding["base"] = model.origin.start_sha256
         again = any(self.compute.gather(restarted()))  # --overwrite was for the first start
         if self.cfg.overwrite and not again:
             self.compute.once(self._delete)
@@ -70,7 +75,15 @@ class Run:
             self.compute.once(self._prune)  # a kill may have come between its save and this
             self.saved_at = done
             print(f"resuming {self.folder} at step {done} of {self.steps}, from {folder}")
-        self.compute.once(lambda: self._open(seen))
+            if (was := state.get("steps", self.steps)) < self.steps:
+                before, now = optim.learning_rate(self.cfg, done - 1, was), optim.learning_rate(self.cfg, done, self.steps)
+                print(
+                    f"extended from {was} to {self.steps} steps: the {self.cfg.schedule} schedule covers all {self.steps} now, "
+                    f"so the learning rate goes on at {now:.3g}, after {before:.3g}"
+                )
+        self.compute.once(lambda: self._open(seen, done))
+        for doubt in optim.doubts(self.cfg, model, self.steps):
+            warn(doubt)
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
@@ -81,7 +94,7 @@ class Run:
         for path in paths:
             if path.is_symlink():
                 raise UserError(f"key overwrite: {path} is a link, and what lies behind it is not deleted: remove it yourself")
-            if strange := path.name in MARKS and weights.strangers(path, MARKS[path.name]):
+            if strange := path.name in checkpoint.MARKS and weights.strangers(path, checkpoint.MARKS[path.name]):
                 raise UserError(f"key overwrite: {path} holds {strange}, which no run wrote: move it away")
         checkpoint.drop_after(self.checkpoints, -1)
         for path in paths[1:]:
@@ -96,13 +109,26 @@ class Run:
         if not found and checkpoint.steps(self.checkpoints):
             raise UserError(f"{self.checkpoints}: every checkpoint is damaged: start anew with --overwrite or another out_dir")
         if found or self._did_a_step():  # what is there is not wiped for another run
-            config.check_same(self.cfg, config.written(self.cfg), "a run")
+            before = config.written(self.cfg)
+            config.check_same(self.cfg, before, "a run", BOUND if found else ())
+            for name in LAYOUT:
+                if (was := before.get(name)) not in (None, now := getattr(self.cfg, name)):
+                    more = ", and dropout draws other random numbers" if self.cfg.dropout or self.cfg.lora_dropout else ""
+                    print(f"{name} is {now} now, not {was}: the last bits will differ from an unbroken run's{more}")
+        if not found and self._did_a_step() and (self.folder / "model").exists():
+            why = "the run there is done, and no checkpoint of it is left (keep 0)"
+            raise UserError(f"out_dir {self.folder}: {why}: name another one, or start anew with --overwrite")
         if not found:
             return None
         folder, state = found
         for name, now in self.binding.items():
-            if state.get(name) != now:
+            if state.get(name, now if name in LATER else None) != now:
                 raise UserError(f"out_dir {self.folder}: the {name} differs from when its run was begun: name another out_dir")
+        if self.steps < (was := max(state["step"], state.get("steps", 0))):
+            raise UserError(
+                f"out_dir {self.folder} holds a run of {was} steps, not {self.steps}: give max_steps or epochs for as many or "
+                "more, name another out_dir, or start anew with --overwrite"
+            )
         metrics = self.folder / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size < state["metrics_bytes"]:
             raise UserError(f"{metrics} is shorter than when {folder} was saved: restore it, or start anew with --overwrite")
@@ -114,9 +140,9 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         return metrics.exists() and b'"split": "train"' in read_plain(metrics)
 
-    def _open(self, seen: int) -> None:
+    def _open(self, seen: int, done: int) -> None:
         write_whole(self.folder / "config.toml", config.to_toml(dataclasses.replace(self.cfg, overwrite=False)))
-        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, self.cfg.wandb, dataclasses.asdict(self.cfg))
+        self.metrics = Metrics(self.folder / "metrics.jsonl", seen, dataclasses.asdict(self.cfg), done)
 
     # --- along the way ---
 
@@ -141,7 +167,7 @@ class Run:
         a reward, that decides instead, and what has gone too far (`max_kl`) does not count."""
         if self.metrics:
             self.metrics.write({"step": step, "split": "val", **record})
-        too_far = record.get("kl", 0) > getattr(self.cfg, "max_kl", 0)
+        too_far = "kl" in record and record["kl"] > self.cfg.max_kl
         if too_far:
             warn(f"step {step}: KL {record['kl']:.1f} nats from the start: too far (a higher beta, a lower lr, fewer steps?)")
         score = record.get("reward", -record["loss"])
@@ -159,13 +185,15 @@ class Run:
     def save(self, step: int, model, optimizer) -> None:
         """Write a checkpoint of `step`, then delete those that `keep` does not cover."""
         seen = self.compute.once(lambda: self.metrics.synced())  # a checkpoint must not know of lines that a power cut can take
-        state = {"metrics_bytes": seen, "best": self.best, **self.binding}
-        checkpoint.save(self.checkpoints, step, state, model, optimizer, self.compute)
+        state = {"metrics_bytes": seen, "best": self.best, "steps": self.steps, "base_sha256": model.origin.base_sha256}
+        described = (adapters.describe, model) if model.lora else (weights.describe, model.config)
+        describe = partial(*described, self.tokenizer)
+        checkpoint.save(self.checkpoints, step, state | self.binding, model, optimizer, describe, self.compute)
         self.saved_at = step
         self.compute.once(self._prune)
 
     def _prune(self) -> None:
-        checkpoint.prune(self.checkpoints, self.cfg.keep, self.best["step"] if self.best else None)
+        checkpoint.prune(self.checkpoints, max(1, self.cfg.keep), self.best["step"] if self.best else None)
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal:
@@ -191,7 +219,7 @@ class Run:
 
     # --- the end ---
 
-    def finish(self, model, tokenizer) -> None:
+    def finish(self, model) -> None:
         """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated. With
         LoRA first out_dir/adapter, for peft; model/ has it merged into the base as that was read, in float32."""
         which = f"step {self.steps}"
@@ -204,17 +232,20 @@ class Run:
                 checkpoint.load(best, model, None, self.compute)
                 which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
         if model.lora:
-            adapters.save(model, tokenizer, self.folder / "adapter", self.compute.rank)
-            self.compute.once(lambda: self._save_merged(tokenizer))
+            adapters.save(model, self.tokenizer, self.folder / "adapter", self.compute.rank)
+            self.compute.once(self._save_merged)
         else:
-            weights.save(model, tokenizer, self.folder / "model", self.compute.rank)
+            weights.save(model, self.tokenizer, self.folder / "model", self.compute.rank)
         self.compute.gather(None)  # nobody leaves while rank 0 still gathers
+        if self.cfg.keep == 0:
+            self.compute.once(lambda: checkpoint.prune(self.checkpoints, 0, None))
         self._end()
-        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}", flush=True)
+        print(f"wrote {self.folder / 'model'}{' and adapter' if model.lora else ''}: {which}")
+        print(f"to look at it: python -m report.page {self.folder} --out {self.folder / 'report.html'}", flush=True)
 
-    def _save_merged(self, tokenizer) -> None:
-        found = adapters.source(str(self.folder / "adapter"), **source_options(self.cfg, tokenizer))
-        weights.save_tensors(found.config, found.tensors, tokenizer, self.folder / "model")
+    def _save_merged(self) -> None:
+        found = adapters.source(str(self.folder / "adapter"), **source_options(self.cfg, self.tokenizer))
+        weights.save_tensors(found.config, found.tensors, self.tokenizer, self.folder / "model")
 
     def _end(self) -> None:
         if self.metrics:
@@ -282,10 +313,13 @@ def summary(model, cfg: TrainKeys, steps: int, plan) -> str:
     mflop, mflop_predicted = (step_flops(model, *one) / 1e6 for one in ((1, 0), (0, 1)))
     part = f"; {sum(distributed.own(p).numel() for p in model.parameters()):,} of them on this rank" if plan.world > 1 else ""
     memory = optim.memory(model, cfg.optimizer) / 1e9
+    saved = 4e-9 * trained * (1 + optim.OPTIMIZERS[cfg.optimizer].states)
+    most = max(1, cfg.keep) + 2  # with the best one, and the one that is being written
     return (
         f"{model.config}: {total:,} parameters, {trained:,} trained{part}; weights, gradients and optimizer take "
         f"{memory:.2f} GB a rank; {mflop:,.1f} MFLOP a token and {mflop_predicted:,.1f} more a predicted one\n"
-        f"{steps:,} steps of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.epoch_size:,}; "
+        f"on the disk: at most {most} checkpoints of {saved:.3g} GB, and {4e-9 * total:.3g} GB for the model\n"
+        f"{count(steps, 'steps')} of {cfg.batch_size}, {plan.steps_per_epoch:,} an epoch of {plan.epoch_size:,}; "
         f"{optim.warmup_steps(cfg, steps)} of warmup"
         + (f"\n{model.lora}: scale {model.lora.scale:.4g}; base {model.origin.base}" if model.lora else "")
     )

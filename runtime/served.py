@@ -10,6 +10,7 @@ from typing import Any
 
 from base.errors import UserError, warn
 from base.openai import NoAnswer, Server
+from base.progress import count
 
 
 def check(cfg: Any) -> None:
@@ -47,7 +48,7 @@ class Sampler(Server):
             for j in range(self.cfg.n):
                 yield i, j, texts[j % self.draws], 0 if j else n_tokens
         if failed:
-            raise UserError(f"{len(failed)} prompts got no answer; {failed[0]}: {self.again}", here=True)
+            raise UserError(f"{count(len(failed), 'prompts')} got no answer; {failed[0]}: {self.again}", here=True)
         if not varied:
             warn(f"all texts of a prompt are equal, at temperature {self.cfg.temperature}: does the server draw?")
 

@@ -11,6 +11,8 @@ Answers with one normal form vote together, all right ones too; a sample without
 each wins with chance 1/t. Taking the first of them comes to the same where the order of samples means nothing.
 """
 
+from base.script import run
+
 import functools
 import io
 import json
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
 from runtime import config
 from runtime.config import key

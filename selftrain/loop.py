@@ -21,6 +21,8 @@ A step is done when its file is there, and every file is written whole. So the s
 each round a warning says if nothing was learnt. `rounds.md` and `rounds.json` have the figures of all rounds.
 """
 
+from base.script import run
+
 import dataclasses
 import importlib
 import json
@@ -31,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import precompute_ref
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import read_json, write_whole
 from data import math_problems, rewards
 from data.jsonl import read
@@ -47,7 +49,7 @@ MADE = ("rounds.json", "rounds.md", "rounds.png", "eval_prompts.jsonl")  # in it
 class Config:
     """Sample, grade, pair, train and evaluate, round after round."""
 
-    init_from: str = key(REQUIRED, "the model of round 0: a folder, or gpt2, gpt2-medium, …")
+    init_from: str = key(REQUIRED, "the model of round 0: a folder of a model or run, or gpt2 …", model=True)
     data: str = key(REQUIRED, "problems to learn from: gsm8k, math, toy_math, or a .jsonl file of problem and answer")
     data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
     reward: str = key("", "instead of grades: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")

@@ -8,13 +8,16 @@ are graded right in one place and wrong in another, are left out. Every text is 
 comes twice.
 """
 
+from base.script import run
+
 import json
 import random
 from collections import Counter
 from dataclasses import dataclass
 
-from base.errors import UserError, run, warn
+from base.errors import UserError, warn
 from base.files import write_whole
+from base.progress import count
 from runtime import config
 from runtime.config import REQUIRED, key
 from selftrain.samples import GradeKeys, Sample, load_graded
@@ -105,7 +108,7 @@ def main() -> None:
     if cfg.report:
         write_whole(cfg.report, json.dumps(counts, indent=1) + "\n")
     write_whole(cfg.out, "".join(json.dumps(p) + "\n" for p in pairs))
-    print(f"wrote {cfg.out}: {len(pairs):,} pairs, {counts['fewest']} to {counts['most']} a problem")
+    print(f"wrote {cfg.out}: {count(len(pairs), 'pairs')}, {counts['fewest']} to {counts['most']} a problem")
 
 
 if __name__ == "__main__":

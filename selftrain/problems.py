@@ -6,11 +6,13 @@
 A prompt is `Question: …`, a new line, `Answer:` and the suffix. `--few_shot N` puts N solved problems in front of each prompt.
 """
 
+from base.script import run
+
 import json
 import random
 from dataclasses import dataclass
 
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
 from data import math_problems
 from data.math_problems import MathProblem

@@ -11,13 +11,15 @@ A line of the output is a prompt with all its pairs, by the numbers of the compl
 "pairs": [[chosen, rejected], …]}. Equal texts of a prompt count once, empty ones are left out.
 """
 
+from base.script import run
+
 import itertools
 import json
 import math
 import random
 from dataclasses import dataclass
 
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import write_whole
 from data import messages, rewards
 from data.jsonl import read

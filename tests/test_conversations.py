@@ -131,6 +131,8 @@ def test_a_written_date_is_pinned(folder, tmp_path, call, refused, monkeypatch):
     assert (model / "chat_template.jinja").read_text() == LLAMA3, (
         "the model is saved with the template that it was trained with"
     )
+    saved = max((tmp_path / "run/checkpoints").glob("step_*"))
+    assert (saved / "chat_template.jinja").read_text() == LLAMA3, "and so is a checkpoint"
     data = {"init_from": model, "data": folder / "pairs.jsonl"}
     assert call("precompute_ref", *flags(**data, out=tmp_path / "ref.safetensors"))[0] == 0
     assert reference.read(tmp_path / "ref.safetensors")[1]["date"] == DAY

@@ -39,8 +39,9 @@ from base import errors, openai
 from data import jsonl, math_problems
 from data.tokenizer import choose, get
 from judge.cache import Cache, Reply
-from report import plot, tables
-from report.runs import read_run
+from report import formats, tables
+from report.results import read_result, result_table
+from report.runs import read_run, run_table
 from runtime import config
 from runtime.distributed import setup
 from runtime.unfinished import Unfinished
@@ -340,7 +341,7 @@ def answers(given, folder):
         math_problems.problems(str(at / "problems.jsonl"))
         for where, record in jsonl.read(at / "samples.jsonl"):
             jsonl.get(record, "prompt", str, where)
-        plot.aligned(tables.answers({"a": str(at / "samples.jsonl"), "b": str(at / "graded.jsonl")}, 10), 3)
+        formats.aligned(tables.answers({"a": str(at / "samples.jsonl"), "b": str(at / "graded.jsonl")}, 10), 3)
 
     return Kind(read)
 
@@ -515,10 +516,9 @@ def reports(given, folder):
 
     def read(at):
         records = read_run(at / "run")
-        plot.table({"a": records})
-        tables.markdown([tables.HEAD, tables.run_row("a", at / "run", records)])
+        formats.markdown(run_table({"a": records}, {"a": str(at / "run")}))
         for name in ("result", "score"):
-            plot.result_table([plot.read_result(at / f"{name}.json")])
+            result_table(read_result(at / f"{name}.json"))
 
     return Kind(read, "**/*")
 

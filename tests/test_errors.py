@@ -86,7 +86,7 @@ def test_examples_longer_than_the_context(files, call, refused, tmp_path):
     _, printed, _ = call("sft", *sft_args(files, tmp_path / "a", data=mixed, val_data=None))
     assert "3 examples, 2 dropped as too long" in printed
     _, printed, _ = call("sft", *sft_args(files, tmp_path / "c", data=cut, val_data=None, truncation="left"))
-    assert "1 prompts cut from the left, 74 tokens cut off them" in printed
+    assert "1 prompt cut from the left, 74 tokens cut off them" in printed
     line = refused("sft", *sft_args(files, tmp_path / "b", data=hopeless), says="no example is left of 2")
     assert "hopeless.jsonl:1" in line and "truncation left" in line
     args = sft_args(files, tmp_path / "d", data=mixed, truncation="left")
@@ -176,7 +176,7 @@ def test_reference_that_is_no_reference_for_this_run(files, sft_run, reference, 
     (tmp_path / "turned.jsonl").write_text("".join([*rest, first]))
     for path, keys, says in (
         (reference, {"data": tmp_path / "turned.jsonl"}, "was made with another data ("),
-        (no_val, {}, "has no validation pairs: make it with --val_data"),
+        (no_val, {}, "has no validation pairs: make it anew with `python precompute_ref.py --init_from"),
         (cut, {}, "is damaged or no .safetensors file"),
         (other, {}, "is not a file of precompute_ref.py"),
         (tmp_path / "no", {}, "no such file: make it with"),

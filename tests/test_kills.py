@@ -52,9 +52,11 @@ COMMANDS = {  # name -> script, its keys; IN and OUT are folders
     "selftrain.reward_pairs": ("selftrain.reward_pairs", {**GRADED, **RATED, "out": "OUT/new/p.jsonl"}),
     "selftrain.loop": ("selftrain.loop", LOOP),
     "report.plot": ("report.plot", {"": "IN/run", "out": "OUT/p.png"}),
+    "report.page": ("report.page", {"": "IN/run", "out": "OUT/p.html"}),
     "report.tables": ("report.tables", {"": "IN/run", "out": "OUT/t.md", "png": "OUT/t.png"}),
     "data": ("data.__main__", {"data": "IN/pairs.jsonl", "view": "preference", "out": "OUT/new/d.jsonl"}),
     "sample, again": ("sample", {"model": "IN/model", "prompts": "IN/pairs.jsonl", "out": "OUT/s.jsonl", "max_new_tokens": 9}),
+    "tools.export": ("tools.export", {"model": "IN/run/checkpoints/step_12", "out": "OUT/new/model"}),
     "tools.convert_openai, again": ("tools.convert_openai", {"folder": "IN/openai", "out": "OUT/new/model"}),
     "tools.convert_openai": ("tools.convert_openai", {"folder": "IN/openai", "out": "OUT/new/model"}),
 }

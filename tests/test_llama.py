@@ -218,6 +218,8 @@ def test_sft_learns_and_two_processes_give_the_same_curve(base, sft, files, worl
     curve = metrics(sft)
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
     model = weights.load(sft / "model")
+    saved = weights.load(sft / "checkpoints/step_10")
+    torch.testing.assert_close(saved.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert isinstance(model, Llama) and not torch.equal(model.head.weight, weights.load(base).head.weight)
     args = sft_args(files, tmp_path / "two", **SCRATCH, init_from=base, tokenizer=None, replicate=1, dropout=0)
     codes, err = world(2, "sft", args)

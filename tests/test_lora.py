@@ -124,7 +124,7 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call):
     checkpoint holds adapters only; both folders evaluate alike."""
     assert losses(lora_sft)[-1] < losses(lora_sft)[0]
     _, printed, _ = call("sft", *lora_args(files, sft_run, lora_sft))  # finished: writes the same again
-    assert "model and adapter" in printed.splitlines()[-1]
+    assert "model and adapter" in printed.splitlines()[-2]
     # a token: 4 operations a frozen weight (12 width^2 + 13 width a block), 6 one of an adapter (rank * 18 width a block)
     assert f"{2 * (4 * (12 * 32 * 32 + 13 * 32) + 6 * 4 * 18 * 32) / 1e6:,.1f} MFLOP a token" in printed
     saved = load_file(lora_sft / "checkpoints/step_10/rank_0.safetensors")

@@ -30,7 +30,7 @@ def here(files, sft_run, reference, tmp_path, monkeypatch) -> Path:
     Path("gsm").mkdir()
     for split in ("train", "test"):
         shutil.copyfile("problems.jsonl", f"gsm/{split}.jsonl")
-    for name in ("c.toml", "a.png", "X/model/chat_template.jinja"):
+    for name in ("c.toml", "a.png", "a.html", "X/model/chat_template.jinja"):
         Path(name).touch()
     return tmp_path
 
@@ -72,6 +72,7 @@ CASES = [  # script, its keys, the key that is refused
     ("selftrain.loop", {"init_from": "X/model", "data": "toy_math", "data_dir": "L/rounds.md", "out_dir": "L"}, "out_dir"),
     ("data.__main__", {"data": "pairs.jsonl", "out": "pairs.jsonl"}, "out"),
     ("report.plot", {"": "a.png", "out": "a.png"}, "out"),
+    ("report.page", {"": "a.html", "out": "a.html"}, "out"),
     ("report.tables", {"": "graded.jsonl", "out": "graded.jsonl"}, "out"),
     ("report.tables", {"": "graded.jsonl", "config": "c.toml", "out": "c.toml"}, "out"),
     ("bench.__main__", {"data": "pairs.jsonl", "out": "pairs.jsonl"}, "out"),

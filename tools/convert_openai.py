@@ -7,6 +7,8 @@ Then `--init_from runs/gpt2`. The checkpoint's files (see https://github.com/ope
 model.ckpt.index and model.ckpt.data-00000-of-00001. The weights go from file to file a tensor at a time.
 """
 
+from base.script import run
+
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import weights
 from base.download import cache_dir, fetch, openai_endpoint
-from base.errors import UserError, run
+from base.errors import UserError
 from base.files import expand, read_json
 from data import tokenizer
 from model import GPT, GPTConfig

@@ -153,7 +153,7 @@ def test_a_damaged_file_is_made_anew(folder, pairs, monkeypatch, capsys, damage)
 
 def test_nothing_half_written(folder, pairs, monkeypatch):
     with pairs.open("a") as file:
-        file.write('{"prompt": 1}\n')
+        file.write('{"prompt": 1, "chosen": "a", "rejected": "b"}\n')
     with pytest.raises(UserError, match=r"pairs.jsonl:1101: the field 'prompt' must be text"):
         start(pairs)
     assert not list(folder.iterdir())

@@ -210,7 +210,7 @@ def test_what_does_not_begin_with_its_prompt_is_named_or_dropped(tmp_path):
     with pytest.raises(UserError, match=r"f:2: .* does not begin with .*'Paris.*<think>.*--on_mismatch drop"):
         encode(examples, ours, 999, "drop")
     kept, report = encode(examples, ours.with_chat(None, on_mismatch="drop"), 999, "drop")
-    assert [item.number for item in kept] == [0, 2] and str(report).startswith("3 examples, 1 conversations dropped")
+    assert [item.number for item in kept] == [0, 2] and str(report).startswith("3 examples, 1 conversation dropped")
     ours = tok.get(tokenizer_folder(tmp_path, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"))
     with pytest.raises(UserError, match=r"f:1: .*behind '' the whole has '4What.*the prompt '1What"):
         one(ours, *TALK)

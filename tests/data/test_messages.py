@@ -129,7 +129,7 @@ def test_long_conversations_keep_their_beginning_of_text(tmp_path):
     (whole,), _ = encode([example], ours, 999, "drop")
     (cut,), report = encode([example], ours, whole.longest - 3, "left")
     assert whole.prompt[0] == cut.prompt[0] == 1 and cut.prompt[1:].tolist() == whole.prompt[4:].tolist()
-    assert str(report) == "1 examples, 1 prompts cut from the left, 3 tokens cut off them"
+    assert str(report) == "1 example, 1 prompt cut from the left, 3 tokens cut off them"
     text = data.Example("What is it?", (" It",), source="f:1")
     (item,), _ = encode([text], ours, 999, "drop")
     assert item.prompt.tolist() == [1, *ours.encode("What is it?")] and item.completions[0].tolist() == [*ours.encode(" It"), 2]

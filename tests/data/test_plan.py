@@ -115,7 +115,8 @@ def test_what_a_layout_costs():
     items = [Encoded(np.zeros(n, np.int32), [np.zeros(3, np.int32)] * 2, i, i) for i, n in enumerate([4, 6, 16])]
     said = describe(BatchPlan(items, 3, 0), items)  # rows of 8, 10 and 20 tokens; plain, 6 sequences of 19
     assert said.startswith(
-        "1 steps of 3: 38 tokens in 60 positions (36.7% padding); padded and unshared they would be 114 (1.90x)"
+        "1 step of an epoch, 3 examples each: 38 tokens in 60 positions (36.7% padding); "
+        "padded and unshared they would be 114 (1.90x)"
     )
 
 
@@ -127,7 +128,7 @@ def test_length_policies():
     kept, report = encode([short, long], toy, 3 * n, "drop")
     assert [i.number for i in kept] == [0] and str(report) == "2 examples, 1 dropped as too long"
     kept, report = encode([short, long], toy, 3 * n, "left")
-    assert str(report) == f"2 examples, 1 prompts cut from the left, {6 * n + 1 - 3 * n} tokens cut off them"
+    assert str(report) == f"2 examples, 1 prompt cut from the left, {6 * n + 1 - 3 * n} tokens cut off them"
     assert kept[1].longest == 3 * n and kept[1].completions[0].tolist() == [*toy.encode(words), toy.eot]
     assert kept[1].prompt.tolist() == toy.encode(words * 5)[-(2 * n - 1) :], "the prompt's start is cut, not its end"
     with pytest.raises(UserError, match=r"f:1: a completion of 4 tokens does not fit max_len 4"):
@@ -140,7 +141,7 @@ def test_what_encode_adds_and_what_it_leaves_out():
     toy = get("toy")
     pairs = [Example("", (" red", " red")), Example("", (" red", " old"))]
     (item,), report = encode(pairs, toy, 10, "drop")
-    assert str(report) == "2 examples, 1 pairs dropped, chosen and rejected being the same tokens"
+    assert str(report) == "2 examples, 1 pair dropped, chosen and rejected being the same tokens"
     assert item.prompt.tolist() == [toy.eot] and item.completions[1].tolist() == [*toy.encode(" old"), toy.eot]
     (item,), _ = encode([Example(" the", (" red",), label=0)], toy, 10, "drop", end=False)
     assert item.completions[0].tolist() == toy.encode(" red")

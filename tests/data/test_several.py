@@ -112,10 +112,10 @@ def test_what_cannot_be_used_leaves_the_row(tmp_path):
     (item,), report = encode([e], toy, 100, "drop")
     assert [toy.decode(c[:-1].tolist()) for c in item.completions] == [" red", " old", " red scarf", " red"]
     assert item.pairs == ((1, 0), (3, 1), (2, 1)) and (item.n_completions, item.n_pairs) == (4, 3)
-    assert str(report) == "1 examples, 1 pairs dropped, chosen and rejected being the same tokens"
+    assert str(report) == "1 example, 1 pair dropped, chosen and rejected being the same tokens"
     room = len(item.prompt) + len(item.completions[1])
     (item,), report = encode([e], toy, room, "drop")
-    assert item.pairs == ((1, 0), (2, 1)) and item.n_completions == 3 and "1 pairs dropped as too long" in str(report)
+    assert item.pairs == ((1, 0), (2, 1)) and item.n_completions == 3 and "1 pair dropped as too long" in str(report)
     (item,), _ = encode([e], toy, room, "left")
     assert item.n_pairs == 3 and len(item.prompt) + max(map(len, item.completions)) == room
     with pytest.raises(UserError, match="no example is left of 1"):

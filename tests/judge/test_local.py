@@ -94,8 +94,8 @@ def test_a_question_that_is_too_long_has_failed(judge, call, tmp_path):
     record = {"prompt": "word " * 400, "chosen": "a", "rejected": "b"}
     (tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
     keys = {"judge": "local", "judge_model": judge, "out": tmp_path / "out.json"}
-    status, said, err = call("eval_winrate", *flags(calibrate=tmp_path / "long.jsonl", **keys))
-    assert status == 0 and "no verdict at all: 1 failed of 1" in said and "1 of 1 judgements failed" in err
+    status, _, err = call("eval_winrate", *flags(calibrate=tmp_path / "long.jsonl", **keys))
+    assert status == 2 and "error: key judge: no verdict at all: 1 failed of 1" in err and "1 of 1 judgements failed" in err
 
 
 def test_what_a_user_can_do_wrong(judge, pairs, refused, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_what_a_user_can_do_wrong(files, call, refused, dpo_run, reference, tmp_
         ({"ref": reference, "limit": 5}, "does not hold these pairs (it was made from"),
         ({"ref": tmp_path / "no.safetensors"}, "no such file"),
         ({"ref_model": tmp_path / "no"}, "is no folder and no known model"),
-        ({"ref_model": "x", "data": files["sft"]}, "sft.jsonl:1"),
+        ({"ref_model": dpo_run / "model", "data": files["sft"]}, "sft.jsonl:1"),
     ):
         refused("eval_reward", *reward_args(files, dpo_run, out, **keys), says=says)
         assert not out.exists()

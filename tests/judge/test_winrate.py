@@ -79,9 +79,9 @@ def test_a_response_does_not_judge_itself(server, call, tmp_path, mode):
 
 def test_no_verdict_at_all(server, call, tmp_path):
     server.always = "I would rather not say."
-    status, printed, err = call("eval_winrate", *args(server, responses(tmp_path / "r.jsonl", 3, 1), asks=2))
+    status, _, err = call("eval_winrate", *args(server, responses(tmp_path / "r.jsonl", 3, 1), asks=2))
     found = result(tmp_path)
-    assert status == 0 and "no verdict at all" in printed and "3 of 3 judgements failed" in err
+    assert status == 2 and "error: key judge: no verdict at all: 3 failed of 3" in err and "3 of 3 judgements failed" in err
     assert (found["failed"], found["win_rate"], found["ci95"]) == (3, None, None) and len(server.asked) == 6
 
 

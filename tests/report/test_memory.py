@@ -65,7 +65,7 @@ def test_weights_of_lora(bfloat16):
     assert sum(p.nbytes for p in model.parameters()) == formula["weights"]
 
 
-@pytest.mark.parametrize("optimizer", memory.STATES)
+@pytest.mark.parametrize("optimizer", memory.OPTIMIZERS)
 def test_weights_gradients_and_optimizer(optimizer):
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=101)
     model = model_of(config)

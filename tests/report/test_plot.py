@@ -10,7 +10,7 @@ import pytest
 
 from base.errors import UserError
 from report import plot
-from report.runs import ACCURACY, MARGIN
+from report.runs import ACCURACY, MARGIN, Run, run_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def figure(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "save", lambda fig, out: (saved.append(fig), save(fig, out)))
 
     def make(runs):
-        plot.draw(runs, tmp_path / "new" / "deep" / "x.png")
+        plot.draw({label: Run(records) for label, records in runs.items()}, tmp_path / "new" / "deep" / "x.png")
         return saved[-1]
 
     return make
@@ -47,12 +47,39 @@ def test_smooth_keeps_length_and_level_and_lowers_noise(n):
     assert n < 400 or plot.smooth(noise).std() < 0.5 * noise.std()
 
 
-def test_table():
-    lines = plot.table({"sft": SFT, "a longer name": DPO, "val only": [record(3, "val", 1.5)]}).splitlines()
-    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    assert " ".join(lines[1].split()) == "sft 20 2.0000 3.5000 @ 10 3.7500 1.00e-04 / 5.00e-06 - - 1,010"
-    assert lines[2].split()[-3:] == ["1.2500", "0.6250", "-"]  # validation's, not training's 2.0
-    assert " ".join(lines[3].split()) == "val only 3 - 1.5000 @ 3 1.5000 - - - -"
+@pytest.mark.parametrize("n", [16, 60, 400])
+def test_smooth_keeps_the_first_and_the_last_value_and_a_slope(n):
+    falling = 4.22 - np.linspace(0, 3, n)
+    assert np.allclose(plot.smooth(falling), falling)
+    noisy = falling + np.random.default_rng(0).normal(size=n)
+    assert plot.smooth(noisy)[[0, -1]].tolist() == noisy[[0, -1]].tolist()
+
+
+def test_table(tmp_path):
+    runs = {"sft": Run(SFT), "a longer name": Run(DPO), "val only": Run([record(3, "val", 1.5)])}
+    head, sft, dpo, val = run_table(runs, dict.fromkeys(runs, str(tmp_path)))
+    rows = [dict(zip(head, row, strict=True)) for row in (sft, dpo, val)]
+    shown = [{name: text for name, text in row.items() if text != "-"} for row in rows]
+    losses = {"train loss (SFT)": "2.000", "val loss (SFT)": "3.500", "at step": "10", "perplexity": "33.115"}
+    assert shown[0] == {"run": "sft", "steps": "20", **losses, "tokens/s": "1010"}
+    losses = {"train loss (DPO)": "0.500", "val loss (DPO)": "0.600", "at step": "20"}
+    preferred = {"accuracy": "0.625", "margin": "1.250"}  # validation's, not training's 2.0
+    assert shown[1] == {"run": "a longer name", "steps": "20", **losses, **preferred}
+    assert shown[2] == {"run": "val only", "steps": "3", "val loss (SFT)": "1.500", "at step": "3", "perplexity": "4.482"}
+
+
+def test_each_kind_of_loss_has_a_panel(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = [folder("sft", SFT), *(folder(loss, DPO, f'loss = "{loss}"\n') for loss in ("sigmoid", "ipo"))]
+    fig = plot.runs_figure({Path(path).name: plot.read_run(path) for path in paths}, "x.png")
+    assert [ax.get_ylabel() for ax in fig.axes][:3] == [
+        "loss (nats per token)",
+        "sigmoid loss (per pair)",
+        "ipo loss (per pair)",
+    ]
+    for ax, mine in zip(fig.axes, ([10, 20], [20], [20]), strict=False):
+        marked = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() in set(plot.MARKERS)]
+        assert sorted(marked) == [[], [], mine], "the other kinds' runs are not in it"
 
 
 def test_panels(figure, tmp_path):
@@ -60,7 +87,7 @@ def test_panels(figure, tmp_path):
     assert [ax.get_ylabel() for ax in figure({"sft": SFT}).axes] == ["loss (nats per token)", "learning rate"]
     gains = [{**r, "gain/chosen": r["step"] / 10, "gain/rejected": -5.0} for r in DPO]
     axes = figure({"dpo": gains}).axes
-    names = ["loss", "learning rate", "chosen over rejected", "reward margin"]
+    names = ["DPO loss", "learning rate", "chosen over rejected", "reward margin"]
     assert [ax.get_ylabel().partition(" (")[0] for ax in axes] == [
         *names,
         "log-prob gain of chosen",
@@ -82,7 +109,7 @@ def test_accuracy_begins_with_the_first_update(figure):
 
 def test_single_points_show_and_every_run_is_in_the_one_legend(figure):
     fig = figure({"a": DPO, "_b": [record(1), record(1, "val", 2.0)], "$c": SFT})
-    lines = [line for line in fig.axes[0].lines if len(line.get_xdata()) == 1]
+    lines = [line for ax in fig.axes[:2] for line in ax.lines if len(line.get_xdata()) == 1]  # both kinds of loss
     shown = [float(line.get_ydata()[0]) for line in lines if line.get_marker() not in ("", "None", None)]
     assert sorted(shown) == [0.6, 1.0, 2.0]  # DPO's one validation point, and both of _b
     assert not any(ax.get_legend() for ax in fig.axes) and len(fig.legends) == 1
@@ -102,14 +129,29 @@ def test_what_cannot_be_drawn(folder, refused, call, tmp_path, monkeypatch):
     run, bad, out = folder("sft", SFT), folder("bad", [record(1, loss=float("nan"))]), tmp_path / "x.png"
     refused("report.plot", run, says="--out")
     refused("report.plot", "--out", out, says="no path")
-    refused("report.plot", run, "--out", tmp_path / "x.pdf", says="must end in .png")
+    refused("report.plot", run, "--out", tmp_path / "x.gif", says="must end in .png or .pdf or .svg")
     refused("report.plot", run, "--out", out, "--lables", "a", says="'labels'")
     refused("report.plot", run, tmp_path / "nowhere", "--out", out, says="nowhere")
     refused("report.plot", bad, "--out", out, says="nothing to draw: no finite loss in bad")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, printed, err = call("report.plot", run, "--out", out)
-    assert status == 2 and "pip install matplotlib" in err and printed.splitlines()[1].startswith("sft ")
+    assert status == 2 and "pip install matplotlib" in err and printed.splitlines()[0].split() == ["run", "sft"]
     assert not out.exists()
+
+
+def test_pdf_and_svg_by_the_ending(folder, call, tmp_path):
+    pytest.importorskip("matplotlib")
+    run = folder("sft", SFT)
+    for ending, begin in (("pdf", b"%PDF-"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        assert call("report.plot", run, "--out", tmp_path / f"x.{ending}")[0] == 0
+        assert (tmp_path / f"x.{ending}").read_bytes().startswith(begin)
+
+
+def test_letters_that_no_font_has_are_told(folder, call, tmp_path):
+    """U+E123 is a private letter, which no font here draws."""
+    pytest.importorskip("matplotlib")
+    status, _, err = call("report.plot", folder("sft", SFT), "--out", tmp_path / "x.png", "--labels", "\ue123")
+    assert status == 0 and "no font here has 1 of its letters (\ue123)" in err and "Noto Sans CJK" in err
 
 
 @pytest.mark.slow
@@ -125,5 +167,5 @@ def test_as_a_command(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[1].startswith("one ") and lines[2].startswith("two ") and lines[3] == "wrote x.png"
+    assert lines[0].split() == ["run", "one", "two"] and lines[-1] == "wrote x.png"
     assert (tmp_path / "x.png").stat().st_size > 10_000

@@ -104,7 +104,7 @@ def test_values_on_the_command_line(argv, name, value):
         (["--optimizer", "adam"], "optimizer = 'adam' is not one of adamw, sgd"),
         (["--bacth_size", "8"], "unknown key 'bacth_size': the nearest known key is 'batch_size'"),
         (["--batch", "8"], "unknown key 'batch'"),
-        (["--zzzzzzzzz"], "nearest known key"),
+        (["--zzzzzzzzz"], "unknown key 'zzzzzzzzz': --help lists all"),
         (["--wandb", os.fsdecode(b"\xff")], "wandb = '\\udcff'"),
         (["--lr=inf"], "key lr: inf is not a usable value: give a finite number"),
         (["--lr", "nan"], "key lr: nan is not a usable value: give a finite number"),

@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(n, files, sft_run, world, refus
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     if n == 1:
         ref = tmp_path / "ref.safetensors"
-        refused("precompute_ref", *ref_args(files, sft_run, ref, init_from=tmp_path / "nan"), says="not finite (pair ")
+        refused("precompute_ref", *ref_args(files, sft_run, ref, init_from=tmp_path / "nan"), says="not finite (example ")
         assert not ref.exists()
         refused("eval_mcq", *flags(model=tmp_path / "nan", data=files["mcq"], mode="generate"), says="weights are damaged")
 

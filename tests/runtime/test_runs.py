@@ -317,7 +317,7 @@ def test_overwrite_does_not_delete_behind_a_link(whole, files, refused, tmp_path
 
 
 @pytest.mark.parametrize("overwrite", ["true", None])
-@pytest.mark.parametrize("name", ["model", "adapter", "checkpoints", "metrics.jsonl", "wandb_id"])
+@pytest.mark.parametrize("name", ["model", "adapter", "checkpoints", "metrics.jsonl", "wandb_id", "tensorboard"])
 @pytest.mark.parametrize("config", [None, 'title = "mine"\n', 'out_dir = "runs/x"\noverwrite = false\n'])
 def test_what_no_run_wrote_is_kept(config, name, overwrite, files, refused, tmp_path):
     """A config.toml of somebody else, or one written by hand, does not make a folder ours."""
@@ -344,7 +344,7 @@ def test_overwrite_deletes_only_what_a_run_wrote(whole, files, run, refused, tmp
     shutil.copytree(folder / "checkpoints/step_4", folder / "checkpoints/best_so_far")
     (folder / "notes.txt").write_text("mine")
     kept = {p: b for p, b in contents(folder).items() if p.startswith(("model.old", "checkpoints/best", "notes"))}
-    assert len(kept) == 8 and run("sft", folder, overwrite="true")[2] == metrics(whole)
+    assert len(kept) == 12 and run("sft", folder, overwrite="true")[2] == metrics(whole)
     assert kept.items() <= contents(folder).items()
     (folder / "model/README.md").write_text("mine")
     before = contents(folder)
@@ -392,3 +392,49 @@ def test_wandb_that_fails_or_is_missing(wandb, files, refused, tmp_path, monkeyp
     refused("sft", *sft_args(files, tmp_path / "run", wandb="p"), says="key wandb: api_key not configured")
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused("sft", *sft_args(files, tmp_path / "run", wandb="p"), says="pip install wandb")
+
+
+# --- TensorBoard, by a stand-in too -------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_every_record_and_a_resumed_run_goes_on(run, tmp_path, monkeypatch):
+    """Beside wandb's key. What an unfinished start wrote of later steps no longer counts: purge_step."""
+    made, logged, closed = [], [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            made.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            logged.append((name, value, step))
+
+        def close(self):
+            closed.append(1)
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    folder = tmp_path / "run"
+    _, _, records = run("sft", folder, tensorboard="true")
+    names = {f"{r['split']}/{name}" for r in records for name in r if name not in ("step", "split")}
+    assert {name for name, _, _ in logged} == {*names, "train/step_s", "train/tokens_per_s"}
+    found = [(step, value) for name, value, step in logged if name == "train/loss"]
+    assert found == [(r["step"], r["loss"]) for r in records if r["split"] == "train"]
+    assert made == [(folder / "tensorboard", 1)] and closed == [1]
+    run("sft", folder, tensorboard="true")
+    assert made[1] == (folder / "tensorboard", records[-1]["step"] + 1)
+
+
+def test_tensorboard_that_is_missing(files, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused("sft", *sft_args(files, tmp_path / "run", tensorboard="true"), says="pip install tensorboard")
+
+
+def test_a_run_ends_with_the_command_of_its_page(run, call, tmp_path):
+    """And the command works, also a second time, when the page is there."""
+    out, _, _ = run("sft", tmp_path / "run")
+    words = out.partition("to look at it: python -m report.page ")[2].split()
+    assert words == [str(tmp_path / "run"), "--out", str(tmp_path / "run" / "report.html")]
+    for _ in range(2):
+        assert call("report.page", *words)[0] == 0
+    assert "val loss (SFT)" in (tmp_path / "run" / "report.html").read_text()

@@ -202,7 +202,7 @@ def test_odd_answers_are_asked_again(server, asked, call, monkeypatch):
 
 def test_one_prompt_without_an_answer_stops_no_other(server, asked, call, refused, tmp_path):
     server.plan = {"two": [(500, b"oops")] * 2}
-    line = refused("sample", *args(server, asked, tries=2), says="1 prompts got no answer; ")
+    line = refused("sample", *args(server, asked, tries=2), says="1 prompt got no answer; ")
     assert "prompts.jsonl:3: no answer in 2 tries, the last: status 500: oops: start the same command again" in line
     assert server.words() == ["four", "one", "three", "two", "two", "zero"]
     status, printed, _ = call("sample", *args(server, asked))
