@@ -7,6 +7,7 @@ import operator
 import shutil
 
 import pytest
+import torch
 
 import demo
 import dpo
@@ -25,6 +26,7 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(open(out.with_name("said"), "w")) as said:
         patch.setattr(demo, "BETAS", (1,))
         patch.setattr(demo, "CURVES", demo.CURVES[:1])
+        patch.setattr(torch, "set_num_threads", lambda n: None)  # it would hold for all later tests
         assert script("demo", *flags(**SMALL, out_dir=out)) == 0
         said.flush()
     return out, out.with_name("said").read_text(), json.loads((out / "results.json").read_text())
