@@ -534,7 +534,7 @@ def loop_rounds(given, folder):
         published.write(folder / f"round_{r}/eval_graded.jsonl", *({"grades": [True, False], "prompt": "Q"} for _ in range(4)))
 
     def read(at):
-        cfg = SimpleNamespace(out_dir=str(at), marker="")
+        cfg = SimpleNamespace(out_dir=str(at), marker="", reward="")
         rows = [loop.figures(cfg, r) for r in range(2)]
         loop.table(rows)
         loop.verdict(rows[1], cfg)
