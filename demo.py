@@ -12,6 +12,7 @@ from base.script import run
 import importlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -51,7 +52,7 @@ class Config:
     sft_steps: int = key(400, "steps of SFT", least=1)
     dpo_steps: int = key(240, "steps of DPO", least=8)
     prompts: int = key(3000, "prompts that the model answers for pairs", least=1)
-    n: int = key(128, "reviews of each of 16 prompts that a policy is measured by", least=2)
+    n: int = key(128, "reviews of each of 16 prompts that a policy is measured by", least=4)
 
 
 def step(name: str, **keys: object) -> None:
@@ -188,8 +189,10 @@ def table(results: dict) -> str:
 
 
 def sentences(results: dict) -> str:
-    """What to see, with the figures of this run."""
+    """What to see, with the figures of this run; less where a run this small does not show it."""
     found = findings(results)
+    if found["gap"] > 0.1 or found["lead"] < 0.05 or found["far"] < 2:
+        return "These runs are too small to show how DPO, SFT on chosen and the wrong reference differ."
     last = max((p for p in results["policies"] if p["name"] == DPO), key=lambda p: p["kl"])
     return (
         f"1. Within {FAR:g} nats DPO comes to {found['gap']:.3f} of the limit, the largest reward there is at its KL.\n"
@@ -243,7 +246,7 @@ def draw(results: dict, path: Path) -> None:
 
 def main() -> None:
     cfg = config.load(Config, prog="demo.py")
-    begin, cpu, out = time.monotonic(), time.process_time(), Path(cfg.out_dir)
+    begin, cpu, out = time.monotonic(), time.process_time(), Path(os.path.realpath(cfg.out_dir))
     if out.exists() and not (out / MARK).exists():
         raise UserError(f"out_dir {out} is there and was not made by a demo: name another folder")
     write_whole(out / MARK, "made by demo.py, which deletes what it made here when it runs again\n")

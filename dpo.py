@@ -20,6 +20,7 @@ from torch import Tensor
 import losses
 import weights
 from base.errors import UserError, warn
+from data import rewards
 from data.batch import collate
 from data.encode import Encoded, column, data_hash, pair_places, places
 from data.plan import describe, epoch_order
@@ -53,7 +54,9 @@ class Config(TrainKeys):
     discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
     sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood per token", least=0)
     kl_prompts: int = key(0, "estimate the KL from the start at each validation, on so many of its prompts", least=0)
-    reward: str = key("", "kl_prompts: reviews, sentiment, or FILE.py:NAME: keep the weights of the best such reward, not loss")
+    reward: str = key(
+        "", "kl_prompts: reviews, sentiment, or FILE.py:NAME: keep the weights of the best such reward", reads=rewards.check
+    )
     max_kl: float = key(10.0, "kl_prompts: warn above it (nats a completion), and keep no weights by reward there", above=0)
     pairs_per_example: int = key(1, "pairs drawn per problem and epoch where it has several wrong answers, 0 = all", least=0)
 
@@ -147,13 +150,18 @@ def main() -> int | None:
     cfg = config.load(Config, prog="dpo.py")
     compute = distributed.setup(cfg.device, cfg.dtype)
     print(compute)
-    compute.once(lambda: check(cfg.ref, command(cfg)) if cfg.ref else None)  # before anything is loaded
+    if cfg.ref not in ("", AUTO) and cfg.loss not in REFERENCE_FREE:
+        compute.once(lambda: check(cfg.ref, command(cfg)))  # before anything is loaded
 
     # model, text -> tokens
     tokenizer = build_tokenizer(cfg, cfg.init_from, compute)
     reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
     model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start or cfg.kl_prompts > 0)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
+
+    plan = batch_plan(cfg, train, compute, cfg.pairs_per_example)
+    print(describe(plan, train))
+    drift = Drift(cfg, val, model, tokenizer, compute) if cfg.kl_prompts else None
 
     # the reference: one log-prob a completion, bound to weights, data, tokenizer and lengths
     if cfg.ref == AUTO and cfg.loss not in REFERENCE_FREE:
@@ -167,9 +175,6 @@ def main() -> int | None:
         val_ref = val_ref[places(column(val, "n_completions"), drawn)]
         val = [val[i] for i in drawn]
     counts = np.array(column(train, "n_completions"))
-    drift = Drift(cfg, val, model, tokenizer, compute) if cfg.kl_prompts else None
-    plan = batch_plan(cfg, train, compute, cfg.pairs_per_example)
-    print(describe(plan, train))
 
     # optimizer, run folder
     steps = cfg.max_steps or optim.rounded_up(cfg.epochs, plan.steps_per_epoch)

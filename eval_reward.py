@@ -64,7 +64,9 @@ class Config(ChatKeys):
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
     beta: float = key(0.1, "strength of the pull to the reference, as in training", above=0)
     prompts: str = key("", 'a .jsonl / .jsonl.gz file with a "prompt" per line', reads=check_there)
-    reward: str = key("", "prompts: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
+    reward: str = key(
+        "", "prompts: reviews, sentiment, or FILE.py:NAME, your function of prompt and completion", reads=rewards.check
+    )
     n: int = key(4, "prompts: completions per prompt", least=1)
     max_new_tokens: int = key(128, "prompts: most tokens of a completion", least=1)
     batch_size: int = key(64, "prompts: completions written at once", least=1)
@@ -195,10 +197,11 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
             raise UserError(f"{where}: a prompt of {len(ids)} tokens leaves no room for max_new_tokens {cfg.max_new_tokens}")
 
     def graded(items: list[Encoded]) -> Tensor:  # (prompts, n)
-        of_each = zip(prompts, (texts_of(item, tokenizer) for item in items), strict=True)
+        of_each = zip(prompts, (texts_of(item, tokenizer, end) for item in items), strict=True)
         return torch.tensor([[reward(prompt, text) for text in texts] for prompt, texts in of_each]).double()
 
-    how = {"max_new_tokens": cfg.max_new_tokens, "batch_size": cfg.batch_size, "seed": cfg.seed}
+    end = tokenizer.eot if isinstance(next(iter(found.values())), str) else tokenizer.turn_end()
+    how = {"max_new_tokens": cfg.max_new_tokens, "end": end, "batch_size": cfg.batch_size, "seed": cfg.seed}
     items = written(model, tokens, tokenizer, compute, n=cfg.n, **how)
     logps = log_probs(cfg.model, model, items, cfg, compute)
     kl = (logps.double() - log_probs(cfg.ref_model, ref_model, items, cfg, compute).double()).view(-1, cfg.n)
@@ -206,7 +209,7 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
         "reward": graded(items),
         "kl": kl,
         "tokens": torch.tensor([[len(ids) for ids in item.completions] for item in items]),
-        "ended": torch.tensor([[bool(ids[-1] == tokenizer.eot) for ids in item.completions] for item in items]),
+        "ended": torch.tensor([[bool(ids[-1] == end) for ids in item.completions] for item in items]),
     }
     result = {"n": len(items), **means(measured, prompts)}
     if cfg.optimum:

@@ -83,8 +83,8 @@ def make(out: str, bound: dict[str, str], cfg, model, tokenizer, train: list[Enc
 def find_or_make(cfg, model, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded], compute) -> str:
     """The reference file of a run that begins with `model`, in the folder of its out_dir: one that fits, or a new one."""
     folder, bound = Path(cfg.out_dir).parent, reference.bound_to(cfg, tokenizer, max_len, train, val)
-    wanted = bound | {"weights_sha256": weights.fingerprint(model)}
-    out = compute.once(lambda: reference.find(folder, wanted))
+    wanted = bound | {"weights_sha256": weights.fingerprint(model), "dtype": str(compute.dtype).removeprefix("torch.")}
+    out = compute.once(lambda: reference.find(folder, wanted, config.written(cfg).get("ref", "")))
     print(f"ref auto: {out} fits" if out else f"ref auto: no file in {folder} fits these weights and data: making one")
     if not out:
         out = str(folder / f"ref_{hashlib.sha256(repr(sorted(wanted.items())).encode()).hexdigest()[:12]}.safetensors")

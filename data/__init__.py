@@ -52,8 +52,8 @@ def check_data(source: str) -> None:
 
 def local_files(source: str) -> list[Path]:
     """The files that `source` names: paths or patterns (`part-*.jsonl`), with commas between. UserError if one is not there."""
-    parts = [source] if Path(source).exists() else source.split(",")
-    names = [name for part in parts for name in sorted(glob.glob(part)) or [part]]
+    parts = [source] if Path(source).exists() else [part for part in source.split(",") if part]
+    names = [name for part in parts for name in ([] if Path(part).exists() else sorted(glob.glob(part))) or [part]]
     for name in (name for name in names if not Path(name).exists()):
         if name.endswith(ENDINGS):
             raise UserError(f"{name}: no such file: check the path")
@@ -86,6 +86,8 @@ def load(source: str, split: str, view: str, *, data_dir: str = "", limit: int =
     if source not in RECIPES:
         return list(own.load(files(source, split), view, limit, **rows))
     columns, half = rows.get("columns"), rows.get("half")
+    if rows.get("min_gap"):
+        raise UserError(f"key min_gap: {rows['min_gap']}: the recipe {source} has no scores: leave it out")
     if split not in SPLITS or columns or half:
         name, given = ("val_share", half[1]) if half else ("columns", columns) if columns else ("split", split)
         raise UserError(f"key {name}: {given!r}: the recipe {source} has the splits {', '.join(SPLITS)} and its own columns")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from base.files import write_whole
 from base.progress import count
 from data import VIEWS, Example, check_data, load
+from data.examples import PLAIN
 from data.tokenizer import get
 from runtime import config
 from runtime.config import REQUIRED, key
@@ -40,7 +41,7 @@ def as_record(example: Example, view: str) -> dict:
         return {"prompt": example.prompt, "choices": example.completions, "label": example.label}
     if example.is_chat and not example.prompt:
         return {"messages": example.completions[0]}
-    if len(example.completions) > 2:
+    if len(example.completions) > 2 or (len(example.completions) == 2 and example.pairs != PLAIN):
         return {"prompt": example.prompt, "completions": example.completions, "pairs": example.pairs}
     names = {"prompts": ("chosen",), "sft": ("completion",), "preference": ("chosen", "rejected")}[view]
     return {"prompt": example.prompt, **dict(zip(names, example.completions, strict=True))}

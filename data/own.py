@@ -96,7 +96,7 @@ def is_several(record: dict) -> bool:
 
 def several(record: dict, view: str, where: str, min_gap: float) -> list[Example]:
     """A line with several completions, texts or conversations, as the examples of a view; none if no two scores are unequal and
-    `min_gap` apart. For `sft` the completion that is chosen in most pairs is taken."""
+    `min_gap` apart. For `sft` the one of the best score, or that is chosen in most pairs, is taken."""
     only_text_views(where, view)
     found = get(record, "completions", list, where)
     named = {f"completions[{i}]": answer for i, answer in enumerate(found)}
@@ -111,7 +111,8 @@ def several(record: dict, view: str, where: str, min_gap: float) -> list[Example
     pairs = given_pairs(record, len(found), where) if "pairs" in record else scored_pairs(record, len(found), where, min_gap)
     if view == "preference" or not pairs:
         return [Example(prompt, answers, source=where, pairs=pairs)] if pairs else []
-    ((best, _),) = collections.Counter(chosen for chosen, _ in pairs).most_common(1)
+    wins = collections.Counter(chosen for chosen, _ in pairs)
+    best = max(wins, key=lambda i: record["scores"][i] if "scores" in record else wins[i])
     return [Example(prompt, (answers[best],), source=where)]
 
 

@@ -105,8 +105,9 @@ class BatchPlan:
         self.lengths, self.groups = column(items, "row_tokens"), column(items, "group")
         self.pairs = np.array(column(items, "n_pairs"))
         if (most := self.pairs.max()) > self.batch_size:
+            number = column(items, "number")[self.pairs.argmax()]
             raise UserError(
-                f"key batch_size: {self.batch_size} is less than the {most} pairs of example {self.pairs.argmax()} (from 0), "
+                f"key batch_size: {self.batch_size} is less than the {most} pairs of example {number} (from 0), "
                 f"which stay in one step: make it {most} or more"
             )
         self.epoch = lru_cache(maxsize=1)(self.epoch)

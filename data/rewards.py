@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +20,16 @@ SECONDS = 60  # for one completion
 Reward = Callable[[str, str], float]
 
 
+def check(name: str) -> None:
+    """UserError for a name that is no reward's. Reads nothing."""
+    path, _, _ = name.rpartition(":")
+    if name not in ("reviews", "sentiment") and not (path.endswith(".py") and Path(path).is_file()):
+        raise UserError(f"key reward: {name!r} is not reviews, sentiment, or a file and a function in it, as in FILE.py:NAME")
+
+
 def get(name: str) -> Reward:
     """The reward of that name. What it returns is checked: UserError where it raises, takes too long, or gives no number."""
+    check(name)
     reward = {"reviews": lambda: reviews.reward, "sentiment": _sentiment}.get(name, lambda: _from_file(name))()
 
     def checked(prompt: str, completion: str) -> float:
@@ -28,11 +37,12 @@ def get(name: str) -> Reward:
         try:
             with _deadline():
                 value = reward(prompt, completion)
-        except Exception as error:  # whatever a user's function may raise
+            number = math.nan if isinstance(value, bool | str) or value is None else float(value)
+        except (Exception, SystemExit) as error:  # whatever a user's function may raise
             raise UserError(f"{where}: {type(error).__name__}: {error}: mend that function") from None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not math.isfinite(number):
             raise UserError(f"{where}: {value!r} is not a finite number: mend that function")
-        return float(value)
+        return number
 
     return checked
 
@@ -48,14 +58,12 @@ def _sentiment() -> Reward:
 
 def _from_file(name: str) -> Reward:
     path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"key reward: {name!r} is not reviews, sentiment, or a file and a function in it, as in FILE.py:NAME")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
     try:
         with _deadline():
             spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
         raise UserError(f"key reward: {path} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, function, None)):
         raise UserError(f"key reward: {path} has no function {function!r}")

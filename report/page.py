@@ -1,7 +1,7 @@
 """One page for any set of runs, results and answers: a single HTML file that needs no network.
 
     python -m report.page runs/sft runs/dpo --out report.html
-    python -m report.page runs/demo --out report.html    # a folder of runs
+    python -m report.page runs --out report.html         # the runs in a folder
     python -m report.page runs/dpo mcq.json samples.jsonl --out report.html
 
 Of a run folder, or a folder of runs, it shows the results (*.json) and the answers (*.jsonl with completions) in it, too.

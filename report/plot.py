@@ -150,7 +150,9 @@ def runs_figure(runs: dict[str, Run], out: str | Path):
     out: the file that a message is to name. Raises UserError if there is nothing to draw, or if matplotlib is missing.
     """
     kinds = dict.fromkeys(run.kind() for run in runs.values())
-    names = {f"loss {kind}": "loss (nats per token)" if kind == "SFT" else f"{kind} loss (per pair)" for kind in kinds}
+    names = {
+        f"loss {kind}": "loss (nats per token)" if kind == "SFT" else f"{legend_text(kind)} loss (per pair)" for kind in kinds
+    }
     names |= {"lr": "learning rate", ACCURACY: "chosen over rejected (share of pairs)"}
     names |= {MARGIN: "reward margin (nats)", **{name: f"log-prob gain of {name[5:]} (nats)" for name in GAINS}}
     curves = {name: [[series(r, split, name) for split in ("train", "val")] for r in runs.values()] for name in names}
@@ -229,7 +231,7 @@ def results_figure(points: Points, out: str | Path):
         for chance in {p["chance"] for p in group} - {None}:
             ax.axhline(chance, **NEUTRAL)
         dress(ax, ax.get_xlabel(), "")
-        ax.set_title("\n".join(textwrap.wrap(name, 45)), fontsize=14)
+        ax.set_title("\n".join(textwrap.wrap(legend_text(name), 45)), fontsize=14)
         ax.margins(y=0.12)
         if "%" in name or "score" in name:
             ax.set_ylim(0, max(60 if "%" in name else 100, *(1.08 * (p["high"] or p["value"]) for p in group)))

@@ -36,7 +36,7 @@ class Run(Records):
 
     def kind(self) -> str:
         """Which loss its numbers are: SFT, or the name of a preference loss. Losses of two kinds cannot be compared."""
-        return self.settings.get("loss") or ("DPO" if any(MARGIN in record for record in self) else "SFT")
+        return str(self.settings.get("loss") or "") or ("DPO" if any(MARGIN in record for record in self) else "SFT")
 
 
 def read_run(folder: str | Path) -> Run:

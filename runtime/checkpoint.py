@@ -176,8 +176,9 @@ def drop_after(root: Path, step: int) -> None:
 
 
 def prune(root: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the one of step `best`; and what a kill left half-written."""
-    for folder in steps(root)[: -keep or None]:
+    """Delete all but the newest `keep` checkpoints and the one of step `best`; and what a kill left half-written. The newest go
+    first: after a kill on the way the run goes on from one that has its best still beside it."""
+    for folder in reversed(steps(root)[: -keep or None]):
         if folder.name != f"step_{best}":
             os.rename(folder, folder.with_name(folder.name + UNFINISHED))  # a half-deleted one must not look like one
     for leftover in root.glob("step_*" + UNFINISHED):

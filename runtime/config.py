@@ -151,6 +151,8 @@ def keep_apart(config: Any, paths: Iterable[str] = ()) -> None:
             written[f.name] = [Path(value, name) for name in rule.replaces or [""]]
         elif f.type is str and not rule.choices and "\0" not in value:
             several = [path for part in value.split(",") for path in glob.glob(part)] if rule.reads else []
+            code = value.rpartition(":")[0]  # of FILE.py:NAME
+            several += [code] if code.endswith(".py") else []
             read += [(f.name, os.path.expanduser(path)) for path in (value, *several) if path]
     configs = [(name, read_json(Path(path, "adapter_config.json"))) for name, path in read if os.path.isdir(path)]
     bases = [(f"{name} (its base)", str(found.get("base_model_name_or_path", ""))) for name, found in configs]

@@ -3,6 +3,7 @@
 The log-probs of the pairs do not show it: a model may write what no pair holds. See docs/preference-tuning.md.
 """
 
+import collections
 from dataclasses import fields
 
 import torch
@@ -24,6 +25,8 @@ class Drift:
     def __init__(self, cfg, items: list[Encoded], model, tokenizer, compute):
         """With LoRA the start is in the model (`lora.as_started`), else it is a second copy of the weights, whole on each
         process. UserError where no validation prompt has room for a completion, or the reward cannot be had."""
+        if not items:
+            raise UserError("key kl_prompts: there are no validation prompts: give --val_data, or --val_share")
         room = model.config.block_size + 1 - NEW_TOKENS
         prompts = dict.fromkeys(tuple(item.prompt.tolist()) for item in items if len(item.prompt) <= room)
         self.prompts = [list(ids) for ids in prompts][: cfg.kl_prompts]
@@ -31,13 +34,18 @@ class Drift:
             raise UserError(f"key kl_prompts: no validation prompt leaves room for {NEW_TOKENS} tokens: name other val_data")
         self.cfg, self.tokenizer, self.compute, self.start = cfg, tokenizer, compute, None
         self.reward = rewards.get(cfg.reward) if cfg.reward else None
+        # what ends most answers of the data: the end of a text or of a turn
+        ((self.end, _),) = collections.Counter(int(c[-1]) for item in items for c in item.completions).most_common(1)
+        self.end = self.end if self.end in tokenizer.special | tokenizer.stops else tokenizer.eot
         if not cfg.lora_rank:
-            self.start = build_model(ModelKeys(**{f.name: getattr(cfg, f.name) for f in fields(ModelKeys)}), tokenizer, compute)
+            keys = ModelKeys(**{f.name: getattr(cfg, f.name) for f in fields(ModelKeys)})
+            keys.seed = cfg.seed  # of scratch
+            self.start = build_model(keys, tokenizer, compute)
 
     def measure(self, model) -> dict[str, float]:
         """`kl`: the mean of log pi - log pi_start over 4 completions a prompt, in nats a completion. With a reward: `reward`,
         its mean over the same completions. Every process draws all of them, because a sharded model needs all processes."""
-        how = {"n": 4, "max_new_tokens": NEW_TOKENS, "seed": self.cfg.seed, "shared": False}
+        how = {"n": 4, "max_new_tokens": NEW_TOKENS, "end": self.end, "seed": self.cfg.seed, "shared": False}
         items = written(model, self.prompts, self.tokenizer, self.compute, **how)
 
         def log_probs(of) -> torch.Tensor:
@@ -51,6 +59,11 @@ class Drift:
             gains = now - log_probs(self.start)
         found = {"kl": gains.mean().item()}
         if self.reward:
-            texts = ((self.tokenizer.decode(item.prompt.tolist()), texts_of(item, self.tokenizer)) for item in items)
-            found["reward"] = sum(self.reward(prompt, text) for prompt, of in texts for text in of) / now.numel()
+            # on rank 0 alone: a function of the user's need not return the same everywhere
+            found["reward"] = self.compute.once(lambda: sum(map(self.graded, items)) / now.numel())
         return found
+
+    def graded(self, item: Encoded) -> float:
+        """The sum of the rewards of an item's completions."""
+        prompt = self.tokenizer.decode(item.prompt.tolist())
+        return sum(self.reward(prompt, text) for text in texts_of(item, self.tokenizer, self.end))

@@ -37,9 +37,9 @@ def bound_to(cfg, tokenizer, max_len: int, train: list[Encoded], val: list[Encod
     return {"tokenizer_sha256": tokenizer.fingerprint(), "max_len": str(max_len), "truncation": cfg.truncation, **hashes}
 
 
-def find(folder: Path, wanted: dict[str, str]) -> str:
-    """The first reference file in a folder that is bound to what is wanted, or ""."""
-    for path in sorted(folder.glob("*.safetensors")):
+def find(folder: Path, wanted: dict[str, str], before: str) -> str:
+    """The file `before`, or else the first one in a folder, that is bound to what is wanted; "" if none is."""
+    for path in (Path(before), *sorted(folder.glob("*.safetensors"))):
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
             if wanted.items() <= (file.metadata() or {}).items():
                 return str(path)
@@ -47,8 +47,8 @@ def find(folder: Path, wanted: dict[str, str]) -> str:
 
 
 def check(path: str | Path, make: str = "precompute_ref.py") -> None:
-    """UserError if there is no file `path`; `auto` is none."""
-    if str(path) != AUTO and not Path(path).is_file():
+    """UserError if there is no file `path`."""
+    if not Path(path).is_file():
         raise UserError(f"key ref: {path}: no such file: make it with {make}")
 
 

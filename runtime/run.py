@@ -223,6 +223,8 @@ class Run:
         """Write out_dir/model: the weights with the best validation loss, or the last ones where nothing was validated. With
         LoRA first out_dir/adapter, for peft; model/ has it merged into the base as that was read, in float32."""
         which = f"step {self.steps}"
+        if getattr(self.cfg, "reward", "") and not self.best:
+            warn(f"every validation was beyond max_kl {self.cfg.max_kl}: the last weights are written, and they went too far")
         if self.best and self.best["step"] != self.steps:
             best = self.checkpoints / f"step_{self.best['step']}"
             _, damage = self.compute.once(lambda: checkpoint.inspect(best))
@@ -230,7 +232,8 @@ class Run:
                 warn(f"{best}, the best checkpoint, is damaged ({damage}): the last weights are used")
             else:
                 checkpoint.load(best, model, None, self.compute)
-                which = f"step {self.best['step']}, which validated best ({self.best['loss']:.4f})"
+                found = f"reward {self.best['score']:.4f}" if getattr(self.cfg, "reward", "") else f"{self.best['loss']:.4f}"
+                which = f"step {self.best['step']}, which validated best ({found})"
         if model.lora:
             adapters.save(model, self.tokenizer, self.folder / "adapter", self.compute.rank)
             self.compute.once(self._save_merged)

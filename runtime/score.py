@@ -49,22 +49,35 @@ def score(
 
 
 def written(
-    model, prompts: list[list[int]], tokenizer, compute, *, n: int, max_new_tokens: int, seed: int, batch_size=64, shared=True
+    model,
+    prompts: list[list[int]],
+    tokenizer,
+    compute,
+    *,
+    n: int,
+    max_new_tokens: int,
+    end: int,
+    seed: int,
+    batch_size=64,
+    shared=True,
 ) -> list[Encoded]:
-    """n completions of every prompt by the model at temperature 1, each with its end-of-text token if it ended. Every rank gets
-    all of them. shared: each rank writes a part; where a model is sharded all must write all, in step."""
+    """n completions of every prompt by the model at temperature 1, up to the token `end`, which stands behind each that ended.
+    Every rank gets all of them. shared: each rank writes a part; where a model is sharded all must write all, in step, and
+    those of rank 0 count."""
     mine = {i: ids for i, ids in enumerate(prompts) if not shared or i % compute.world == compute.rank}
     found: dict[int, list] = {i: [None] * n for i in mine}
     how = {"n": n, "n_ids": tokenizer.size, "batch_size": batch_size, "temperature": 1.0, "seed": seed}
     with compute.autocast(), torch.inference_mode():
-        for i, j, ids in stream(model, mine, max_new_tokens, tokenizer.eot, **how):
-            ended = [tokenizer.eot] if len(ids) < max_new_tokens else []
+        for i, j, ids in stream(model, mine, max_new_tokens, end, **how):
+            ended = [end] if len(ids) < max_new_tokens else []
             found[i][j] = np.array(ids + ended, np.int32)
-    for part in compute.gather(found) if shared else ():
-        found |= part
+    if shared:
+        found = {i: texts for part in compute.gather(found) for i, texts in part.items()}
+    else:
+        found = compute.once(lambda: found)
     return [Encoded(np.array(prompt, np.int32), found[i], i, i) for i, prompt in enumerate(prompts)]
 
 
-def texts_of(item: Encoded, tokenizer) -> list[str]:
-    """An item's completions as text, without the end-of-text token."""
-    return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in item.completions]
+def texts_of(item: Encoded, tokenizer, end: int) -> list[str]:
+    """An item's completions as text, without the token that ends them."""
+    return [tokenizer.decode(ids[ids != end].tolist()) for ids in item.completions]

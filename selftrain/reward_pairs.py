@@ -45,7 +45,7 @@ class Config:
 
 def pair(values: list[float], cfg: Config, rng: random.Random) -> list[list[int]]:
     """[chosen, rejected] of the completions that have these rewards, by their numbers."""
-    best = max(range(len(values)), key=values.__getitem__)
+    best = max(range(len(values)), key=values.__getitem__, default=0)
     found = []
     for a, b in itertools.combinations(range(len(values)), 2):
         gap = values[a] - values[b]

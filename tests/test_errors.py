@@ -192,6 +192,7 @@ def test_folders_that_are_not_ours(files, refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years")
     refused("demo", "--out_dir", str(tmp_path / "mine"), says="was not made by a demo")
+    refused("demo", "--out_dir", str(tmp_path / "new/../mine"), says="was not made by a demo")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
     refused("sft", *sft_args(files, tmp_path / "mine/thesis.txt"), says="thesis.txt: File exists: name another path")
 

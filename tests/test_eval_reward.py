@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import weights
+from base.errors import UserError
 from data import reviews, rewards
 from data.tokenizer import get
 from model import GPTConfig
@@ -166,20 +167,15 @@ def test_reviews_and_their_reward():
 )
 def test_rewards_that_are_wrong(function, says, work, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "SECONDS", 1)
-    (tmp_path / "r.py").write_text(function)
-    refused("eval_reward", *keys(work, tmp_path / "x.json", reward=f"{tmp_path / 'r.py'}:rate", n=1), says=says)
-    assert not (tmp_path / "x.json").exists()
+    lines = ["import sys, numpy", "def small(p, c): return numpy.float32(0.5)", "def leaves(p, c): sys.exit(0)"]
+    (tmp_path / "r.py").write_text("\n".join([*lines, "def text(p, c): return '1'"]))
+    assert rewards.get(f"{tmp_path}/r.py:small")("", "") == 0.5
+    with pytest.raises(UserError, match="SystemExit"):
+        rewards.get(f"{tmp_path}/r.py:leaves")("", "")
+    with pytest.raises(UserError, match="'1' is not a finite number"):
+        rewards.get(f"{tmp_path}/r.py:text")("", "")
 
 
-def test_what_a_user_can_do_wrong(work, files, refused, tmp_path):
-    out = tmp_path / "x.json"
-    for changed, says in (
-        ({"reward": None}, "--prompts and --reward belong together"),
-        ({"data": files["pairs"]}, "give either --data, preference pairs, or --prompts"),
-        ({"ref_model": None, "ref": "a.safetensors"}, "key ref_model: with --prompts it is needed"),
-        ({"reward": "happiness"}, "is not reviews, sentiment, or a file"),
-        ({"max_new_tokens": 15}, "prompts.jsonl:1: a prompt of 3 tokens leaves no room"),
-        ({"ref_model": tmp_path / "no"}, "is no folder"),
-    ):
-        refused("eval_reward", *keys(work, out, **changed), says=says)
-    assert not out.exists()
+def test_a_reward_file_is_not_written_over(work, refused):
+    refused("eval_reward", *keys(work, work / "reward.py"), says="the run would write over")
+    assert (work / "reward.py").read_text() == REWARD

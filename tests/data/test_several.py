@@ -161,3 +161,30 @@ def test_a_recipe_of_four_samples_as_a_file(tmp_path, call):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(len(line["completions"]), str(line["pairs"])) for line in lines} == {(4, "[[0, 1], [0, 2], [0, 3]]")}
     assert [e.pairs for e in data.load(str(out), "train", "preference")] == [((0, 1), (0, 2), (0, 3))] * 5
+
+
+@pytest.mark.parametrize("given", [{"scores": [0, 1]}, {"pairs": [[1, 0]]}])
+def test_two_completions_keep_their_order_when_written_as_a_file(given, call, tmp_path):
+    line = {"prompt": " the", "completions": [" old", " red"], **given}
+    (tmp_path / "two.jsonl").write_text(json.dumps(line) + "\n")
+    args = ["--data", str(tmp_path / "two.jsonl"), "--view", "preference", "--out", str(tmp_path / "out.jsonl")]
+    assert call("data.__main__", *args)[0] == 0
+    (found,) = data.load(str(tmp_path / "out.jsonl"), "train", "preference")
+    assert [found.completions[i] for i in found.pairs[0]] == [" red", " old"]
+
+
+def test_sft_takes_the_best_score(tmp_path):
+    line = {"prompt": " the", "completions": [" old", " red", " blue"], "scores": [9.5, 10, 0]}
+    (tmp_path / "s.jsonl").write_text(json.dumps(line) + "\n")
+    (found,) = data.load(str(tmp_path / "s.jsonl"), "train", "sft", min_gap=1.0)
+    assert found.completions == (" red",)
+    with pytest.raises(UserError, match=r"key min_gap: 1\.0: the recipe toy has no scores"):
+        data.load("toy", "train", "preference", min_gap=1.0)
+
+
+def test_a_name_that_is_there_is_no_pattern(tmp_path):
+    for name in ("d1", "d[1]"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": " the", "completion": f" {name}"}) + "\n")
+    (found,) = data.load(str(tmp_path / "d[1].jsonl"), "train", "sft")
+    assert found.completions == (" d[1]",)
+    assert len(data.load(f"{tmp_path}/d1.jsonl,{tmp_path}/d[1].jsonl,", "train", "sft")) == 2

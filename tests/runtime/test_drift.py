@@ -5,8 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import dpo_args, flags
+from data.tokenizer import get
+from runtime.build import build_model
+from runtime.distributed import Compute
+from runtime.keys import ModelKeys
+from runtime.score import texts_of, written
+from tests.conftest import SCRATCH, dpo_args, flags
 
 REWARD = "def words(prompt, completion):\n    return float(len(completion.split()))\n"
 
@@ -44,14 +50,14 @@ def test_weights_are_kept_by_reward_where_the_kl_allows(max_kl, files, sft_run, 
     losses = [r["loss"] for r in validations(tmp_path / "run")]
     assert min(losses) == losses[-1]
     assert ("step 2, which validated best" in out) == (max_kl > 1)
-    assert ("too far" in err) == (max_kl < 1)
+    assert ("too far" in err) == ("every validation was beyond max_kl" in err) == (max_kl < 1)
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
         ({"reward": "reviews"}, "key reward: it is measured on what the model writes: give --kl_prompts"),
-        ({"kl_prompts": 2, "val_data": None}, "key kl_prompts: no validation prompt leaves room"),
+        ({"kl_prompts": 2, "val_data": None}, "key kl_prompts: there are no validation prompts"),
         ({"kl_prompts": 2, "reward": "joy"}, "'joy' is not reviews, sentiment, or a file"),
     ],
 )
@@ -59,8 +65,36 @@ def test_bad_settings(keys, says, files, sft_run, reference, refused, tmp_path):
     refused("dpo", *dpo_args(files, sft_run, reference, tmp_path / "run", **keys), says=says)
 
 
+def test_the_start_of_a_run_from_scratch_has_its_seed(files, call, tmp_path):
+    keys = {"data": files["pairs"], "val_data": files["val_pairs"], "loss": "simpo", "kl_prompts": 2, "seed": 3, "lr": 0}
+    args = flags(**SCRATCH, **keys, max_steps=1, batch_size=12, out_dir=tmp_path / "run")
+    assert call("dpo", *args)[0] == 0
+    assert validations(tmp_path / "run")[0]["kl"] == 0
+
+
+def test_completions_end_at_the_token_that_is_asked_for(sft_run):
+    """In a conversation that is the end of a turn, which need not be the end of a text."""
+    toy = get("toy")
+    model = build_model(ModelKeys(init_from=str(sft_run / "model")), toy, Compute(torch.device("cpu"), torch.float32))
+    end = toy.encode(".")[0] if "." in toy.vocab else toy.encode(" the")[0]
+    how = {"n": 8, "max_new_tokens": 20, "end": end, "seed": 0}
+    (item,) = written(model, [toy.encode(" the red")], toy, Compute(torch.device("cpu"), torch.float32), **how)
+    assert any(ids[-1] == end for ids in item.completions)
+    assert all(end not in ids[:-1] and (ids[-1] == end or len(ids) == 20) for ids in item.completions)
+    assert all(toy.decode([end]) not in text for text in texts_of(item, toy, end))
+
+
 def test_two_processes_estimate_the_same(files, sft_run, reference, world, call, tmp_path):
-    keys = {"kl_prompts": 3, "lr": 0.01, "max_steps": 2, "eval_every": 2, "save_every": 0}
+    """Also where a reward is another one in each process: rank 0 decides."""
+    (tmp_path / "reward.py").write_text("import random\ndef any_(prompt, text):\n    return random.random()\n")
+    keys = {
+        "reward": f"{tmp_path / 'reward.py'}:any_",
+        "kl_prompts": 3,
+        "lr": 0.01,
+        "max_steps": 2,
+        "eval_every": 2,
+        "save_every": 0,
+    }
     assert call("dpo", *dpo_args(files, sft_run, reference, tmp_path / "one", **keys))[0] == 0
     statuses, err = world(2, "dpo", dpo_args(files, sft_run, reference, tmp_path / "two", **keys))
     assert statuses == [0, 0], err

@@ -74,6 +74,10 @@ def test_ref_auto(files, sft_run, reference, call, tmp_path):
     assert len(made) == 1 and made[0].name.startswith("ref_") and f'ref = "{made[0]}"' in (runs / "a/config.toml").read_text()
     assert f"ref auto: {made[0]} fits" in go("b") and losses["a"] == losses["b"]
     assert "resuming" in go("a"), "the same command goes on"
+    shutil.copyfile(reference, runs / "a_file_of_a_name_before_it.safetensors")
+    printed = go("a")
+    assert f"ref auto: {made[0]} fits" in printed and "resuming" in printed, "with the file that it began with"
+    (runs / "a_file_of_a_name_before_it.safetensors").unlink()
     shutil.copyfile(reference, runs / "mine.safetensors")
     made[0].unlink()
     (runs / "broken.safetensors").write_bytes(b"no")
