@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,14 @@ def test_nothing_in_the_project_unpickles_or_executes():
                 if called in ("eval", "exec", "torch.load", "torch.hub.load", "np.load", "numpy.load", "yaml.load"):
                     found.add((path, called))
     assert found <= {("selftrain/sandbox.py", "exec")}, found
+
+
+def test_a_kill_while_checkpoints_are_deleted_leaves_the_older_ones(tmp_path, monkeypatch):
+    """The best one is among these, often; what is newer comes again by training."""
+    for step in (2, 4, 6):
+        (tmp_path / f"step_{step}").mkdir()
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if a.name == "step_6" else sys.exit(1))
+    with pytest.raises(SystemExit):
+        checkpoint.prune(tmp_path, 0, None)
+    assert [folder.name for folder in checkpoint.steps(tmp_path)] == ["step_2", "step_4"]
