@@ -1,7 +1,7 @@
 """One page for any set of runs, results and answers: a single HTML file that needs no network.
 
     python -m report.page runs/sft runs/dpo --out report.html
-    python -m report.page runs --out report.html         # the runs in a folder
+    python -m report.page runs --out report.html         # all runs in a folder
     python -m report.page runs/dpo mcq.json samples.jsonl --out report.html
 
 Of a run folder, or a folder of runs, it shows the results (*.json) and the answers (*.jsonl with completions) in it, too.
@@ -65,12 +65,13 @@ def collect(paths: dict[str, str], rows: int) -> Found:
             else:
                 add_answers(found, label, path, rows)
             continue
-        inside = sorted(config.parent for config in path.glob("*/config.toml"))
-        is_run = any((path / name).exists() for name in ("config.toml", "metrics.jsonl"))
+        begun = [*path.glob("*/config.toml"), *path.rglob("metrics.jsonl")]
+        inside = sorted({file.parent for file in begun} - {path})
+        is_run = (path / "metrics.jsonl").exists() or ((path / "config.toml").exists() and not inside)
         if not is_run and not inside:
             raise UserError(f"{path}: neither a run folder nor a folder of runs: it has no config.toml and no metrics.jsonl")
         for folder in [path] if is_run else [path, *inside]:
-            name = folder.name if len(paths) == 1 else f"{label}/{folder.name}"
+            name = str(folder.relative_to(path)) if len(paths) == 1 else f"{label}/{folder.relative_to(path)}"
             add_folder(found, label if folder == path else name, folder, rows)
     return found
 
