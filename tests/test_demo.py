@@ -51,7 +51,7 @@ def test_what_the_picture_claims(small):
             module, words = command(line)
             paths = [] if module == "report.page" else None
             config.load(__import__(module, fromlist=["Config"]).Config, words, paths=paths)
-    assert said.count("\n$ ") == 6 + 3 + 4 + 3 * 2  # to prepare, to train, to measure, the curve
+    assert said.count("\n$ ") == 6 + 3 + 4 + 3 * 2 + 1  # to prepare, to train, to measure, the curve, the page
 
 
 @pytest.mark.slow
