@@ -98,6 +98,14 @@ class Demo:
         asked = sorted({prompt for prompt, _ in reviews.reviews("test", 1000)})
         write_lines(out / "eval_prompts.jsonl", [{"prompt": prompt} for prompt in asked], "each beginning that reviews have")
 
+    def folder(self, name: str, beta: float, steps: int) -> Path:
+        """Where a run of DPO is."""
+        return self.out / ("wrong" if name == WRONG else "dpo") / f"beta_{beta}_steps_{steps}"
+
+    def result(self, folder: Path) -> Path:
+        """Where reward and KL of a run's model are."""
+        return self.out / "rewards" / f"{'_'.join(folder.relative_to(self.out).parts)}.json"
+
     def chosen(self) -> Path:
         """More SFT, on the chosen reviews."""
         keys = {"config": "configs/reviews_sft.toml", "init_from": self.model, "seed": self.cfg.seed + 1, "warmup": 15}
@@ -107,7 +115,7 @@ class Demo:
 
     def dpo(self, name: str, beta: float, steps: int) -> Path:
         """DPO for so many steps, with the right or the wrong reference."""
-        folder = self.out / ("wrong" if name == WRONG else "dpo") / f"beta_{beta}_steps_{steps}"
+        folder = self.folder(name, beta, steps)
         ref = {"ref": self.out / "ref.safetensors"}
         if name == WRONG:
             ref = {"ref": self.out / "wrong_ref.safetensors", "allow_ref_mismatch": "true"}
@@ -117,11 +125,20 @@ class Demo:
 
     def measure(self, folder: Path, **more: object) -> dict:
         """Reward and KL of a run's model: the result of eval_reward.py."""
-        result = self.out / "rewards" / f"{'_'.join(folder.relative_to(self.out).parts)}.json"
+        result = self.result(folder)
         keys = {"model": folder / "model", "ref_model": self.model, "prompts": self.out / "eval_prompts.jsonl"}
         keys |= {"reward": "reviews", "n": self.cfg.n, "max_new_tokens": 32, "batch_size": 1024, "seed": self.cfg.seed + 1000}
         step("eval_reward", **keys, **more, out=result)
         return read_json(result)
+
+    def write_page(self) -> None:
+        """A page of the runs that the table is made of, and of their results."""
+        runs = [self.out / "sft", self.out / "chosen"]
+        runs += [self.folder(name, b, self.cfg.dpo_steps) for name, b in [*((DPO, b) for b in BETAS), (WRONG, 1)]]
+        made = [*runs, *map(self.result, runs)]
+        paths, labels = [str(path) for path in made], ",".join(str(path.relative_to(self.out)) for path in made)
+        print(f"$ python -m report.page {' '.join(paths)} --labels {labels} --out {self.out}/report.html")
+        page.write(paths, self.out / "report.html", labels)
 
 
 def policy(name: str, beta: float | None, result: dict) -> dict:
@@ -246,7 +263,8 @@ def draw(results: dict, path: Path) -> None:
 
 def main() -> None:
     cfg = config.load(Config, prog="demo.py")
-    begin, cpu, out = time.monotonic(), time.process_time(), Path(os.path.realpath(cfg.out_dir))
+    cfg.out_dir = os.path.normpath(cfg.out_dir)  # what is looked at is then what is written, whatever ".." stands in it
+    begin, cpu, out = time.monotonic(), time.process_time(), Path(cfg.out_dir)
     if out.exists() and not (out / MARK).exists():
         raise UserError(f"out_dir {out} is there and was not made by a demo: name another folder")
     write_whole(out / MARK, "made by demo.py, which deletes what it made here when it runs again\n")
@@ -264,12 +282,7 @@ def main() -> None:
     except UserError as error:  # without matplotlib there is no picture
         warn(str(error))
     print(f"\n{table(results)}\n\n{sentences(results)}\n")
-    runs = [f"dpo/beta_{beta}_steps_{cfg.dpo_steps}" for beta in BETAS] + [f"wrong/beta_1_steps_{cfg.dpo_steps}"]
-    runs = ["sft", "chosen", *runs]
-    graded = [f"rewards/{name.replace('/', '_')}.json" for name in runs]
-    paths, labels = [str(out / name) for name in runs + graded], ",".join(runs + graded)
-    print(f"$ python -m report.page {' '.join(paths)} --labels {labels} --out {out}/report.html")
-    page.write(paths, out / "report.html", labels)
+    Demo(cfg).write_page()
     print(f"\n{results['seconds']:.0f} s; {out}/results.json, {out}/demo.png, {out}/report.html")
 
 

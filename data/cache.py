@@ -21,7 +21,7 @@ import numpy as np
 
 from base.download import cache_dir
 from base.errors import UserError, warn
-from base.files import write_whole
+from base.files import sha256_of, write_whole
 
 SMALL = 4_000_000  # bytes of data: to tokenize so little takes about a second
 ABOUT = 1 << 16  # bytes: the most that the last line has
@@ -34,8 +34,7 @@ def name(files: Iterable[Path], depends_on: dict) -> Path:
     """
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode())
     for path in (*sorted(Path(__file__).parent.glob("*.py")), *files):
-        with open(path, "rb") as file:
-            digest.update(f"\n{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+        digest.update(f"\n{path.name} {sha256_of(path)}".encode())
     return cache_dir() / "tokens" / f"{digest.hexdigest()}.tokens"
 
 

@@ -54,10 +54,16 @@ def _parsed(where: str, text: bytes):
         raise UserError(f"{where}: not JSON in UTF-8: {error}") from None
 
 
+def missing(record: dict, field: str, where: str, hint: str = "") -> UserError:
+    """The error of a field that a record has not."""
+    there = ", ".join(sorted(record)) or "none"
+    return UserError(f"{where}: the field {field!r} is missing (fields there: {there}){hint}")
+
+
 def get(record: dict, field: str, kind: type, where: str):
     """A field of the type `kind` (str, int or list). UserError if it is missing, of another type, or no Unicode text."""
     if field not in record:
-        raise UserError(f"{where}: the field {field!r} is missing (fields there: {', '.join(sorted(record)) or 'none'})")
+        raise missing(record, field, where)
     value = record[field]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}: the field {field!r} must be {KINDS[kind]}, not {value!r:.60}")

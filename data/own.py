@@ -19,7 +19,7 @@ from pathlib import Path
 from base.errors import UserError
 from data import alpaca, hellaswag, hh, messages, tables
 from data.examples import Example, Problem, half_of, move_space, only_text_views, report, view_problem
-from data.jsonl import completion, get, index
+from data.jsonl import completion, get, index, missing
 
 # Each has is_record(record) and examples(record, view, group, where); DROPPED says why examples() may give none.
 PUBLISHED = (messages, hellaswag, alpaca, hh)
@@ -36,8 +36,8 @@ CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "turns")
 
 def need(record: dict, fields: tuple[str, ...], where: str) -> None:
     """UserError if one of the fields is missing. It names the fields of other formats, and the --columns that takes them."""
-    missing = [field for field in fields if field not in record]
-    if not missing:
+    absent = [field for field in fields if field not in record]
+    if not absent:
         return
     columns = {f: f if f in record else next((n for n in OTHERS[f].split() if n in record), "") for f in fields}
     found = [name for field, name in columns.items() if name not in ("", field)]
@@ -48,8 +48,7 @@ def need(record: dict, fields: tuple[str, ...], where: str) -> None:
         same = f"as {{{', '.join(talk[0])}}}: write it as `messages` of {{role, content}}"
         say = f"--columns messages={found[0]}" if "role" in talk[0] else same
     hint = f"; found {', '.join(found)}{': ' if say.startswith('--') else ' '}{say}".rstrip() if found else ""
-    there = ", ".join(sorted(record)) or "none"
-    raise UserError(f"{where}: the field {missing[0]!r} is missing (fields there: {there}){hint}")
+    raise missing(record, absent[0], where, hint)
 
 
 def choice(record: dict, view: str, group: int, where: str) -> list[Example]:

@@ -92,10 +92,9 @@ def add_folder(found: Found, label: str, folder: Path, rows: int) -> None:
         records = read_run(folder)
     except UserError as error:
         found.warnings.append(f"{label}: {error}")
-        if (folder / "config.toml").exists():
-            records = Run((), read_config(folder))
-        else:
+        if not (folder / "config.toml").exists():
             return
+        records = Run((), read_config(folder))
     found.runs[label], found.folders[label] = records, str(folder)
     found.warnings += troubles(label, records)
     if records and not (folder / "model").exists():

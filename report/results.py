@@ -10,6 +10,11 @@ from report.formats import Table
 
 Points = list[dict[str, Any]]
 
+
+class NotAResult(UserError):
+    """A file in which no evaluation script wrote."""
+
+
 # field of a result -> (its name, what it is multiplied by); braces take other fields of the result
 MEASURES = {
     "win_rate": ("win rate (%)", 100),
@@ -34,7 +39,8 @@ def read_result(path: str | Path) -> Points:
     """A point for each measure in a result file: label, parameters, measure, value, low, high (the 95% interval), n, chance.
 
     Of what is missing, parameters and the interval are None. A point of a reward has `kl` (value, low, high) and
-    the `limit`, where they were measured. Raises UserError for any other file, and for a result that measured nothing.
+    the `limit`, where they were measured. Raises NotAResult for any other file, and UserError for a result that measured
+    nothing.
     """
     try:
         found = parse_json(read_plain(Path(path)))
@@ -62,7 +68,7 @@ def read_result(path: str | Path) -> Points:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: name a result of an evaluation script") from None
     except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path}: no result of an evaluation script: none of {', '.join(MEASURES)} in it with n") from None
+        raise NotAResult(f"{path}: no result of an evaluation script: none of {', '.join(MEASURES)} in it with n") from None
     if not points:
         raise UserError(f"{path}: holds no verdict, so there is nothing to show: leave it out")
     return points
@@ -88,9 +94,10 @@ def results_in(folder: str | Path) -> tuple[Points, list[str]]:
     for path in sorted(Path(folder).glob("*.json")):
         try:
             points += read_result(path)
+        except NotAResult:
+            continue
         except UserError as error:
-            if "no result" not in str(error):
-                wrong.append(str(error))
+            wrong.append(str(error))
     return points, wrong
 
 

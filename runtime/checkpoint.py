@@ -149,7 +149,8 @@ def inspect(folder: Path) -> tuple[dict, str | None]:
         state = read_json(folder / weights.STATE)
         best = {"step": 0, "loss": 0.0} if state["best"] is None else state["best"]
         numbers = state["step"], state["metrics_bytes"], state.get("steps", 0), best["step"]
-        if {*map(type, numbers)} != {int} or type(best["loss"]) is not float or state["metrics_bytes"] < 0:
+        figures = best["loss"], best.get("score", 0.0)
+        if {*map(type, numbers)} != {int} or {*map(type, figures)} != {float} or state["metrics_bytes"] < 0:
             return {}, "state.json does not hold what was saved"
         if folder.name != f"step_{state['step']}":
             return {}, f"it is step {state['step']}"

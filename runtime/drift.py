@@ -4,7 +4,7 @@ The log-probs of the pairs do not show it: a model may write what no pair holds.
 """
 
 import collections
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -13,10 +13,15 @@ from data import rewards
 from data.encode import Encoded
 from lora import as_started
 from runtime.build import build_model
-from runtime.keys import ModelKeys
+from runtime.keys import DeviceKeys, ModelKeys
 from runtime.score import score, texts_of, written
 
 NEW_TOKENS = 64  # most tokens of a completion
+
+
+@dataclass
+class Start(ModelKeys, DeviceKeys):
+    """What decides a run's first weights: not TrainKeys, so that nothing is trained of them."""
 
 
 class Drift:
@@ -38,9 +43,7 @@ class Drift:
         ((self.end, _),) = collections.Counter(int(c[-1]) for item in items for c in item.completions).most_common(1)
         self.end = self.end if self.end in tokenizer.special | tokenizer.stops else tokenizer.eot
         if not cfg.lora_rank:
-            keys = ModelKeys(**{f.name: getattr(cfg, f.name) for f in fields(ModelKeys)})
-            keys.seed = cfg.seed  # of scratch
-            self.start = build_model(keys, tokenizer, compute)
+            self.start = build_model(Start(**{f.name: getattr(cfg, f.name) for f in fields(Start)}), tokenizer, compute)
 
     def measure(self, model) -> dict[str, float]:
         """`kl`: the mean of log pi - log pi_start over 4 completions a prompt, in nats a completion. With a reward: `reward`,

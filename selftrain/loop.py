@@ -193,6 +193,9 @@ def check_steps(cfg: Config) -> None:
     """Raise UserError for a wrong flag, or where no problem is left, before anything runs."""
     if cfg.reward:
         rewards.get(cfg.reward)
+        for name in ("data", "eval_data"):
+            if not Path(getattr(cfg, name)).is_file():
+                raise UserError(f"key {name}: {getattr(cfg, name)}: no such file: with a reward it holds prompts")
     for script, keys in [*steps(cfg, 0), *steps(cfg, 1)]:
         settings = load_stage(script, keys)
         if script == "selftrain.problems":

@@ -243,7 +243,7 @@ def world(spawn, tmp_path_factory):
         port, children = free_port(), []
         for rank in range(n):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = {k: str(v) for k, v in (env | more).items()} if n > 1 else {}
+            env = {k: str(v) for k, v in ((env if n > 1 else {}) | more).items()}
             children.append(spawn(name, args, err, (limits or {}).get(rank, 0), env))
         for child in children:
             child.join(120)

@@ -4,15 +4,15 @@ import contextlib
 import json
 import re
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from tests.conftest import flags
+from tests.local_server import LocalServer
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """Prompts are "question N". Of two texts it prefers the one with "good" in it; a text's grade is the number in it.
 
     plan: N -> what it does the first, second, … time it is asked; after that it answers rightly. always: what it does
@@ -20,26 +20,13 @@ class Server(ThreadingHTTPServer):
     "garbage", "empty", "cut", "slow head", "slow body".
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Handler)
         self.plan: dict[int, list] = {}
         self.always = None
         self.pause = 0.0
         self.asked: list[tuple[int, dict]] = []  # (question, body), in the order in which they came
         self.heads: list[tuple[str, dict]] = []  # (path, headers)
-        self.lock = threading.Lock()
-        self.now = self.most = 0  # requests under way, and the most ever
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, *_):
         """A client that hangs up is no news."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +96,16 @@ def test_a_folder_of_runs(demo, call, tmp_path):
     assert any("ipo loss (per pair)" in text for text in found.texts["text"]), "text in a picture stays text"
     first = cells[cells.index("lr", cells.index("minutes")) :][:3]
     assert first == ["lr", "1e-05", "0.001"], "settings that differ: dpo, sft"
+
+
+def test_runs_at_any_depth(demo, call, tmp_path):
+    """As a loop leaves them, with its own config.toml beside the rounds."""
+    shutil.copytree(demo, tmp_path / "loop/round_1/dpo")
+    (tmp_path / "loop/config.toml").write_text('data = "x"\n')
+    assert call("report.page", tmp_path / "loop", "--out", tmp_path / "all.html")[0] == 0
+    runs = [path.parent.relative_to(demo) for path in Path(demo).rglob("metrics.jsonl")]
+    shown = "".join(checked(tmp_path / "all.html").texts["th"])
+    assert runs and all(f"round_1/dpo/{run}" in shown for run in runs)
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 1, "sp'])

@@ -152,3 +152,14 @@ def test_a_kill_while_checkpoints_are_deleted_leaves_the_older_ones(tmp_path, mo
     with pytest.raises(SystemExit):
         checkpoint.prune(tmp_path, 0, None)
     assert [folder.name for folder in checkpoint.steps(tmp_path)] == ["step_2", "step_4"]
+
+
+def test_a_best_score_that_is_no_number_is_damage(whole, tmp_path):
+    """It is compared with the next validation's."""
+    newest = checkpoint.steps(whole / "checkpoints")[-1]
+    folder = shutil.copytree(newest, tmp_path / newest.name)
+    state = json.loads((folder / "state.json").read_text())
+    for score, why in ((0.5, None), ("high", "state.json does not hold what was saved")):
+        state["best"] = {"step": 1, "loss": 1.0, "score": score}
+        (folder / "state.json").write_text(json.dumps(state))
+        assert checkpoint.inspect(folder)[1] == why

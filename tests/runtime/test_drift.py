@@ -3,15 +3,20 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from data.encode import Encoded
 from data.tokenizer import get
 from runtime.build import build_model
 from runtime.distributed import Compute
+from runtime.drift import Drift
 from runtime.keys import ModelKeys
 from runtime.score import texts_of, written
+from tests.chats import tokenizer_folder
 from tests.conftest import SCRATCH, dpo_args, flags
 
 REWARD = "def words(prompt, completion):\n    return float(len(completion.split()))\n"
@@ -82,6 +87,16 @@ def test_completions_end_at_the_token_that_is_asked_for(sft_run):
     assert any(ids[-1] == end for ids in item.completions)
     assert all(end not in ids[:-1] and (ids[-1] == end or len(ids) == 20) for ids in item.completions)
     assert all(toy.decode([end]) not in text for text in texts_of(item, toy, end))
+
+
+def test_a_completion_ends_as_those_of_the_data(tmp_path):
+    chat = get(tokenizer_folder(tmp_path))
+    assert chat.turn_end() != chat.eot
+    cfg = SimpleNamespace(kl_prompts=1, reward="", lora_rank=1)
+    model = SimpleNamespace(config=SimpleNamespace(block_size=128))
+    for last, end in ((chat.turn_end(), chat.turn_end()), (chat.eot, chat.eot), (chat.encode("a")[0], chat.eot)):
+        item = Encoded(np.array([5], np.int32), [np.array([6, last], np.int32)], 0, 0)
+        assert Drift(cfg, [item], model, chat, None).end == end
 
 
 def test_two_processes_estimate_the_same(files, sft_run, reference, world, call, tmp_path):

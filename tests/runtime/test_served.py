@@ -2,9 +2,8 @@
 
 import json
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import sample
 from base import openai
 from tests.conftest import flags, good
+from tests.local_server import LocalServer
 
 KEY = "sk-test-0123456789abcdef"
 PROMPTS = [
@@ -23,20 +23,16 @@ PROMPTS = [
 ]
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """Completes a prompt by its last word and the seed. gives: most texts of an answer, 0 = as many as asked for.
 
     plan: last word -> what is answered to it first, second, … instead: (status, body).
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.plan, self.gives, self.pause = f"http://127.0.0.1:{self.server_port}/v1", {}, 0, 0.0
+        super().__init__(Handler)
+        self.url, self.plan, self.gives, self.pause = f"{self.url}/v1", {}, 0, 0.0
         self.asked: list[tuple[str, dict, str | None]] = []  # (path, body, Authorization)
-        self.lock = threading.Lock()
-        self.now = self.most = 0  # requests under way, and the most ever
 
     def text(self, body: dict, k: int) -> str:
         return f" {word(body)} {body['seed']} {k}. END and more"
@@ -44,14 +40,6 @@ class Server(ThreadingHTTPServer):
     def words(self) -> list[str]:
         """The last words of the prompts that were asked, in their order."""
         return sorted(word(body) for _, body, _ in self.asked)
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 def word(body: dict) -> str:

@@ -238,8 +238,10 @@ def test_a_reward_takes_the_place_of_grades(tmp_path, call, refused, monkeypatch
         ({"reward": "r.py:joy"}, "has no function 'joy'"),
         ({"pairs": "--max_pairs 2"}, "unknown key 'max_pairs'"),
         ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"eval_data": "none.jsonl"}, "key eval_data: none.jsonl: no such file"),
     ):
         refused("selftrain.loop", *flags(**keys | bad, out_dir="bad"), says=says)
+    assert not Path("bad").exists(), "nothing has run before the mistake is found"
 
 
 LOOPS = [
