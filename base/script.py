@@ -1,4 +1,4 @@
-"""What a script imports first: importing torch takes seconds, and these two do not wait for it.
+"""What every script imports first. Importing torch takes seconds; Ctrl-C and `--help` do not wait for it.
 
 Ctrl-C while modules are imported ends in one word, without a traceback. `--help` takes stand-ins for the packages of `HEAVY`,
 because the keys need nothing of them. Where a test or another program imports a script, neither is done.

@@ -12,7 +12,7 @@ Points = list[dict[str, Any]]
 
 
 class NotAResult(UserError):
-    """A file in which no evaluation script wrote."""
+    """The file was not written by an evaluation script."""
 
 
 # field of a result -> (its name, what it is multiplied by); braces take other fields of the result

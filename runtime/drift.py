@@ -21,7 +21,7 @@ NEW_TOKENS = 64  # most tokens of a completion
 
 @dataclass
 class Start(ModelKeys, DeviceKeys):
-    """What decides a run's first weights: not TrainKeys, so that nothing is trained of them."""
+    """The settings that decide a run's first weights. Without those of training, `build_model` shards and freezes nothing."""
 
 
 class Drift:
