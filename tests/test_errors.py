@@ -22,6 +22,7 @@ def jsonl(path: Path, *records: dict) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_command_line_ends_in_one_line_and_status_2():
     done = subprocess.run([sys.executable, "sft.py", "--learning_rte", "1"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
@@ -109,6 +110,7 @@ def test_evaluation(files, sft_run, refused, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{"n_layer": 900, "n_embd": 2**14}, {"n_embd": 2**22}, {"n_layer": 10**7}])
+@pytest.mark.slow
 def test_a_scratch_model_that_no_machine_holds(sizes, files, refused, tmp_path):
     says = "is above 1,000" if "n_embd" not in sizes else "take a smaller model, or more processes"
     refused("sft", *sft_args(files, tmp_path / "run", **sizes), says=says)

@@ -103,6 +103,7 @@ def test_packed_rows_equal_transformers_plain_sequences(pair):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_greedy_samples_equal_transformers(pair):
     hf, ours = pair
     hf.generation_config.eos_token_id = None
@@ -214,6 +215,7 @@ def close(a, b):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-4) and x["step"] == y["step"]
 
 
+@pytest.mark.slow
 def test_sft_learns_and_two_processes_give_the_same_curve(base, sft, files, world, tmp_path):
     curve = metrics(sft)
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]

@@ -146,6 +146,7 @@ def test_a_run_with_lora(files, sft_run, lora_sft, call):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_reference_without_a_file_equals_one_with(dtype, files, sft_run, call, tmp_path):
     """Adapters off is the model that the file was made from: the same run, loss for loss."""
     reference = tmp_path / "ref.safetensors"

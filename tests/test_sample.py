@@ -265,6 +265,7 @@ def test_a_finished_run_that_was_not_written_is_written(folder, asked, whole, ca
 
 
 @pytest.mark.parametrize("before", [None, 0, 5])
+@pytest.mark.slow
 def test_two_processes_write_the_same(folder, asked, whole, part, world, tmp_path, before):
     """They also take up what one process, or one of more, had finished."""
     out = tmp_path / "out.jsonl"
@@ -350,6 +351,7 @@ def test_mistakes_end_in_one_line(folder, asked, refused, tmp_path):
     refused("sample", *args(tmp_path / "model", asked, out), says="its weights are damaged")
 
 
+@pytest.mark.slow
 def test_damage_that_only_another_rank_meets_is_told(world, tmp_path):
     """An embedding that is nan, of a word in the prompt of rank 1; the output projection has weights of its own."""
     toy, path = get("toy"), tmp_path / "prompts.jsonl"

@@ -220,6 +220,7 @@ def test_estimate_cost_and_max_calls(server, call, refused, tmp_path):
 # --- kills, damage, two at a time -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_nothing_is_asked_twice(server, call, tmp_path):
     server.plan = {6: ["hang"]}
     command = args(server, responses(tmp_path / "r.jsonl", 9, 5), workers=1)

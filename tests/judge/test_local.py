@@ -69,6 +69,7 @@ def test_shares_are_the_models_in_both_orders(judge, pairs, call, tmp_path):
     assert again[0] == 0 and json.loads((tmp_path / "out.json").read_text()) == found, "the same every time"
 
 
+@pytest.mark.slow
 def test_a_score_is_the_expected_number(judge, call, tmp_path):
     record = {"prompt": "Say hello.", "completions": ["Hi."], "output": "Hello!"}
     (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")

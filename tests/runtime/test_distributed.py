@@ -69,6 +69,7 @@ def alone(stage, world, tmp_path_factory):
         pytest.param("aot", 4, 1, marks=SLOW),
     ],
 )
+@pytest.mark.slow
 def test_the_curve_does_not_depend_on_the_number_of_processes(name, n, replicate, alone, stage, world, tmp_path):
     """Sharded, in hybrid, and whole on every rank; losses, gradient norms, rewards at every step; the weights at the end.
     Four processes run one example a forward, so that some have less work than others."""
@@ -100,6 +101,7 @@ def test_the_curve_on_real_pairs(world, tmp_path):
             close(metrics(tmp_path / f"{stage}{n}"), metrics(tmp_path / f"{stage}1"), 1e-4)
 
 
+@pytest.mark.slow
 def test_reference_and_evaluation_are_the_same_to_the_bit(files, sft_run, world, tmp_path):
     for n in (1, 2, 3):
         good(world(n, "precompute_ref", ref_args(files, sft_run, tmp_path / f"{n}.safetensors", micro_tokens=500)))
@@ -239,6 +241,7 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(n, files, sft_run, world, refused, tmp_path):
     """On whatever rank: step and examples are named, once, and the weights are those of the step before."""
     model, toy = weights.load(sft_run / "model"), get("toy")
@@ -278,6 +281,7 @@ def test_a_process_that_never_comes(rank, monkeypatch):
     assert found.value.here and not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_meet_the_dead(files, sft_run, world, tmp_path):
     """torchrun's store outlives its workers and keeps the addresses that they had. Its count of restarts may stay the same: a
     node that starts again because another one failed does not count that."""

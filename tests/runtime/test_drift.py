@@ -99,6 +99,7 @@ def test_a_completion_ends_as_those_of_the_data(tmp_path):
         assert Drift(cfg, [item], model, chat, None).end == end
 
 
+@pytest.mark.slow
 def test_two_processes_estimate_the_same(files, sft_run, reference, world, call, tmp_path):
     """Also where a reward is another one in each process: rank 0 decides."""
     (tmp_path / "reward.py").write_text("import random\ndef any_(prompt, text):\n    return random.random()\n")

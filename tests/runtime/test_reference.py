@@ -59,6 +59,7 @@ def test_the_command_of_the_error_works(case, renamed, files, sft_run, reference
     assert status == 0, err
 
 
+@pytest.mark.slow
 def test_ref_auto(files, sft_run, reference, call, tmp_path):
     """It takes the file beside the run that fits, whatever its name, and else makes one, which the next run finds."""
     runs, losses = tmp_path / "runs", {}

@@ -44,6 +44,7 @@ def test_fewer_steps_are_refused(run, files, refused, tmp_path):
     refused("sft", *sft_args(files, tmp_path / "run", max_steps=20), says="holds a run with max_steps = 10, not 20")
 
 
+@pytest.mark.slow
 def test_data_are_known_by_their_content(run, files, sft_run, reference, call, refused, tmp_path, monkeypatch):
     """Everything moved to another folder, and named from there."""
     folder, moved = tmp_path / "run", tmp_path / "moved"
@@ -95,6 +96,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run, tmp_path):
     assert "at step 10 of 12" in run("sft", tmp_path / "run", keep=9, max_steps=12)[0]
 
 
+@pytest.mark.slow
 def test_another_layout_after_running_out_of_memory(run, files, refused, tmp_path, monkeypatch):
     """Also where not one checkpoint was saved."""
     keys = {"dropout": 0, "schedule": "constant"}

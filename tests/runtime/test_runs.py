@@ -189,6 +189,7 @@ def test_weight_decay_resumes_to_the_bit(optimizer, files, tmp_path):
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_kept_and_becomes_the_model(files, run, tmp_path):
     """A rate that ruins the model late: model/ holds the weights of the best validation, or, where that checkpoint is
     damaged, the last ones."""

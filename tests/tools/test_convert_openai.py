@@ -73,6 +73,7 @@ def test_checksums(monkeypatch):
             assert crc32c(data) == slow(data.tobytes()), (lanes, lane, n)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_told(folder, monkeypatch):
     monkeypatch.setattr(tf_checkpoint, "LANES", 4)  # faster on small files
     index = read_index(FIXTURE / INDEX)
