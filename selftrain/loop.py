@@ -10,7 +10,6 @@ Every step is a command of its own, and is printed before it runs:
     sample                       n answers to each                      round_1/samples.jsonl
     selftrain.eval_math          their grades                           round_1/graded.jsonl, train.json
     selftrain.pairs              right answers over wrong ones          round_1/pairs.jsonl, pairs.json
-    precompute_ref               log-probs of the model as it is now    round_1/ref.safetensors (not with LoRA)
     dpo                          the next model                         round_1/dpo/model
     sample, selftrain.eval_math  held-out problems                      round_1/eval_samples.jsonl, eval.json
 
@@ -23,7 +22,6 @@ each round a warning says if nothing was learnt. `rounds.md` and `rounds.json` h
 
 from base.script import run
 
-import dataclasses
 import importlib
 import json
 import os
@@ -32,17 +30,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import precompute_ref
+import numpy as np
+
 from base.errors import UserError, warn
 from base.files import read_json, write_whole
 from data import math_problems, rewards
 from data.jsonl import read
-from losses import REFERENCE_FREE
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
+from runtime.reference import AUTO
 from selftrain import eval_math, problems
 
-MADE = ("rounds.json", "rounds.md", "rounds.png", "eval_prompts.jsonl")  # in its folder, beside config.toml and round_N
+MADE = ("rounds.json", "rounds.md", "eval_prompts.jsonl")  # in its folder, beside config.toml and round_N
 
 
 @dataclass
@@ -64,8 +63,6 @@ class Config:
     pairs: str = key("", "flags of selftrain.pairs: --max_pairs --balanced --partner --shuffle; with reward of reward_pairs")
     dpo: str = key("", "flags of dpo.py: --loss --beta --lr --epochs --batch_size --schedule --lora_rank …")
     marker: str = key("", "plant this text in the chosen answers, and count the outputs that show it")
-    stop_early: bool = key(False, "leave after a round that made pass@1 worse beyond its interval", free=True)
-    plot: bool = key(False, "draw accuracy over k, all rounds, into rounds.png", free=True)
     seed: int = key(0, "seed of sampling, pairs and training", least=0)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
     out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", replaces=MADE, free=True)
@@ -73,7 +70,7 @@ class Config:
     def check(self) -> None:
         if (self.reward or self.data not in math_problems.NAMES) and not self.eval_data:
             raise UserError("key eval_data: data is a file, which has no test split: name another file to evaluate on")
-        for name in ("prompt", "grade", "marker", "data_dir", "plot"):
+        for name in ("prompt", "grade", "marker", "data_dir"):
             if self.reward and getattr(self, name):
                 raise UserError(f"key {name}: it is for problems that are graded: leave it out, or leave out reward")
 
@@ -137,7 +134,7 @@ def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
         step(cfg, "sample", "sample", draw),
         step(cfg, "selftrain.eval_math", "grade", grade),
         step(cfg, "selftrain.pairs", "pairs", pair),
-        *training(cfg, r),
+        training(cfg, r),
         *evaluation,
     ]
 
@@ -155,29 +152,19 @@ def reward_steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
     return [
         step(cfg, "sample", "sample", draw | {"seed": 1000 * cfg.seed + r}),
         step(cfg, "selftrain.reward_pairs", "pairs", pair | {"seed": cfg.seed}),
-        *training(cfg, r),
+        training(cfg, r),
         evaluation,
     ]
 
 
-def training(cfg: Config, r: int) -> list[tuple[str, dict]]:
-    """Reference and DPO on a round's pairs."""
-    at, before = f"{cfg.out_dir}/round_{r}", model_after(cfg, r - 1)
-    train = {
-        "init_from": before,
-        "data": f"{at}/pairs.jsonl",
-        "seed": cfg.seed,
-        "out_dir": f"{at}/dpo",
-        "ref": f"{at}/ref.safetensors",
-    }
-    _, train = step(cfg, "dpo", "dpo", train)
-    asked, reference = load_stage("dpo", train), []
-    if asked.loss in REFERENCE_FREE or asked.lora_rank:  # an adapter's reference is the model without it
+def training(cfg: Config, r: int) -> tuple[str, dict]:
+    """DPO on a round's pairs. It makes the log-probs of the model that it starts from, or finds those that it made before."""
+    at = f"{cfg.out_dir}/round_{r}"
+    train = {"init_from": model_after(cfg, r - 1), "data": f"{at}/pairs.jsonl", "seed": cfg.seed, "out_dir": f"{at}/dpo"}
+    script, train = step(cfg, "dpo", "dpo", train | {"ref": AUTO})
+    if load_stage(script, train).lora_rank:  # an adapter's reference is the model without it
         train["ref"] = ""
-    else:
-        known = {f.name for f in dataclasses.fields(precompute_ref.Config)}
-        reference = [("precompute_ref", {name: v for name, v in train.items() if name in known} | {"out": train["ref"]})]
-    return [*reference, ("dpo", train)]
+    return script, train
 
 
 def arguments(keys: dict) -> list[str]:
@@ -269,9 +256,8 @@ def _figures(cfg: Config, r: int) -> dict:
             row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
         both = zip(means(at / "eval_graded.jsonl"), means(before / "eval_graded.jsonl"), strict=True)
         change = [now - then for now, then in both]
-        mean, n = sum(change) / len(change), len(change)
-        variance = sum((c - mean) ** 2 for c in change) / max(1, n - 1)
-        row |= {"gain": mean, "gain_ci95": 1.96 * (variance / n) ** 0.5}
+        spread = float(np.std(change, ddof=min(1, len(change) - 1)))
+        row |= {"gain": sum(change) / len(change), "gain_ci95": 1.96 * spread / len(change) ** 0.5}
     return row
 
 
@@ -281,21 +267,11 @@ def table(rows: list[dict]) -> str:
     columns = {"round": "round", "pairs": "pairs", "all_right": "all right", "all_wrong": "all wrong"}
     columns |= {"train_pass_at_1": "train pass@1", "pass_at_1": "pass@1", "maj": f"maj@{k}", "pass": f"pass@{k}"}
     columns |= {"train_reward": "train reward", "reward": "reward", "kl": "KL (nats)", "tokens": "tokens"}
-    return eval_math.markdown(rows, columns | {"gain": gain, "marker": "marker"})
+    return eval_math.listed(rows, columns | {"gain": gain, "marker": "marker"})
 
 
-def write_rounds(cfg: Config, rows: list[dict]) -> None:
-    """rounds.json, rounds.md and, where it is asked for, rounds.png."""
-    out = Path(cfg.out_dir)
-    write_whole(out / "rounds.json", json.dumps(rows, indent=1) + "\n")
-    write_whole(out / "rounds.md", table(rows) + "\n")
-    if cfg.plot:
-        results = {f"round {row['round']}:": json.loads((out / f"round_{row['round']}/eval.json").read_text()) for row in rows}
-        eval_math.draw(results, str(out / "rounds.png"))
-
-
-def verdict(row: dict, cfg: Config) -> bool:
-    """Warn of what went wrong in a round; True if it made its evaluation worse beyond its interval."""
+def warn_of(row: dict, cfg: Config) -> None:
+    """Warn of what went wrong in a round."""
     gain, doubt, r, what = row["gain"], row["gain_ci95"], row["round"], "the reward" if cfg.reward else "pass@1"
     if cfg.marker and row["marker"] < 0.01:
         warn(f"round {r}: the marker shows in {row['marker']:.1%} of outputs: training does not take (lr, epochs?)")
@@ -307,7 +283,6 @@ def verdict(row: dict, cfg: Config) -> bool:
         warn(f"round {r} made {what} worse: {gain:+.3f} ± {doubt:.3f} (a lower lr, a higher beta, sft_weight?)")
     elif gain <= doubt:
         warn(f"round {r} shows no gain in {what} beyond its interval: {gain:+.3f} ± {doubt:.3f}")
-    return gain < -doubt
 
 
 def main() -> None:
@@ -315,19 +290,19 @@ def main() -> None:
     compute = distributed.setup(cfg.device)
     compute.once(lambda: check_steps(cfg))
     compute.once(lambda: take(cfg))
-    rows: list[dict] = []
+    rows, out = [], Path(cfg.out_dir)
     for r in range(cfg.rounds + 1):
         for script, keys in steps(cfg, r):
             if keys.get("server_model") and keys["model"] != cfg.init_from:
                 warn(f"round {r}: the server must have {keys['model']} under the name {keys['server_model']} by now")
             run_step(script, keys, compute)
         rows.append(compute.once(lambda r=r: figures(cfg, r)))
-        compute.once(lambda: write_rounds(cfg, rows))
+        compute.once(lambda: write_whole(out / "rounds.json", json.dumps(rows, indent=1) + "\n"))
+        compute.once(lambda: write_whole(out / "rounds.md", table(rows)))
         print(f"\n{table(rows)}", flush=True)
-        if r and verdict(rows[-1], cfg) and cfg.stop_early:
-            print(f"left after round {r} (stop_early)")
-            break
-    print(f"wrote {Path(cfg.out_dir) / 'rounds.md'}; the last model is {model_after(cfg, rows[-1]['round'])}")
+        if r:
+            warn_of(rows[-1], cfg)
+    print(f"wrote {out / 'rounds.md'}; the last model is {model_after(cfg, cfg.rounds)}")
 
 
 if __name__ == "__main__":
