@@ -16,13 +16,10 @@ eval_reward.py needs no judge: it compares the model with its reference.
 from base.script import run
 
 import contextlib
-import html
 import json
 import os
 import random
-import re
 import statistics
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +33,7 @@ from judge.figures import Judgement, grade_pairwise, grade_score, say
 from judge.items import Item, known_pairs, read_items
 from judge.local import LocalJudge
 from judge.verdict import fill, read_template, score, side
+from report.formats import markdown
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.keys import MOST_SEED, ChatKeys, DeviceKeys
@@ -139,15 +137,13 @@ def examples_table(judgements: list[Judgement], items: list[Item], rows: int, se
     """Markdown: prompts drawn at random from the first trial, both texts and the outcome. Long texts are cut: a prompt to
     its end, the others to their start."""
     first = [j for j in judgements if j.trial == 0]
-    lines = ["| | prompt | response | compared with | outcome |", "|---|---|---|---|---|"]
+    table = [["", "prompt", "response", "compared with", "outcome"]]
     for j in sorted(random.Random(seed).sample(first, min(rows, len(first))), key=lambda j: j.number):
         item, outcome = items[j.number], "failed" if j.outcome is None else j.outcome
         outcome = str(outcome).removesuffix(".0")
-        texts = (str(j.number), item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL], outcome)
-        # Markdown's marks too, or a text could bring a picture along that the reader's browser fetches
-        cells = (re.sub(r"[|\[\]`*_~\\]", lambda m: f"&#{ord(m[0])};", html.escape(text.strip())) for text in texts)
-        lines.append("| " + " | ".join("<br>".join(cell.splitlines()) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        texts = (item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL])
+        table.append([str(j.number), *(text.strip() for text in texts), outcome])
+    return markdown(table)
 
 
 def detail(j: Judgement, source: str) -> dict:
@@ -173,8 +169,6 @@ def parameters_of(model: str) -> int:
 
 
 def main() -> None:
-    if "--mode reward" in " ".join(sys.argv).replace("=", " "):
-        raise UserError("key mode: reward is a script of its own: run eval_reward.py with the same keys, but no --mode")
     cfg = config.load(Config, prog="eval_winrate.py")
     asks = "local" if (cfg.judge, cfg.mode) == ("local", "pairwise") else "judge"
     template = read_template(cfg.judge_prompt or PROMPTS / f"{asks}_{cfg.mode}.txt", PLACEHOLDERS[cfg.mode])

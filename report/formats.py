@@ -1,8 +1,10 @@
 """Tables as plain text, Markdown and CSV. Texts may hold any characters."""
 
 import csv
+import html
 import io
 import itertools
+import re
 import textwrap
 import unicodedata
 
@@ -43,11 +45,11 @@ def turned(table: Table) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown. Cells may hold any text: what would end a cell or begin a tag is escaped."""
+    """The table in Markdown. Cells may hold any text: what would end a cell or begin a tag is escaped. So are Markdown's own
+    marks, or a text could bring a picture along that the reader's browser fetches."""
 
     def cell(text: str) -> str:
-        for sign, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
-            text = text.replace(sign, shown)
+        text = re.sub(r"[|\[\]`*~\\]", lambda mark: f"&#{ord(mark[0])};", html.escape(text, quote=False))
         return "<br>".join(text.splitlines())
 
     lines = ["| " + " | ".join(map(cell, row)) + " |" for row in table]

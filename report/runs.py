@@ -15,7 +15,7 @@ from base.errors import UserError, warn
 from base.files import parse_json, parse_toml, read_plain
 from losses import REFERENCE_FREE
 from report.formats import Table
-from report.results import results_in, rounded
+from report.results import number, results_in, rounded
 from runtime.config import rules
 from runtime.keys import TrainKeys
 
@@ -39,27 +39,31 @@ class Run(Records):
         return str(self.settings.get("loss") or "") or ("DPO" if any(MARGIN in record for record in self) else "SFT")
 
 
+def content(path: Path) -> bytes:
+    """A file of a run folder. UserError where it cannot be read."""
+    try:
+        return read_plain(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
+
+
 def read_run(folder: str | Path) -> Run:
     """The records of a run folder's metrics.jsonl, in the file's order. DPO's get their log-prob gains, see `add_gains`.
 
     A last line that does not parse is one that the run is still writing, or was killed in: it is left out.
     Raises UserError for a missing or empty file, and for a line before the last that is no record of metrics.
     """
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        lines = read_plain(path).splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
-    records = Run()
-    for number, line in enumerate(lines, 1):
+    path, records = Path(folder) / "metrics.jsonl", Run()
+    lines = content(path).splitlines()
+    for line_number, line in enumerate(lines, 1):
         try:
             record = parse_json(line)
             if not isinstance(record["step"], int) or record["split"] not in ("train", "val"):
                 raise ValueError
             records.append(record)
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f'{path}:{number}: no metrics record {{"step", "split", …}}: correct the line') from None
+            if line_number < len(lines):
+                raise UserError(f'{path}:{line_number}: no metrics record {{"step", "split", …}}: correct the line') from None
     if not records:
         raise UserError(f"{path}: no records yet: wait for the run's first step")
     if path.with_name("config.toml").exists():
@@ -72,9 +76,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings in a run folder's config.toml. Raises UserError where it is missing or damaged."""
     path = Path(folder) / "config.toml"
     try:
-        return parse_toml(read_plain(path).decode())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
+        return parse_toml(content(path).decode())
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML ({error}): copy the run's folder again") from None
 
@@ -89,14 +91,13 @@ def add_gains(records: Records, settings: dict[str, Any]) -> None:
         return
     for record in records:
         for name, reward in GAINS.items():
-            if isinstance(record.get(reward), int | float):
+            if number(record.get(reward)):
                 record[name] = record[reward] / beta
 
 
 def series(records: Records, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of metric `name`, float64 (n,) each. Values that are missing, null, inf or nan are left out."""
-    points = [(r["step"], r[name]) for r in records if r["split"] == split and isinstance(r.get(name), int | float)]
-    points = [point for point in points if math.isfinite(point[1])]
+    points = [(r["step"], r[name]) for r in records if r["split"] == split and number(r.get(name))]
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -177,8 +178,7 @@ def numbers(run: Run) -> list[dict[str, str]]:
     seconds, without validation and saving; tokens/s is the median.
     """
     after = [r for r in run if r["split"] == "val" and r["step"] > 0]  # step 0 is the model before training
-    losses = {r["step"]: r for r in after if isinstance(r.get("loss"), int | float) and math.isfinite(r["loss"])}
-    best = min(losses.values(), key=lambda r: r["loss"], default={})
+    best = min((r for r in after if number(r.get("loss"))), key=lambda r: r["loss"], default={})
     train = series(run, "train", "loss")[1]
     end = best or next((r for r in reversed(run) if r["split"] == "train"), {})
     seconds, speed = (series(run, "train", name)[1] for name in ("step_s", "tokens_per_s"))
@@ -190,7 +190,7 @@ def numbers(run: Run) -> list[dict[str, str]]:
         if run.kind() == "SFT":
             found["perplexity"] = f"{math.exp(min(best['loss'], 700)):.3f}"
     wanted = {"accuracy": end.get(ACCURACY), "margin": end.get(MARGIN)}
-    preferred = {name: f"{value:.3f}" for name, value in wanted.items() if isinstance(value, int | float)}
+    preferred = {name: f"{value:.3f}" for name, value in wanted.items() if number(value)}
     times = {"minutes": f"{seconds.sum() / 60:.2f}"} if len(seconds) else {}
     times |= {"tokens/s": f"{np.median(speed):.0f}"} if len(speed) else {}
     jumped = ", ".join(str(step) for step, _, _ in jumps(run))

@@ -15,7 +15,7 @@ from pathlib import Path
 from base.errors import UserError
 from base.files import write_whole
 from data import messages
-from data.jsonl import get, read
+from data.jsonl import entries, read
 from report.formats import Table, as_csv, broken, markdown, turned
 from report.plot import by_label, command, east_asian, figure, save
 from report.runs import read_config, read_run, run_table, warn_of_losses
@@ -43,11 +43,9 @@ def read_answers(path: str | Path, rows: int) -> list[tuple[str, str, str]]:
     """(file:line, prompt, first completion) of the first `rows` lines of a file of sample.py."""
     lines = []
     for where, record in read(path, rows):
-        completions = get(record, "completions", list, where)
-        if not completions or not isinstance(completions[0], str):
-            raise UserError(f"{where}: 'completions' must be a list of texts: is it a file of sample.py?")
+        first, *_ = entries(record, "completions", str, "texts", where)
         prompt = messages.as_text(messages.prompt_of(record, where))
-        lines.append((where, prompt.strip(), completions[0].strip() or "(empty)"))
+        lines.append((where, prompt.strip(), first.strip() or "(empty)"))
     return lines
 
 

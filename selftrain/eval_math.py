@@ -25,6 +25,7 @@ from base.errors import UserError
 from base.files import write_whole
 from report.formats import markdown
 from report.plot import dress, figure, save
+from report.results import wilson
 from runtime import config
 from runtime.config import key
 from selftrain import grading
@@ -96,9 +97,7 @@ def interval(values: list[float], samples: int) -> list[float]:
     n, p = len(values), sum(values) / len(values)
     spread = float(np.var(values, ddof=1)) if n > 1 else 0.0
     n = min(n * p * (1 - p) / spread, samples) if spread > 0 else n if p in (0, 1) else samples
-    z2 = 1.959964**2
-    middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
+    return wilson(p, n)
 
 
 def measure(samples: list[Sample], top: int) -> dict:

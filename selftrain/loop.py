@@ -221,43 +221,37 @@ def means(path: Path) -> list[float]:
 
 
 def figures(cfg: Config, r: int) -> dict:
-    """A round's row of the table. UserError where a file that it is made of is damaged."""
+    """A round's row of the table. `gain` is its pass@1 or mean reward less that of the round before; `gain_ci95` is the
+    half-width of the 95% interval, from the differences prompt by prompt.
+
+    Raises UserError where a file that it is made of is damaged.
+    """
+    at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
     try:
-        row = _figures(cfg, r)
+        result, row = read_json(at / "eval.json"), {"round": r}
+        if cfg.reward:
+            row |= {name: result[name] for name in ("reward", "reward_stderr", "kl", "kl_stderr", "tokens")}
+        else:
+            row |= {"k": result["k"]}
+            row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
+            row |= {"marker": result["marker"]} if "marker" in result else {}
+        if r:
+            pairs, train = read_json(at / "pairs.json"), read_json(at / "train.json")
+            if cfg.reward:
+                row |= {"train_reward": pairs["reward"], "pairs": pairs["pairs"]}
+            else:
+                row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
+                row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
+            both = zip(means(at / "eval_graded.jsonl"), means(before / "eval_graded.jsonl"), strict=True)
+            change = [now - then for now, then in both]
+            spread = float(np.std(change, ddof=min(1, len(change) - 1)))
+            row |= {"gain": sum(change) / len(change), "gain_ci95": 1.96 * spread / len(change) ** 0.5}
         if not all(isinstance(value, int | float) for name, value in row.items() if not name.endswith("_ci95")):
             raise TypeError("a number is missing")
         table([row])
-        return row
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        at = Path(cfg.out_dir) / f"round_{r}"
-        raise UserError(
-            f"{at}: its *.json or *_graded.jsonl are damaged ({error!r}): delete these, they are made anew"
-        ) from None
-
-
-def _figures(cfg: Config, r: int) -> dict:
-    """`gain` is its pass@1 or mean reward less that of the round before; `gain_ci95` is the half-width of the 95%
-    interval, from the differences prompt by prompt."""
-    at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
-    result = read_json(at / "eval.json")
-    if cfg.reward:
-        row = {"round": r, **{n: result[n] for n in ("reward", "reward_stderr", "kl", "kl_stderr", "tokens")}}
-    else:
-        row = {"round": r, "k": result["k"]}
-        row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
-        row |= {"marker": result["marker"]} if "marker" in result else {}
-    if r:
-        pairs = read_json(at / "pairs.json")
-        if cfg.reward:
-            row |= {"train_reward": pairs["reward"], "pairs": pairs["pairs"]}
-        else:
-            train = read_json(at / "train.json")
-            row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
-            row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
-        both = zip(means(at / "eval_graded.jsonl"), means(before / "eval_graded.jsonl"), strict=True)
-        change = [now - then for now, then in both]
-        spread = float(np.std(change, ddof=min(1, len(change) - 1)))
-        row |= {"gain": sum(change) / len(change), "gain_ci95": 1.96 * spread / len(change) ** 0.5}
+        damaged = f"{at}: its *.json or *_graded.jsonl are damaged ({error!r})"
+        raise UserError(f"{damaged}: delete these, they are made anew") from None
     return row
 
 

@@ -22,19 +22,16 @@ from dataclasses import dataclass
 from base.errors import UserError
 from base.files import write_whole
 from data import messages, rewards
-from data.jsonl import read
+from data.jsonl import entries, read
 from runtime import config
 from runtime.config import REQUIRED, key
-from selftrain.samples import entries
 
 
 @dataclass
 class Config:
     """Make preference pairs of samples by their rewards."""
 
-    samples: str = key(
-        REQUIRED, 'a .jsonl / .jsonl.gz file of "prompt" (or "messages") and "completions", as sample.py writes it'
-    )
+    samples: str = key(REQUIRED, 'a file of sample.py: "prompt" (or "messages") and "completions" on each line')
     reward: str = key(REQUIRED, "reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
     temperature: float = key(0.0, "how noisy the labels are: see above; 0 = the larger reward wins", least=0)
     partner: str = key("all", "the pairs of a prompt: each two completions, or the best one and each other", ["all", "best"])

@@ -175,8 +175,8 @@ def test_responses_that_do_not_fit(tmp_path, monkeypatch):
     for records, against, trials, says in (
         ([one, {"prompt": "q"}], "", 1, "r.jsonl:2: the field 'chosen' is missing"),
         ([one], "output", 1, "r.jsonl:1: the field 'output' is missing"),
-        ([{**one, "completions": []}], "", 1, "r.jsonl:1: the field 'completions' must be a list of at least one text"),
-        ([{**one, "completions": [3]}], "", 1, "r.jsonl:1: the field 'completions' must be a list of at least one text"),
+        ([{**one, "completions": []}], "", 1, "r.jsonl:1: 'completions' must be a list of texts, at least one"),
+        ([{**one, "completions": [3]}], "", 1, "r.jsonl:1: 'completions' must be a list of texts, at least one"),
         ([{**one, "completions": ["y", "z"]}], "", 3, "r.jsonl:1: 2 completions for 3 trials"),
         ([one], "two.jsonl", 1, "r.jsonl has 1 lines and two.jsonl has 2"),
         ([one, two], "two.jsonl", 1, "two.jsonl:2: another prompt than at r.jsonl:2"),
@@ -211,10 +211,6 @@ def test_keys_that_do_not_go_together():
     ):
         with pytest.raises(UserError, match=says):
             config.load(Config, [*given, *words.split()])
-
-
-def test_the_reward_has_a_script_of_its_own(refused):
-    refused("eval_winrate", "--mode", "reward", "--model", "m", "--ref_model", "r", says="run eval_reward.py")
 
 
 def test_what_the_user_said_is_no_answer_to_compare_with(tmp_path, refused):

@@ -1,6 +1,7 @@
 """Tables of runs and of answers."""
 
 import csv
+import html
 import json
 import sys
 from pathlib import Path
@@ -60,9 +61,17 @@ def test_answers(call, tmp_path):
     b = samples(tmp_path / "b.jsonl", ("x|y\n<b>", [" 1"]), (long, ["z" * 501]))
     lines = call("report.tables", a, b, "--labels", "before,after")[1].splitlines()
     assert lines[0] == "| prompt | before | after |"
-    assert lines[2] == "| x\\|y<br>&lt;b> | one | 1 |"
+    assert lines[2] == "| x&#124;y<br>&lt;b&gt; | one | 1 |"
     assert lines[3] == f"| … {long[-500:]} | (empty) | {'z' * 500} … |"
     assert len(call("report.tables", a, b, "--rows", 1)[1].splitlines()) == 3
+
+
+def test_texts_stay_texts_in_markdown():
+    """No text ends its cell or brings a picture along."""
+    nasty = "a | b ![x](http://h/x.png) `c` <img src=x>\n\\| *d*"
+    _, _, row = formats.markdown([["answer"], [nasty]]).splitlines()
+    assert row.count("|") == 2 and not any(mark in row for mark in ("![", "`", "<img", "*"))
+    assert html.unescape(row).count(nasty.replace("\n", "<br>")) == 1
 
 
 def test_csv(call, folder, losses, tmp_path):
