@@ -35,14 +35,14 @@ from data.tokenizer import choose
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
-from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
+from runtime.keys import ChatKeys, DeviceKeys, ModelKeys
 from runtime.score import score, texts_of, written
 from sample import encode
 from weights import check_model
 
 
 @dataclass
-class Config(ChatKeys):
+class Config(ChatKeys, DeviceKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
     model: str = key(
@@ -71,14 +71,11 @@ class Config(ChatKeys):
     max_new_tokens: int = key(128, "prompts: most tokens of a completion", least=1)
     batch_size: int = key(64, "prompts: completions written at once", least=1)
     optimum: int = key(0, "prompts: add the limit, from so many completions of the reference per prompt; 0 = do not", least=0)
-    seed: int = key(0, "prompts: seed of what is drawn", least=0, most=MOST_SEED)
     out: str = key(REQUIRED, "JSON file for the result", writes="")
     details: str = key("", "JSONL file for a line a pair, or a line a prompt", writes="")
     label: str = key("", "name of the run in tables and pictures (SFT, DPO, …)")
     parameters: int = key(0, "the model's number of parameters to note, 0 = counted", least=0)
     micro_tokens: int = key(8192, "most tokens in one forward, padding included", least=1)
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
 
     def check(self) -> None:
         if bool(self.data) == bool(self.prompts):

@@ -8,11 +8,9 @@ Of a run folder it reads config.toml, metrics.jsonl, and the results of evaluati
 
 from base.script import run
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError
 from base.files import write_whole
 from data import messages
 from data.jsonl import entries, read
@@ -39,36 +37,31 @@ class Config:
 # --- answers --------------------------------------------------------------------------------------------------------------
 
 
-def read_answers(path: str | Path, rows: int) -> list[tuple[str, str, str]]:
-    """(file:line, prompt, first completion) of the first `rows` lines of a file of sample.py."""
-    lines = []
+Answers = dict[str, dict[str, str]]  # label -> prompt -> answer
+
+
+def read_answers(path: str | Path, rows: int) -> dict[str, str]:
+    """Prompt -> first completion, in the first `rows` lines of a file of sample.py. A prompt counts once."""
+    found = {}
     for where, record in read(path, rows):
         first, *_ = entries(record, "completions", str, "texts", where)
-        prompt = messages.as_text(messages.prompt_of(record, where))
-        lines.append((where, prompt.strip(), first.strip() or "(empty)"))
-    return lines
+        prompt = messages.as_text(messages.prompt_of(record, where)).strip()
+        found.setdefault(prompt, first.strip() or "(empty)")
+    return found
 
 
-def answers(files: dict[str, str], rows: int, most: int = CELL) -> Table:
-    """The first `rows` prompts of sample.py's files (label -> file), with each file's first completion.
+def answers(files: Answers) -> Table:
+    """A row a prompt, with each file's answer; "-" where a file has none."""
+    prompts = dict.fromkeys(prompt for texts in files.values() for prompt in texts)
+    return [["prompt", *files], *([prompt, *(texts.get(prompt, "-") for texts in files.values())] for prompt in prompts)]
 
-    most: letters of a text that are shown, 0 = all. Raises UserError, with file and line, where the files do not answer the
-    same prompts in the same order.
-    """
-    columns = [read_answers(path, rows) for path in files.values()]
-    for path, lines in zip(files.values(), columns, strict=True):
-        if len(lines) != len(columns[0]):
-            raise UserError(f"{path} has {len(lines)} lines, the first file {len(columns[0])}: sample the same prompts")
-    table: Table = [["prompt", *files]]
-    for lines in zip(*columns, strict=True):
-        first, prompt, _ = lines[0]
-        for where, other, _ in lines:
-            if other != prompt:
-                raise UserError(f"{where}: another prompt than at {first}: sample the same prompts in the same order")
-        most = most or sys.maxsize
-        cut = [text if len(text) <= most else text[:most] + " …" for _, _, text in lines]
-        table.append([prompt if len(prompt) <= most else "… " + prompt[-most:], *cut])
-    return table
+
+def cut(table: Table) -> Table:
+    """Answers of which each text has CELL letters at most."""
+    head, *rows = table
+    ends = [p if len(p) <= CELL else "… " + p[-CELL:] for p, *_ in rows]
+    begins = ([text if len(text) <= CELL else text[:CELL] + " …" for text in texts] for _, *texts in rows)
+    return [head, *([prompt, *texts] for prompt, texts in zip(ends, begins, strict=True))]
 
 
 # --- a table as a picture -------------------------------------------------------------------------------------------------
@@ -109,7 +102,8 @@ def main() -> None:
             read_config(folder)  # a table without settings says too little
         warn_of_losses(records)
     else:
-        table = answers(sources, cfg.rows, 0 if is_csv else CELL)
+        table = answers({label: read_answers(path, cfg.rows) for label, path in sources.items()})
+        table = table if is_csv else cut(table)
     text = as_csv(table) if is_csv else markdown(table)
     print(text, end="")
     if cfg.out:
