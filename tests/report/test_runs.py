@@ -34,7 +34,7 @@ def test_a_folder_without_records(folder, tmp_path):
 
 
 def test_series_leaves_out_what_is_no_number():
-    losses = [2.0, float("nan"), None, "text", 3, float("inf")]
+    losses = [2.0, float("nan"), None, "text", 3, float("inf"), 1.7e308, True]
     records = [{"step": step, "split": "train", "loss": loss} for step, loss in enumerate(losses)]
     records += [{"step": 6, "split": "val", "loss": 1.0}, {"step": 7, "split": "train"}]
     steps, values = runs.series(records, "train", "loss")
