@@ -27,7 +27,7 @@ from base.files import read_json, write_whole
 from data import reviews
 from data.jsonl import read
 from report import page
-from report.plot import COLOURS, NEUTRAL, dress, figure, save
+from report.plot import NEUTRAL, dress, figure, look, save
 from runtime import config
 from runtime.config import key
 
@@ -225,20 +225,16 @@ def draw(results: dict, path: Path) -> None:
     grid = fig.add_gridspec(2, 2, width_ratios=(3, 2))
     frontier, rewards, kls = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
     limit = [p for p in drawn(results["limit"]) if p["kl"] > 0.02]
-    frontier.plot(
-        [p["kl"] for p in limit], [p["reward"] for p in limit], color="black", label="the limit, which no method can pass"
-    )
-    colours = dict(zip((DPO, WRONG, CHOSEN, BEST), COLOURS, strict=False))
-    markers = dict(zip(colours, "osD^", strict=True))
-    for name, colour in colours.items():
+    frontier.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="black", label="the limit of any method")
+    looks = {name: look(number) for number, name in enumerate((DPO, WRONG, CHOSEN, BEST))}
+    for name, style in looks.items():
         found = [p for p in results["policies"] if p["name"] == name]
         x, y, dx, dy = ([p[k] for p in found] for k in ("kl", "reward", "kl_stderr", "reward_stderr"))
-        style = {"color": colour, "marker": markers[name], "markersize": 8, "capsize": 3}
         frontier.errorbar(x, y, dy, dx, label=name, linestyle=":" if name == DPO else "", **style)
         for p in found if name == DPO else ():
             shift = (-28, 10) if p["beta"] == BETAS[-1] else (9, -14)  # the last two are often near each other
-            style = {"xytext": shift, "textcoords": "offset points", "color": colour, "fontsize": 12}
-            frontier.annotate(f"beta {p['beta']:g}", (p["kl"], p["reward"]), **style)
+            place = {"xytext": shift, "textcoords": "offset points", "color": style["color"], "fontsize": 12}
+            frontier.annotate(f"beta {p['beta']:g}", (p["kl"], p["reward"]), **place)
     frontier.axhline(results["policies"][0]["reward"], **NEUTRAL, label="the SFT model, KL 0")
     frontier.set(xlim=(0.025, 40), ylim=(None, 1.02))
     frontier.set_xscale("log")
@@ -246,12 +242,11 @@ def draw(results: dict, path: Path) -> None:
     frontier.legend(loc="lower right", fontsize=12, framealpha=1)
     frontier.set_title("what each policy gains, and how far it goes for it", fontsize=14)
     dress(frontier, "KL from the SFT model (nats)", "reward")
-    for name, beta, style in CURVES:
+    for name, beta, line in CURVES:
         found = [p for p in results["steps"] if (p["name"], p["beta"]) == (name, beta)]
         for ax, k in ((rewards, "reward"), (kls, "kl")):
             x, y, errors = ([p[n] for p in found] for n in ("steps", k, f"{k}_stderr"))
-            look = {"color": colours[name], "linestyle": style, "marker": markers[name], "capsize": 3}
-            ax.errorbar(x, y, errors, **look, label=label(found[0]))
+            ax.errorbar(x, y, errors, linestyle=line, label=label(found[0]), **looks[name])
     kls.set_yscale("symlog", linthresh=0.1)
     kls.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
     rewards.set_title("runs of so many steps", fontsize=14)

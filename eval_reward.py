@@ -35,14 +35,14 @@ from data.tokenizer import choose
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
-from runtime.keys import ChatKeys, DeviceKeys, ModelKeys
+from runtime.keys import ChatKeys, DeviceKeys, FileKeys, ModelKeys
 from runtime.score import score, texts_of, written
 from sample import encode
 from weights import check_model
 
 
 @dataclass
-class Config(ChatKeys, DeviceKeys):
+class Config(ChatKeys, FileKeys, DeviceKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
     model: str = key(
@@ -53,9 +53,6 @@ class Config(ChatKeys, DeviceKeys):
     data: str = key(
         "", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts", reads=check_data
     )
-    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
-    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     val_share: float = key(0.0, "of a file only the share that training with this key kept back", least=0, below=1)
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)

@@ -86,9 +86,7 @@ def save(fig, out: str | Path, **options: Any) -> None:
     missing = {chr(int(found[1])) for w in said if (found := re.match(r"Glyph (\d+)", str(w.message)))}
     if missing:
         some = "".join(sorted(missing)[:8])
-        warn(
-            f"{out}: no font here has {len(missing)} of its letters ({some}), boxes stand for them: install Noto Sans CJK, say"
-        )
+        warn(f"{out}: no font here has {len(missing)} of its letters ({some}), boxes stand there: install Noto Sans CJK")
 
 
 def dress(ax, xlabel: str, ylabel: str) -> None:

@@ -385,7 +385,7 @@ def test_pairs_by_hand(tmp_path, call):
     out, report = tmp_path / "p.jsonl", tmp_path / "r.json"
     args = ("selftrain.pairs", "--samples", path, "--out", out, "--report", report)
     status, said, _ = call(*args)
-    assert status == 0 and "2 give pairs; all answers right in 1, all wrong in 1" in said
+    assert status == 0 and "2 with pairs, 1 all right, 1 all wrong" in said
     found = {(p["prompt"], p["chosen"], p["rejected"]) for p in records(out)}
     assert found == {("p0", " bbbb", " ccccc"), ("p0", " aa", " d"), ("p3", " r", " w")}
     counts = {"pairs": 3, "problems": 4, "all_right": 1, "all_wrong": 1, "repeated_texts": 3, "fewest": 1, "most": 2}
@@ -403,7 +403,7 @@ def test_pairs_of_empty_and_of_doubtful_texts(tmp_path, call):
     same, out = [(" a", True), (" a", False), (" b", False)], tmp_path / "p.jsonl"
     path = graded(tmp_path, [("", False)] * 3, same, [(" r", True), ("", False)], [(" r", True), (" w", False)])
     status, said, _ = call("selftrain.pairs", "--samples", path, "--out", out)
-    assert status == 0 and "1 give pairs; all answers right in 0, all wrong in 1, too few texts in 2" in said
+    assert status == 0 and "1 with pairs, 0 all right, 1 all wrong, 2 too few" in said
     assert [(p["problem"], p["chosen"], p["rejected"]) for p in records(out)] == [(3, " r", " w")]
 
 
