@@ -177,16 +177,14 @@ def main() -> None:
     else:
         items = read_items(cfg.responses, cfg.against, cfg.trials, cfg.limit)
     size = cfg.parameters or (parameters_of(cfg.model) if cfg.model else None)
-    with contextlib.ExitStack() as stack:
-        if cfg.judge == "local":
-            judge = LocalJudge(cfg, distributed.setup(cfg.device, cfg.dtype))
-        else:
-            judge = Judge(cfg, stack.enter_context(open_cache(cfg.cache)))
+    local = cfg.judge == "local"
+    with contextlib.nullcontext() if local else open_cache(cfg.cache) as cache:
+        judge = LocalJudge(cfg, distributed.setup(cfg.device, cfg.dtype)) if local else Judge(cfg, cache)
         judgements = judge_all(judge, items, template, cfg)
     if cfg.dry_run:
         return
     settings = ("mode", "label", "model", "responses", "calibrate", "against", "judge_model", "seed", "both_orders")
-    settings += () if cfg.judge == "local" else ("temperature",)
+    settings += () if local else ("temperature",)
     result = {
         **(grade_pairwise if cfg.mode == "pairwise" else grade_score)(judgements),
         "usage": judge.usage(d for j in judgements for d in j.decisions),

@@ -30,9 +30,9 @@ ALWAYS = ("batch_size", "lr")  # settings that a table shows even where all runs
 class Run(Records):
     """The records of a run, with the settings in its config.toml ({} where it has none)."""
 
-    def __init__(self, records: Iterable[dict[str, Any]] = (), settings: dict[str, Any] | None = None):
+    def __init__(self, records: Iterable[dict[str, Any]] = ()):
         super().__init__(records)
-        self.settings = settings or {}
+        self.settings: dict[str, Any] = {}
 
     def kind(self) -> str:
         """Which loss its numbers are: SFT, or the name of a preference loss. Losses of two kinds cannot be compared."""

@@ -173,11 +173,9 @@ def table(result: dict) -> str:
         if parts := result.get(f"by_{name}"):
             columns = {name: name, "maj": f"maj@{k}", "pass": f"pass@{k}", "pass_at_1": "pass@1", "n": "n"}
             tables.append(listed([{name: value, **part} for value, part in parts.items()], columns))
-    summary = (
-        f"{result['n']:,} problems, {result['samples']:,} answers; all right in {result['all_right']:,}, all wrong in "
-        f"{result['all_wrong']:,} problems; {result['no_answer']:,} completions without an answer"
-    )
-    return "\n".join([*tables, summary])
+    kinds = ("samples", "all_right", "all_wrong", "no_answer")
+    said = ", ".join(f"{result[kind]:,} {kind.replace('_', ' ')}" for kind in kinds)
+    return "\n".join([*tables, f"{result['n']:,} problems: {said}"])
 
 
 def draw(result: dict, path: str) -> None:
