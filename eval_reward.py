@@ -210,11 +210,6 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
         drawn = graded(written(ref_model, tokens, tokenizer, compute, n=cfg.optimum, **how))
         result["limit"] = limit(drawn)
         result["best_of"] = [{"k": k, **means(best_of(drawn, k), prompts)} for k in (2, 4, 8, 16) if 4 * k <= cfg.optimum]
-    print(
-        f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
-        f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
-        f"ended; {count(len(items), 'prompts')}, {cfg.n} completions each"
-    )
     numbers = zip(prompts, items, measured["reward"].tolist(), kl.tolist(), strict=True)
     return result, [
         {"prompt": p, "completions": [tokenizer.decode(c.tolist()) for c in item.completions], "rewards": r, "kl": k}
@@ -236,11 +231,6 @@ def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     result, details = grade(logps[at], ref[at], [item for item in items for _ in item.pairs], cfg.beta)
     if result["equal"] == len(at):
         warn("policy and reference agree on every pair: they are the same model")
-    print(
-        f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "
-        f"{count(result['n'], 'pairs')}; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
-        f"{result['gain_chosen']:+.3f} chosen, {result['gain_rejected']:+.3f} rejected, in nats"
-    )
     return result, details
 
 
@@ -252,6 +242,8 @@ def main() -> None:
     model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
     size = sum(p.numel() for p in model.parameters())
     result, details = (on_prompts if cfg.prompts else on_pairs)(cfg, model, tokenizer, compute)
+    said = [f"{name} {result[name]:.4f} ± {result[f'{name}_stderr']:.4f}" for name in result if f"{name}_stderr" in result]
+    print(f"{count(result['n'], 'prompts' if cfg.prompts else 'pairs')}: {', '.join(said)} (± one standard error)")
     settings = ("label", "model", "ref", "ref_model", "data", "split", "beta", "prompts")
     result |= {
         "mode": "reward",

@@ -34,13 +34,13 @@ from judge.items import Item, known_pairs, read_items
 from judge.local import LocalJudge
 from judge.verdict import fill, read_template, score, side
 from report.formats import markdown
+from report.tables import cut
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.keys import MOST_SEED, ChatKeys, DeviceKeys
 
 PROMPTS = Path(__file__).parent / "judge" / "prompts"
 PLACEHOLDERS = {"pairwise": ("prompt", "response_a", "response_b"), "score": ("prompt", "reference", "response")}
-CELL = 400  # characters of a text in the table of examples
 
 
 @dataclass
@@ -134,16 +134,14 @@ def judge_all(judge: Judge | LocalJudge, items: list[Item], template: str, cfg: 
 
 
 def examples_table(judgements: list[Judgement], items: list[Item], rows: int, seed: int) -> str:
-    """Markdown: prompts drawn at random from the first trial, both texts and the outcome. Long texts are cut: a prompt to
-    its end, the others to their start."""
+    """Markdown: prompts drawn at random from the first trial, both texts and the outcome. Long texts are cut."""
     first = [j for j in judgements if j.trial == 0]
-    table = [["", "prompt", "response", "compared with", "outcome"]]
+    table = [["prompt", "response", "compared with", "outcome", "number"]]
     for j in sorted(random.Random(seed).sample(first, min(rows, len(first))), key=lambda j: j.number):
         item, outcome = items[j.number], "failed" if j.outcome is None else j.outcome
         outcome = str(outcome).removesuffix(".0")
-        texts = (item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL])
-        table.append([str(j.number), *(text.strip() for text in texts), outcome])
-    return markdown(table)
+        table.append([item.prompt.strip(), item.texts[0], item.others[0], outcome, str(j.number)])
+    return markdown(cut(table))
 
 
 def detail(j: Judgement, source: str) -> dict:

@@ -164,9 +164,10 @@ def model_of(init_from: str) -> str:
     for _ in range(10):
         before = Path(init_from).parent
         before = before.parent if before.name == "checkpoints" else before
-        if not (before / "config.toml").is_file():
+        try:
+            init_from = str(read_config(before).get("init_from", init_from))
+        except UserError:  # no run, or a damaged one
             break
-        init_from = str(read_config(before).get("init_from", init_from))
     return init_from if "/" not in init_from else Path(init_from).name
 
 

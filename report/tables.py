@@ -57,11 +57,12 @@ def answers(files: Answers) -> Table:
 
 
 def cut(table: Table) -> Table:
-    """Answers of which each text has CELL letters at most."""
-    head, *rows = table
-    ends = [p if len(p) <= CELL else "… " + p[-CELL:] for p, *_ in rows]
-    begins = ([text if len(text) <= CELL else text[:CELL] + " …" for text in texts] for _, *texts in rows)
-    return [head, *([prompt, *texts] for prompt, texts in zip(ends, begins, strict=True))]
+    """The table with CELL letters of a text at most: of the first column's, the prompts, the last ones."""
+    shown = table[:1]
+    for prompt, *texts in table[1:]:
+        prompt = prompt if len(prompt) <= CELL else "… " + prompt[-CELL:]
+        shown.append([prompt, *(text if len(text) <= CELL else text[:CELL] + " …" for text in texts)])
+    return shown
 
 
 # --- a table as a picture -------------------------------------------------------------------------------------------------

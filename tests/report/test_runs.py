@@ -1,6 +1,7 @@
 """Run folders read back, and the steps where a loss jumped."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ def test_log_prob_gains_are_rewards_over_beta(folder, settings):
     else:
         assert [r["gain/chosen"] for r in found] == [2.0] * 5
         assert [r["gain/rejected"] for r in found] == pytest.approx([-0.4, -0.8, -1.2, -1.6, -2.0])
+
+
+def test_the_model_that_a_chain_of_runs_began_with(folder):
+    """As far as it can be read: a damaged settings file of another run is no reason to show nothing."""
+    first = folder("first", RECORDS, 'init_from = "gpt2"\n')
+    second = folder("second", RECORDS, f'init_from = "{first}/checkpoints/step_5"\n')
+    assert runs.model_of(f"{second}/model") == "gpt2"
+    Path(first, "config.toml").write_text("init_from = ")
+    assert runs.model_of(f"{second}/model") == "step_5"
 
 
 @pytest.mark.parametrize("seed", range(5))
