@@ -14,14 +14,13 @@ from pathlib import Path
 from base.files import write_whole
 from data import messages
 from data.jsonl import entries, read
-from report.formats import Table, as_csv, broken, markdown, turned
+from report.formats import Table, aligned, as_csv, markdown, turned, width
 from report.plot import by_label, command, east_asian, figure, save
 from report.runs import read_config, read_run, run_table, warn_of_losses
 from runtime.config import key
 
 CELL = 500  # characters of a text that a cell shows: a prompt's last ones, an answer's first ones
 LETTERS = 170  # letters in a line of the picture, all columns together
-LETTER, LINE = 0.08, 0.18  # inches: the width of a letter of 10 points, and a line's height
 
 
 @dataclass
@@ -69,26 +68,12 @@ def cut(table: Table) -> Table:
 
 
 def draw(table: Table, out: str | Path, texts: int) -> None:
-    """Draw a table into the PNG file `out`, long texts broken into lines. `texts` as in `aligned`.
-
-    Each line of a cell is put in its place by itself, for letters of several fonts differ in width and height.
-    """
-    rows, widths = broken(table, max(LETTERS // len(table[0]), 13))
+    """Draw a table into the PNG file `out`, long texts broken into lines. `texts` as in `aligned`."""
+    rows = aligned(table, texts, max(LETTERS // len(table[0]), 13))
+    rule = "─" * max(width(line) for row in rows for line in row.splitlines())
     fig = figure(out, 1, 1)  # the picture is cut to its text
-    from matplotlib.lines import Line2D
-
-    font = {"family": ["monospace", *east_asian()], "size": 10, "va": "top", "parse_math": False}
-    ends = [sum(widths[: i + 1]) + 2 * i for i in range(len(widths))]
-    y = 0
-    for row in rows:
-        for line in row:
-            for i, (text, end) in enumerate(zip(line, ends, strict=True)):
-                x, side = (end - widths[i], "left") if i < texts else (end, "right")
-                fig.text(x * LETTER, -y * LINE, text, ha=side, **font)
-            y += 1
-        if row is not rows[-1]:
-            fig.add_artist(Line2D([0, ends[-1] * LETTER], [-(y + 0.2) * LINE] * 2, color="0.7", linewidth=0.8))
-            y += 0.5
+    font = {"family": ["monospace", *east_asian()], "size": 10, "parse_math": False}
+    fig.text(0, 0, f"\n{rule}\n".join(rows), **font)
     save(fig, out, bbox_inches="tight", pad_inches=0.2)
 
 
