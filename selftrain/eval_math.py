@@ -152,7 +152,7 @@ def cell(row: dict, field: str) -> str:
     """A figure as text: a share with its 95% interval, a change with its ± half-width, or a plain number; "" if missing."""
     value, ci95 = row.get(field, ""), row.get(f"{field}_ci95")
     if isinstance(ci95, list):
-        return f"{value:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
+        return f"{value:.3f} ({ci95[0]:.3f} to {ci95[1]:.3f})"
     if ci95 is not None:
         return f"{value:+.3f} ± {ci95:.3f}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -168,7 +168,7 @@ def table(result: dict) -> str:
     """The result as text: a row for each k up to 16, for its powers of two and its last, then for each level and subject."""
     k, by_k = result["k"], result["by_k"]
     shown = [row for row in by_k if row["k"] <= 16 or row is by_k[-1] or row["k"].bit_count() == 1]
-    tables = [listed(shown, {"k": "k", "maj": "maj@k [95%]", "pass": "pass@k [95%]"})]
+    tables = [listed(shown, {"k": "k", "maj": "maj@k (95%)", "pass": "pass@k (95%)"})]
     for name in ("level", "subject"):
         if parts := result.get(f"by_{name}"):
             columns = {name: name, "maj": f"maj@{k}", "pass": f"pass@{k}", "pass_at_1": "pass@1", "n": "n"}
