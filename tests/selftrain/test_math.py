@@ -300,8 +300,7 @@ def test_real_grades(tmp_path, call, name, answers, maj, mixed):
 
 def test_results_files(tmp_path, call):
     many = [
-        {"prompt": f"p{i}", "answer": "7", "subject": "a|b", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]}
-        for i in range(9)
+        {"prompt": f"p{i}", "answer": "7", "level": "a|b", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]} for i in range(9)
     ]
     path, out, details, plot = lines(tmp_path / "s.jsonl", *many), tmp_path / "r.json", tmp_path / "d.jsonl", tmp_path / "c.png"
     more = ("--out", out, "--details", details, "--plot", plot, "--marker", "!", "--k", "2")
@@ -311,7 +310,7 @@ def test_results_files(tmp_path, call):
     assert {"n", "k", "maj", "pass", "pass_at_1"} <= set(result) and result["n"] == 9 and result["k"] == 2
     assert [r["k"] for r in result["by_k"]] == [1, 2], "as far as every problem has samples"
     total = sum(len(m["completions"]) for m in many)
-    assert result["marker"] == pytest.approx(9 / total) and result["no_answer"] == 9 and "subject" in said
+    assert result["marker"] == pytest.approx(9 / total) and result["no_answer"] == 9 and "level" in said
     assert f"| 2 | {result['maj']:.3f} ({result['maj_ci95'][0]:.3f} to {result['maj_ci95'][1]:.3f}) |" in said
     assert "| a&#124;b |" in said, "a name from the data does not end its cell"
     assert plot.read_bytes().startswith(b"\x89PNG")
