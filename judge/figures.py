@@ -86,10 +86,11 @@ def grade_pairwise(judgements: list[Judgement]) -> dict:
 
 
 def grade_score(judgements: list[Judgement]) -> dict:
-    """Mean score, standard deviation over prompts, and the mean's interval: mean +- 1.96 std / sqrt(prompts)."""
+    """Mean score, standard deviation over prompts, and the mean's interval: mean +- 1.96 std / sqrt(prompts). One prompt alone
+    says nothing of the spread: its interval is all scores that there are."""
     scores = means_by("number", judgements)
     mean, std = (spread(scores)[name] for name in ("mean", "std"))
-    half = Z * std / math.sqrt(len(scores)) if scores else 0.0
+    half = Z * std / math.sqrt(len(scores)) if len(scores) > 1 else 100.0
     return {
         "mean": mean,
         "std": std,

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from base.errors import UserError
 from eval_winrate import Config, examples_table, parameters_of, sides_of
-from judge.figures import Judgement, wilson
+from judge.figures import Judgement, grade_score, wilson
 from judge.items import Item, known_pairs, read_items
 from judge.verdict import read_template
 from runtime import config
@@ -147,6 +147,10 @@ def test_wilson():
     known = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718)}
     for (x, n), interval in known.items():
         assert wilson(x / n, n) == pytest.approx(interval, abs=5e-5)
+
+
+def test_the_score_of_one_prompt_is_not_certain():
+    assert grade_score([Judgement(0, trial, 60.0, "", (1, 1), ()) for trial in range(3)])["ci95"] == [0, 100]
 
 
 def test_size_of_a_model(sft_run):
