@@ -22,7 +22,7 @@ from base.errors import UserError, warn
 from base.files import write_whole
 from report.formats import aligned, markdown, turned
 from report.results import MEASURES, Points, read_result, result_table, size
-from report.runs import ACCURACY, GAINS, MARGIN, Run, read_run, run_table, series, warn_of_losses
+from report.runs import ACCURACY, GAINS, MARGIN, Run, series, side_by_side
 from runtime import config
 from runtime.config import REQUIRED, key
 
@@ -332,11 +332,8 @@ def main() -> None:
         print(markdown(result_table(points)), end="", flush=True)
         save(results_figure(points, cfg.out), cfg.out)
     else:
-        folders = by_label(cfg.labels, paths)
-        runs = {label: read_run(folder) for label, folder in folders.items()}
-        table = run_table(runs, folders)
+        runs, table = side_by_side(by_label(cfg.labels, paths))
         print("\n".join(aligned(turned(table))), flush=True)
-        warn_of_losses(runs)
         save(runs_figure(runs, cfg.out), cfg.out)
     print(f"wrote {cfg.out}")
 

@@ -141,13 +141,6 @@ def troubles(label: str, records: Records) -> list[str]:
     return said
 
 
-def warn_of_losses(runs: dict[str, Run]) -> None:
-    """Print the troubles of each run (label -> records) on stderr."""
-    for label, records in runs.items():
-        for text in troubles(label, records):
-            warn(text)
-
-
 # --- runs side by side ------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +210,15 @@ def run_table(runs: dict[str, Run], folders: dict[str, str]) -> Table:
     head = list(dict.fromkeys(name for groups in zip(*rows, strict=True) for group in groups for name in group))
     whole = [{name: text for group in row for name, text in group.items()} for row in rows]
     return [head, *([row.get(name, "-") for name in head] for row in whole)]
+
+
+def side_by_side(folders: dict[str, str]) -> tuple[dict[str, Run], Table]:
+    """The runs in folders (label -> path), and their table. The troubles of each are told on stderr."""
+    runs = {label: read_run(folder) for label, folder in folders.items()}
+    for label, run in runs.items():
+        for text in troubles(label, run):
+            warn(text)
+    return runs, run_table(runs, folders)
 
 
 def shorten(value: Any) -> str:

@@ -16,7 +16,7 @@ from data import messages
 from data.jsonl import entries, read
 from report.formats import Table, aligned, as_csv, markdown, turned, width
 from report.plot import by_label, command, east_asian, figure, save
-from report.runs import read_config, read_run, run_table, warn_of_losses
+from report.runs import read_config, side_by_side
 from runtime.config import key
 
 CELL = 500  # characters of a text that a cell shows: a prompt's last ones, an answer's first ones
@@ -82,11 +82,9 @@ def main() -> None:
     sources = by_label(cfg.labels, paths)
     are_runs, is_csv = all(Path(path).is_dir() for path in paths), cfg.out.endswith(".csv")
     if are_runs:
-        records = {label: read_run(folder) for label, folder in sources.items()}
-        table = run_table(records, sources)
         for folder in paths:
             read_config(folder)  # a table without settings says too little
-        warn_of_losses(records)
+        _, table = side_by_side(sources)
     else:
         table = answers({label: read_answers(path, cfg.rows) for label, path in sources.items()})
         table = table if is_csv else cut(table)

@@ -10,7 +10,7 @@ import pytest
 
 from base.errors import UserError
 from report import plot
-from report.runs import ACCURACY, MARGIN, Run, run_table
+from report.runs import ACCURACY, MARGIN, Run, read_run, run_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def test_table(tmp_path):
 def test_each_kind_of_loss_has_a_panel(folder, tmp_path):
     pytest.importorskip("matplotlib")
     paths = [folder("sft", SFT), *(folder(loss, DPO, f'loss = "{loss}"\n') for loss in ("sigmoid", "ipo"))]
-    fig = plot.runs_figure({Path(path).name: plot.read_run(path) for path in paths}, "x.png")
+    fig = plot.runs_figure({Path(path).name: read_run(path) for path in paths}, "x.png")
     assert [ax.get_ylabel() for ax in fig.axes][:3] == [
         "loss (nats per token)",
         "sigmoid loss (per pair)",
