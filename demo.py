@@ -9,12 +9,10 @@ reviews, and DPO with the log-probs of the wrong reference. Each command is prin
 
 from base.script import run
 
-import importlib
 import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +28,7 @@ from report import page
 from report.plot import NEUTRAL, dress, figure, look, save
 from runtime import config
 from runtime.config import key
+from selftrain.loop import run_script
 
 MARK = ".demo"  # tells a folder in which `MADE` may be deleted from one of the user's
 MADE = ("sft", "chosen", "dpo", "wrong", "prompts.jsonl", "eval_prompts.jsonl", "samples.jsonl", "pairs.jsonl")
@@ -62,13 +61,7 @@ def here(name: str) -> str:
 
 def step(name: str, **keys: object) -> None:
     """Print a command and run it in this process."""
-    words = [word for k, v in keys.items() for word in (f"--{k}", str(v))]
-    script = here(f"{name}.py") if Path(here(f"{name}.py")).exists() else f"-m {name}"
-    print(f"\n$ python {script} {' '.join(words)}", flush=True)
-    sys.argv = [script, *words]
-    status = importlib.import_module("data.__main__" if name == "data" else name).main()
-    if status:  # Ctrl-C or SIGTERM: the stage has saved and said so
-        sys.exit(status)
+    run_script(name, [word for k, v in keys.items() for word in (f"--{k}", str(v))])
 
 
 def write_lines(path: Path, records: list[dict], what: str) -> None:

@@ -24,9 +24,11 @@ from base.script import run
 
 import importlib
 import json
+import operator
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,19 +191,23 @@ def check_steps(cfg: Config) -> None:
             problems.select(settings)
 
 
+def run_script(name: str, words: list[str], how: Callable = operator.call) -> None:
+    """Print a script's command, to be typed where the user stands, and run it in this process. how: what calls its `main`."""
+    module = importlib.import_module("data.__main__" if name == "data" else name)
+    alone = Path(module.__file__).name == f"{name}.py"
+    print(f"\n$ python {os.path.relpath(module.__file__) if alone else f'-m {name}'} {shlex.join(words)}", flush=True)
+    sys.argv = [name, *words]
+    if status := how(module.main):  # Ctrl-C or SIGTERM: the stage has saved and said so
+        sys.exit(status)
+
+
 def run_step(script: str, keys: dict, compute) -> None:
-    """Print a step's command and run it in this process, unless what it makes is there. This room's scripts run on rank 0."""
+    """Run a step, unless what it makes is there. This room's scripts run on rank 0."""
     makes = Path(keys.get("out") or f"{keys['out_dir']}/model")
     left = makes.with_name(f"{makes.name}.part0")  # sample.py, killed when all was written, deletes it
     if compute.once(lambda: makes.exists() and not left.exists()):
         return
-    module, in_room = importlib.import_module(script), script.startswith("selftrain.")
-    command = f"-m {script}" if in_room else os.path.relpath(module.__file__)
-    print(f"\n$ python {command} {shlex.join(arguments(keys))}", flush=True)
-    sys.argv = [script, *arguments(keys)]
-    status = compute.once(module.main) if in_room else module.main()
-    if status:  # Ctrl-C or SIGTERM: the stage has saved and said so
-        sys.exit(status)
+    run_script(script, arguments(keys), compute.once if script.startswith("selftrain.") else operator.call)
 
 
 # --- what came out of it ---------------------------------------------------------------------------------------------
