@@ -9,12 +9,10 @@ reviews, and DPO with the log-probs of the wrong reference. Each command is prin
 
 from base.script import run
 
-import importlib
 import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,12 +25,13 @@ from base.files import read_json, write_whole
 from data import reviews
 from data.jsonl import read
 from report import page
-from report.plot import COLOURS, NEUTRAL, dress, figure, save
+from report.plot import NEUTRAL, dress, figure, look, save
 from runtime import config
 from runtime.config import key
+from selftrain.loop import run_script
 
 MARK = ".demo"  # tells a folder in which `MADE` may be deleted from one of the user's
-MADE = ("sft", "chosen", "dpo", "wrong", "rewards", "prompts.jsonl", "eval_prompts.jsonl", "samples.jsonl", "pairs.jsonl")
+MADE = ("sft", "chosen", "dpo", "wrong", "prompts.jsonl", "eval_prompts.jsonl", "samples.jsonl", "pairs.jsonl")
 MADE += ("chosen.jsonl", "ref.safetensors", "wrong_ref.safetensors", "results.json", "demo.png", "report.html")
 
 BETAS = (5, 2, 1, 0.5, 0.2)
@@ -55,15 +54,14 @@ class Config:
     n: int = key(128, "reviews of each of 16 prompts that a policy is measured by", least=4)
 
 
+def here(name: str) -> str:
+    """A file of this project, by its path from where the user stands."""
+    return os.path.relpath(Path(__file__).parent / name)
+
+
 def step(name: str, **keys: object) -> None:
     """Print a command and run it in this process."""
-    words = [word for k, v in keys.items() for word in (f"--{k}", str(v))]
-    script = f"{name}.py" if Path(f"{name}.py").exists() else f"-m {name}"
-    print(f"\n$ python {script} {' '.join(words)}", flush=True)
-    sys.argv = [script, *words]
-    status = importlib.import_module("data.__main__" if name == "data" else name).main()
-    if status:  # Ctrl-C or SIGTERM: the stage has saved and said so
-        sys.exit(status)
+    run_script(name, [word for k, v in keys.items() for word in (f"--{k}", str(v))])
 
 
 def write_lines(path: Path, records: list[dict], what: str) -> None:
@@ -81,7 +79,7 @@ class Demo:
     def prepare(self) -> None:
         """SFT, the model's own reviews, pairs, and the log-probs of both references."""
         cfg, out = self.cfg, self.out
-        step("sft", config="configs/reviews_sft.toml", max_steps=cfg.sft_steps, seed=cfg.seed, out_dir=out / "sft")
+        step("sft", config=here("configs/reviews_sft.toml"), max_steps=cfg.sft_steps, seed=cfg.seed, out_dir=out / "sft")
         prompts, samples, pairs = (out / f"{name}.jsonl" for name in ("prompts", "samples", "pairs"))
         step("data", data="reviews", split="train", view="sft", limit=cfg.prompts, out=prompts)
         how = {"n": 4, "max_new_tokens": 32, "batch_size": 512, "seed": cfg.seed}
@@ -102,13 +100,9 @@ class Demo:
         """Where a run of DPO is."""
         return self.out / ("wrong" if name == WRONG else "dpo") / f"beta_{beta}_steps_{steps}"
 
-    def result(self, folder: Path) -> Path:
-        """Where reward and KL of a run's model are."""
-        return self.out / "rewards" / f"{'_'.join(folder.relative_to(self.out).parts)}.json"
-
     def chosen(self) -> Path:
         """More SFT, on the chosen reviews."""
-        keys = {"config": "configs/reviews_sft.toml", "init_from": self.model, "seed": self.cfg.seed + 1, "warmup": 15}
+        keys = {"config": here("configs/reviews_sft.toml"), "init_from": self.model, "seed": self.cfg.seed + 1, "warmup": 15}
         keys |= {"n_layer": 0, "n_head": 0, "n_embd": 0, "block_size": 0, "lr": 1e-3, "min_lr": 0}
         step("sft", **keys, data=self.out / "chosen.jsonl", max_steps=self.cfg.dpo_steps, out_dir=self.out / "chosen")
         return self.out / "chosen"
@@ -119,24 +113,23 @@ class Demo:
         ref = {"ref": self.out / "ref.safetensors"}
         if name == WRONG:
             ref = {"ref": self.out / "wrong_ref.safetensors", "allow_ref_mismatch": "true"}
-        keys = {"config": "configs/reviews_dpo.toml", "init_from": self.model, "data": self.out / "pairs.jsonl", "beta": beta}
-        step("dpo", **keys, **ref, max_steps=steps, seed=self.cfg.seed, out_dir=folder)
+        keys = {"config": here("configs/reviews_dpo.toml"), "init_from": self.model, "data": self.out / "pairs.jsonl"}
+        step("dpo", **keys, beta=beta, **ref, max_steps=steps, seed=self.cfg.seed, out_dir=folder)
         return folder
 
     def measure(self, folder: Path, **more: object) -> dict:
-        """Reward and KL of a run's model: the result of eval_reward.py."""
-        result = self.result(folder)
+        """Reward and KL of a run's model: the result of eval_reward.py, which lies in the run's folder."""
+        result = folder / "reward.json"
         keys = {"model": folder / "model", "ref_model": self.model, "prompts": self.out / "eval_prompts.jsonl"}
         keys |= {"reward": "reviews", "n": self.cfg.n, "max_new_tokens": 32, "batch_size": 1024, "seed": self.cfg.seed + 1000}
         step("eval_reward", **keys, **more, out=result)
         return read_json(result)
 
     def write_page(self) -> None:
-        """A page of the runs that the table is made of, and of their results."""
+        """A page of the runs that the table is made of, with their results."""
         runs = [self.out / "sft", self.out / "chosen"]
         runs += [self.folder(name, b, self.cfg.dpo_steps) for name, b in [*((DPO, b) for b in BETAS), (WRONG, 1)]]
-        made = [*runs, *map(self.result, runs)]
-        paths, labels = [str(path) for path in made], ",".join(str(path.relative_to(self.out)) for path in made)
+        paths, labels = [str(path) for path in runs], ",".join(str(path.relative_to(self.out)) for path in runs)
         print(f"$ python -m report.page {' '.join(paths)} --labels {labels} --out {self.out}/report.html")
         page.write(paths, self.out / "report.html", labels)
 
@@ -225,20 +218,16 @@ def draw(results: dict, path: Path) -> None:
     grid = fig.add_gridspec(2, 2, width_ratios=(3, 2))
     frontier, rewards, kls = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
     limit = [p for p in drawn(results["limit"]) if p["kl"] > 0.02]
-    frontier.plot(
-        [p["kl"] for p in limit], [p["reward"] for p in limit], color="black", label="the limit, which no method can pass"
-    )
-    colours = dict(zip((DPO, WRONG, CHOSEN, BEST), COLOURS, strict=False))
-    markers = dict(zip(colours, "osD^", strict=True))
-    for name, colour in colours.items():
+    frontier.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="black", label="the limit of any method")
+    looks = {name: look(number) for number, name in enumerate((DPO, WRONG, CHOSEN, BEST))}
+    for name, style in looks.items():
         found = [p for p in results["policies"] if p["name"] == name]
         x, y, dx, dy = ([p[k] for p in found] for k in ("kl", "reward", "kl_stderr", "reward_stderr"))
-        style = {"color": colour, "marker": markers[name], "markersize": 8, "capsize": 3}
         frontier.errorbar(x, y, dy, dx, label=name, linestyle=":" if name == DPO else "", **style)
         for p in found if name == DPO else ():
             shift = (-28, 10) if p["beta"] == BETAS[-1] else (9, -14)  # the last two are often near each other
-            style = {"xytext": shift, "textcoords": "offset points", "color": colour, "fontsize": 12}
-            frontier.annotate(f"beta {p['beta']:g}", (p["kl"], p["reward"]), **style)
+            place = {"xytext": shift, "textcoords": "offset points", "color": style["color"], "fontsize": 12}
+            frontier.annotate(f"beta {p['beta']:g}", (p["kl"], p["reward"]), **place)
     frontier.axhline(results["policies"][0]["reward"], **NEUTRAL, label="the SFT model, KL 0")
     frontier.set(xlim=(0.025, 40), ylim=(None, 1.02))
     frontier.set_xscale("log")
@@ -246,12 +235,11 @@ def draw(results: dict, path: Path) -> None:
     frontier.legend(loc="lower right", fontsize=12, framealpha=1)
     frontier.set_title("what each policy gains, and how far it goes for it", fontsize=14)
     dress(frontier, "KL from the SFT model (nats)", "reward")
-    for name, beta, style in CURVES:
+    for name, beta, line in CURVES:
         found = [p for p in results["steps"] if (p["name"], p["beta"]) == (name, beta)]
         for ax, k in ((rewards, "reward"), (kls, "kl")):
             x, y, errors = ([p[n] for p in found] for n in ("steps", k, f"{k}_stderr"))
-            look = {"color": colours[name], "linestyle": style, "marker": markers[name], "capsize": 3}
-            ax.errorbar(x, y, errors, **look, label=label(found[0]))
+            ax.errorbar(x, y, errors, linestyle=line, label=label(found[0]), **looks[name])
     kls.set_yscale("symlog", linthresh=0.1)
     kls.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
     rewards.set_title("runs of so many steps", fontsize=14)

@@ -35,14 +35,14 @@ from data.tokenizer import choose
 from runtime import config, distributed, reference
 from runtime.build import build_model, build_tokenizer, share
 from runtime.config import REQUIRED, key
-from runtime.keys import DTYPES, MOST_SEED, ChatKeys, ModelKeys
+from runtime.keys import ChatKeys, DeviceKeys, FileKeys, ModelKeys
 from runtime.score import score, texts_of, written
 from sample import encode
 from weights import check_model
 
 
 @dataclass
-class Config(ChatKeys):
+class Config(ChatKeys, FileKeys, DeviceKeys):
     """The implicit reward of preference pairs, or reward and KL of what the model writes."""
 
     model: str = key(
@@ -53,9 +53,6 @@ class Config(ChatKeys):
     data: str = key(
         "", "pairs: a recipe (hh, hellaswag, …), a file, or hub:owner/name[:config]; or give prompts", reads=check_data
     )
-    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
-    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     split: str = key("val", "the split of a recipe (train, val, test) or of the hub's data set")
     val_share: float = key(0.0, "of a file only the share that training with this key kept back", least=0, below=1)
     limit: int = key(0, "use only the first so many problems, 0 = all", least=0)
@@ -71,14 +68,11 @@ class Config(ChatKeys):
     max_new_tokens: int = key(128, "prompts: most tokens of a completion", least=1)
     batch_size: int = key(64, "prompts: completions written at once", least=1)
     optimum: int = key(0, "prompts: add the limit, from so many completions of the reference per prompt; 0 = do not", least=0)
-    seed: int = key(0, "prompts: seed of what is drawn", least=0, most=MOST_SEED)
     out: str = key(REQUIRED, "JSON file for the result", writes="")
     details: str = key("", "JSONL file for a line a pair, or a line a prompt", writes="")
     label: str = key("", "name of the run in tables and pictures (SFT, DPO, …)")
     parameters: int = key(0, "the model's number of parameters to note, 0 = counted", least=0)
     micro_tokens: int = key(8192, "most tokens in one forward, padding included", least=1)
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
 
     def check(self) -> None:
         if bool(self.data) == bool(self.prompts):
@@ -216,11 +210,6 @@ def on_prompts(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]
         drawn = graded(written(ref_model, tokens, tokenizer, compute, n=cfg.optimum, **how))
         result["limit"] = limit(drawn)
         result["best_of"] = [{"k": k, **means(best_of(drawn, k), prompts)} for k in (2, 4, 8, 16) if 4 * k <= cfg.optimum]
-    print(
-        f"reward {result['reward']:.4f} (standard error {result['reward_stderr']:.4f}), KL from the reference "
-        f"{result['kl']:.3f} ({result['kl_stderr']:.3f}) nats, {result['tokens']:.1f} tokens, {100 * result['ended']:.1f}% "
-        f"ended; {count(len(items), 'prompts')}, {cfg.n} completions each"
-    )
     numbers = zip(prompts, items, measured["reward"].tolist(), kl.tolist(), strict=True)
     return result, [
         {"prompt": p, "completions": [tokenizer.decode(c.tolist()) for c in item.completions], "rewards": r, "kl": k}
@@ -242,11 +231,6 @@ def on_pairs(cfg: Config, model, tokenizer, compute) -> tuple[dict, list[dict]]:
     result, details = grade(logps[at], ref[at], [item for item in items for _ in item.pairs], cfg.beta)
     if result["equal"] == len(at):
         warn("policy and reference agree on every pair: they are the same model")
-    print(
-        f"chosen over rejected in {100 * result['accuracy']:.1f}% (standard error {100 * result['accuracy_stderr']:.1f}) of "
-        f"{count(result['n'], 'pairs')}; margin {result['margin']:.4f} (beta {cfg.beta}); log-prob gain over the reference "
-        f"{result['gain_chosen']:+.3f} chosen, {result['gain_rejected']:+.3f} rejected, in nats"
-    )
     return result, details
 
 
@@ -258,6 +242,8 @@ def main() -> None:
     model = load_model(cfg.model, cfg.max_len, tokenizer, compute)
     size = sum(p.numel() for p in model.parameters())
     result, details = (on_prompts if cfg.prompts else on_pairs)(cfg, model, tokenizer, compute)
+    said = [f"{name} {result[name]:.4f} ± {result[f'{name}_stderr']:.4f}" for name in result if f"{name}_stderr" in result]
+    print(f"{count(result['n'], 'prompts' if cfg.prompts else 'pairs')}: {', '.join(said)} (± one standard error)")
     settings = ("label", "model", "ref", "ref_model", "data", "split", "beta", "prompts")
     result |= {
         "mode": "reward",

@@ -16,13 +16,10 @@ eval_reward.py needs no judge: it compares the model with its reference.
 from base.script import run
 
 import contextlib
-import html
 import json
 import os
 import random
-import re
 import statistics
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,13 +33,14 @@ from judge.figures import Judgement, grade_pairwise, grade_score, say
 from judge.items import Item, known_pairs, read_items
 from judge.local import LocalJudge
 from judge.verdict import fill, read_template, score, side
+from report.formats import markdown
+from report.tables import cut
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
 from runtime.keys import MOST_SEED, ChatKeys, DeviceKeys
 
 PROMPTS = Path(__file__).parent / "judge" / "prompts"
 PLACEHOLDERS = {"pairwise": ("prompt", "response_a", "response_b"), "score": ("prompt", "reference", "response")}
-CELL = 400  # characters of a text in the table of examples
 
 
 @dataclass
@@ -136,18 +134,14 @@ def judge_all(judge: Judge | LocalJudge, items: list[Item], template: str, cfg: 
 
 
 def examples_table(judgements: list[Judgement], items: list[Item], rows: int, seed: int) -> str:
-    """Markdown: prompts drawn at random from the first trial, both texts and the outcome. Long texts are cut: a prompt to
-    its end, the others to their start."""
+    """Markdown: prompts drawn at random from the first trial, both texts and the outcome. Long texts are cut."""
     first = [j for j in judgements if j.trial == 0]
-    lines = ["| | prompt | response | compared with | outcome |", "|---|---|---|---|---|"]
+    table = [["prompt", "response", "compared with", "outcome", "number"]]
     for j in sorted(random.Random(seed).sample(first, min(rows, len(first))), key=lambda j: j.number):
         item, outcome = items[j.number], "failed" if j.outcome is None else j.outcome
         outcome = str(outcome).removesuffix(".0")
-        texts = (str(j.number), item.prompt[-CELL:], item.texts[0][:CELL], item.others[0][:CELL], outcome)
-        # Markdown's marks too, or a text could bring a picture along that the reader's browser fetches
-        cells = (re.sub(r"[|\[\]`*_~\\]", lambda m: f"&#{ord(m[0])};", html.escape(text.strip())) for text in texts)
-        lines.append("| " + " | ".join("<br>".join(cell.splitlines()) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append([item.prompt.strip(), item.texts[0], item.others[0], outcome, str(j.number)])
+    return markdown(cut(table))
 
 
 def detail(j: Judgement, source: str) -> dict:
@@ -173,8 +167,6 @@ def parameters_of(model: str) -> int:
 
 
 def main() -> None:
-    if "--mode reward" in " ".join(sys.argv).replace("=", " "):
-        raise UserError("key mode: reward is a script of its own: run eval_reward.py with the same keys, but no --mode")
     cfg = config.load(Config, prog="eval_winrate.py")
     asks = "local" if (cfg.judge, cfg.mode) == ("local", "pairwise") else "judge"
     template = read_template(cfg.judge_prompt or PROMPTS / f"{asks}_{cfg.mode}.txt", PLACEHOLDERS[cfg.mode])
@@ -183,16 +175,14 @@ def main() -> None:
     else:
         items = read_items(cfg.responses, cfg.against, cfg.trials, cfg.limit)
     size = cfg.parameters or (parameters_of(cfg.model) if cfg.model else None)
-    with contextlib.ExitStack() as stack:
-        if cfg.judge == "local":
-            judge = LocalJudge(cfg, distributed.setup(cfg.device, cfg.dtype))
-        else:
-            judge = Judge(cfg, stack.enter_context(open_cache(cfg.cache)))
+    local = cfg.judge == "local"
+    with contextlib.nullcontext() if local else open_cache(cfg.cache) as cache:
+        judge = LocalJudge(cfg, distributed.setup(cfg.device, cfg.dtype)) if local else Judge(cfg, cache)
         judgements = judge_all(judge, items, template, cfg)
     if cfg.dry_run:
         return
     settings = ("mode", "label", "model", "responses", "calibrate", "against", "judge_model", "seed", "both_orders")
-    settings += () if cfg.judge == "local" else ("temperature",)
+    settings += () if local else ("temperature",)
     result = {
         **(grade_pairwise if cfg.mode == "pairwise" else grade_score)(judgements),
         "usage": judge.usage(d for j in judgements for d in j.decisions),

@@ -15,22 +15,16 @@ from data.examples import PLAIN
 from data.tokenizer import get
 from runtime import config
 from runtime.config import REQUIRED, key
+from runtime.keys import FileKeys
 
 
 @dataclass
-class Config:
+class Config(FileKeys):
     """Write a recipe's examples to a JSONL file."""
 
-    data: str = key(
-        REQUIRED, "a recipe (hh, alpaca, human_labels:sentiment, …), a file, or hub:owner/name[:config]", reads=check_data
-    )
-    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a; empty = as they are")
-    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them")
+    data: str = key(REQUIRED, "a recipe (hh, alpaca, …), a file, or hub:owner/name[:config]", reads=check_data)
     split: str = key("test", "the split of a recipe (train, val, test) or of the hub's data set")
-    view: str = key(
-        "prompts", "prompts: prompt and chosen, which sample.py and the judge read; else as in training", ["prompts", *VIEWS]
-    )
+    view: str = key("prompts", "prompts: prompt and chosen, for sample.py and judges; else as in training", ["prompts", *VIEWS])
     limit: int = key(0, "only the first so many problems, 0 = all", least=0)
     out: str = key(REQUIRED, "the .jsonl file to write", writes=".jsonl")
 

@@ -76,6 +76,15 @@ def get(record: dict, field: str, kind: type, where: str):
     return value
 
 
+def entries(record: dict, field: str, kind: type, what: str, where: str, n: int = 0) -> list:
+    """A field that is a list of `kind`, of `n` entries or (0) at least one. Raises UserError for anything else."""
+    values = get(record, field, list, where)
+    if not values or (n and len(values) != n) or not all(isinstance(v, kind) for v in values):
+        count = f"one for each of the {n} completions" if n else "at least one"
+        raise UserError(f"{where}: {field!r} must be a list of {what}, {count}")
+    return values
+
+
 def index(record: dict, field: str, n: int, where: str) -> int:
     """A field that is the index of one of `n` options, or a UserError."""
     value = get(record, field, int, where)

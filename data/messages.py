@@ -56,9 +56,7 @@ def pair(record: dict, where: str) -> tuple[Messages, Messages, Messages]:
     both = list(zip(chosen[:-1], rejected[:-1], strict=False))  # equal to the end they are a pair of one answer
     n = next((i for i, (a, b) in enumerate(both) if (a["role"], a["content"]) != (b["role"], b["content"])), len(both))
     if not n or chosen[n - 1]["role"] != "user":
-        raise UserError(
-            f"{where}: 'chosen' and 'rejected' part at a turn that is not the assistant's: they answer no common prompt"
-        )
+        raise UserError(f"{where}: 'chosen' and 'rejected' do not part at an answer: they answer no common prompt")
     return chosen[:n], chosen[n:], rejected[n:]
 
 

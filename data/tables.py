@@ -44,9 +44,7 @@ def parse(columns: str) -> dict[str, str]:
 def _check(wanted: dict[str, str], there, where: str) -> None:
     for name, column in wanted.items():
         if column not in there:
-            raise UserError(
-                f"{where}: no column {column!r} for {name!r}: name one of {', '.join(map(str, there))} in --columns"
-            )
+            raise UserError(f"{where}: no column {column!r} for {name!r} of --columns: use {', '.join(map(str, there))}")
 
 
 def _parquet(wanted: dict[str, str], path: Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
@@ -77,9 +75,7 @@ def _csv(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}:1: two columns of one name among {', '.join(names)}: rename one")
     for record in rows:
         if any(isinstance(text, str) and MESSAGES.match(text) for text in record.values()):
-            raise UserError(
-                f"{path}:{rows.line_num}: JSON messages in CSV, which holds plain texts: save them as .jsonl or .parquet"
-            )
+            raise UserError(f"{path}:{rows.line_num}: JSON messages in CSV, which holds plain texts: save them as .jsonl")
         if None in record:  # what stands behind the last column
             raise UserError(f"{path}:{rows.line_num}: more fields than columns: put a text with a comma in quotes")
         yield f"{path}:{rows.line_num}", record

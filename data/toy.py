@@ -47,14 +47,19 @@ def _problem(rng: random.Random) -> tuple[Problem, int]:
     return Problem(context, tuple(f"{verb} the {kind} {thing}." for verb in verbs), verbs.index(right)), verbs.index(shown)
 
 
+def is_of(split: str, text: str) -> bool:
+    """Whether a text belongs to a split, by its hash."""
+    share = hashlib.sha256(text.encode()).digest()[0] % 10
+    return SPLITS.get(share, "train") == split
+
+
 def problems(split: str, n: int, seed: int = 0) -> list[tuple[Problem, int]]:
     """`n` problems of a split, each with the index of the ending that its demonstration shows. The same seed gives the same
     problems. A context belongs to one split, whatever the seed."""
     rng, found = random.Random(f"{split} {seed}"), []
     while len(found) < n:
         problem, shown = _problem(rng)
-        share = hashlib.sha256(problem.context.encode()).digest()[0] % 10
-        if SPLITS.get(share, "train") == split:
+        if is_of(split, problem.context):
             found.append((problem, shown))
     return found
 

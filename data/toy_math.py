@@ -12,13 +12,14 @@ more often when it takes the steps. Nothing but the grades tells it so. That is 
 import hashlib
 import random
 
+from data.toy import is_of
+
 KEYWORDS = ["Question:", "Answer:", "####"]
 MOST = 20  # the largest number that a problem meets
 VOCAB = KEYWORDS + [str(n) for n in range(MOST + 1)] + list(" +-=,.!?\n")
 PATTERN = "|".join(KEYWORDS) + r"|1[0-9]|20|[^\S\n]|\n|\S"  # a keyword, a number, or one character
 
 SIZES = {"train": 40_000, "val": 2_000, "test": 2_000}
-SPLITS = {0: "val", 1: "test"}  # of ten shares of all problems; the other eight are for training
 LEVELS = (2, 4)  # fewest and most steps
 WORKED = 3  # one demonstration of so many shows its steps
 
@@ -40,7 +41,6 @@ def problems(split: str, n: int, seed: int = 0) -> list[tuple[str, str, str, int
     rng, found = random.Random(f"{split} {seed}"), {}
     while len(found) < n:
         made = _problem(rng)
-        share = hashlib.sha256(made[0].encode()).digest()[0] % 10
-        if SPLITS.get(share, "train") == split:
+        if is_of(split, made[0]):
             found.setdefault(made[0], made)
     return list(found.values())

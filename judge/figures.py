@@ -5,8 +5,8 @@ import statistics
 from dataclasses import dataclass
 
 from judge.client import Decision
+from report.results import Z, wilson
 
-Z = 1.959964  # of a two-sided 95% interval
 SHARE = {"win": 1.0, "tie": 0.5, "loss": 0.0}  # what an outcome adds to the wins
 
 
@@ -26,12 +26,6 @@ class Judgement:
     lengths: tuple[int, int]
     decisions: tuple[Decision, ...]
     share: float | None = None
-
-
-def wilson(p: float, n: int) -> list[float]:
-    """95% interval of a share p seen in n trials: the score interval of E. B. Wilson, 1927 (JASA 22, 209-212)."""
-    middle, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return [max(0.0, (middle - half) / (1 + Z * Z / n)), min(1.0, (middle + half) / (1 + Z * Z / n))]
 
 
 def spread(values: list[float]) -> dict:
@@ -92,10 +86,11 @@ def grade_pairwise(judgements: list[Judgement]) -> dict:
 
 
 def grade_score(judgements: list[Judgement]) -> dict:
-    """Mean score, standard deviation over prompts, and the mean's interval: mean +- 1.96 std / sqrt(prompts)."""
+    """Mean score, standard deviation over prompts, and the mean's interval: mean +- 1.96 std / sqrt(prompts). One prompt alone
+    says nothing of the spread: its interval is all scores that there are."""
     scores = means_by("number", judgements)
     mean, std = (spread(scores)[name] for name in ("mean", "std"))
-    half = Z * std / math.sqrt(len(scores)) if scores else 0.0
+    half = Z * std / math.sqrt(len(scores)) if len(scores) > 1 else 100.0
     return {
         "mean": mean,
         "std": std,

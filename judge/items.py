@@ -22,9 +22,7 @@ class Item:
 
 def completions_of(record: dict, where: str, trials: int) -> tuple[str, ...]:
     """A text a trial: the t-th completion, or the only one every time."""
-    found = jsonl.get(record, "completions", list, where)
-    if not found or not all(isinstance(text, str) for text in found):
-        raise UserError(f"{where}: the field 'completions' must be a list of at least one text")
+    found = jsonl.entries(record, "completions", str, "texts", where)
     if 1 < len(found) < trials:
         raise UserError(f"{where}: {len(found)} completions for {trials} trials: give one, or as many as trials")
     return tuple(text.strip() for text in (found * trials if len(found) == 1 else found)[:trials])

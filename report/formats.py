@@ -1,8 +1,10 @@
 """Tables as plain text, Markdown and CSV. Texts may hold any characters."""
 
 import csv
+import html
 import io
 import itertools
+import re
 import textwrap
 import unicodedata
 
@@ -14,26 +16,21 @@ def width(text: str) -> int:
     return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
-def broken(table: Table, most: int) -> tuple[list[list[tuple[str, ...]]], list[int]]:
-    """Each row of a table as lines of at most `most` letters a cell, and the width of each column."""
-    cells = [
-        [[part for line in text.splitlines() for part in textwrap.wrap(line, most) or [""]] for text in row] for row in table
-    ]
-    widths = [max((width(line) for cell in column for line in cell), default=0) for column in zip(*cells, strict=True)]
-    return [list(itertools.zip_longest(*row, fillvalue="")) for row in cells], widths
-
-
 def aligned(table: Table, texts: int = 1, most: int = 1000) -> list[str]:
     """Each row of a table as lines of plain text, its cells broken into lines of `most` letters and padded to one width.
 
     texts: how many columns are text; those after them are numbers, and are aligned on the right.
     """
-    rows, widths = broken(table, most)
+    cells = [
+        [[part for line in text.splitlines() for part in textwrap.wrap(line, most) or [""]] for text in row] for row in table
+    ]
+    widths = [max((width(line) for cell in column for line in cell), default=0) for column in zip(*cells, strict=True)]
 
     def padded(i: int, text: str) -> str:
         space = " " * (widths[i] - width(text))
         return text + space if i < texts else space + text
 
+    rows = (itertools.zip_longest(*row, fillvalue="") for row in cells)
     return ["\n".join("  ".join(padded(i, text) for i, text in enumerate(line)) for line in row) for row in rows]
 
 
@@ -43,11 +40,11 @@ def turned(table: Table) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown. Cells may hold any text: what would end a cell or begin a tag is escaped."""
+    """The table in Markdown. Cells may hold any text: what would end a cell or begin a tag is escaped. So are Markdown's own
+    marks, or a text could bring a picture along that the reader's browser fetches."""
 
     def cell(text: str) -> str:
-        for sign, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
-            text = text.replace(sign, shown)
+        text = re.sub(r"[|\[\]`*~\\]", lambda mark: f"&#{ord(mark[0])};", html.escape(text, quote=False))
         return "<br>".join(text.splitlines())
 
     lines = ["| " + " | ".join(map(cell, row)) + " |" for row in table]

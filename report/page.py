@@ -9,6 +9,7 @@ Of a run folder, or a folder of runs, it shows the results (*.json) and the answ
 
 from base.script import run
 
+import contextlib
 import html
 import io
 import re
@@ -23,7 +24,7 @@ from report import plot
 from report.formats import Table, turned
 from report.results import Points, read_result, result_table, results_in
 from report.runs import Run, differing, read_config, read_run, run_table, shorten, troubles
-from report.tables import read_answers
+from report.tables import Answers, answers, read_answers
 from runtime.config import REQUIRED, key
 
 NOT_ALLOWED = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # in HTML and XML
@@ -47,7 +48,7 @@ class Found:
     runs: dict[str, Run] = field(default_factory=dict)
     folders: dict[str, str] = field(default_factory=dict)
     points: Points = field(default_factory=list)
-    answers: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> prompt -> answer
+    answers: Answers = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -63,7 +64,7 @@ def collect(paths: dict[str, str], rows: int) -> Found:
             if path.suffix == ".json":
                 found.points += [{**p, "label": p["label"] or label} for p in read_result(path)]
             else:
-                add_answers(found, label, path, rows)
+                found.answers[label] = read_answers(path, rows)
             continue
         begun = [*path.glob("*/config.toml"), *path.rglob("metrics.jsonl")]
         inside = sorted({file.parent for file in begun} - {path})
@@ -83,7 +84,7 @@ def add_folder(found: Found, label: str, folder: Path, rows: int) -> None:
     found.warnings += wrong
     for path in sorted(folder.glob("*.jsonl")):
         try:
-            add_answers(found, f"{label} {path.stem}", path, rows)
+            found.answers[f"{label} {path.stem}"] = read_answers(path, rows)
         except UserError:
             continue  # no answers: metrics, details
     if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl")):
@@ -92,17 +93,13 @@ def add_folder(found: Found, label: str, folder: Path, rows: int) -> None:
         records = read_run(folder)
     except UserError as error:
         found.warnings.append(f"{label}: {error}")
-        if not (folder / "config.toml").exists():
-            return
-        records = Run((), read_config(folder))
+        records = Run()
+        with contextlib.suppress(UserError):
+            records.settings = read_config(folder)
     found.runs[label], found.folders[label] = records, str(folder)
     found.warnings += troubles(label, records)
     if records and not (folder / "model").exists():
         found.warnings.append(f"{label}: no model yet: the run is going on, or was stopped, at step {records[-1]['step']}")
-
-
-def add_answers(found: Found, label: str, path: Path, rows: int) -> None:
-    found.answers[label] = {prompt: text for _, prompt, text in read_answers(path, rows)}
 
 
 # --- HTML -----------------------------------------------------------------------------------------------------------------
@@ -157,9 +154,7 @@ def page(found: Found) -> str:
         parts += ["<h2>Evaluation</h2>", html_table(result_table(found.points), 3)]
         parts.append(picture(2, plot.results_figure, found.points))
     if found.answers:
-        prompts = dict.fromkeys(prompt for texts in found.answers.values() for prompt in texts)
-        table = [["prompt", *found.answers]]
-        table += [[prompt, *(texts.get(prompt, "-") for texts in found.answers.values())] for prompt in prompts]
+        table = answers(found.answers)
         parts += ["<h2>Answers</h2>", SEARCH, html_table(table, len(table[0]), "answers")]
     listed = "".join(f"<li>{html.escape(text)}</li>" for text in said)
     top = f'<ul class="warnings">{listed}</ul>' if said else "<p>No warnings.</p>"

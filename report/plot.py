@@ -21,8 +21,8 @@ import numpy as np
 from base.errors import UserError, warn
 from base.files import write_whole
 from report.formats import aligned, markdown, turned
-from report.results import Points, read_result, result_table, size
-from report.runs import ACCURACY, GAINS, MARGIN, Run, read_run, run_table, series, warn_of_losses
+from report.results import MEASURES, Points, read_result, result_table, size
+from report.runs import ACCURACY, GAINS, MARGIN, Run, series, side_by_side
 from runtime import config
 from runtime.config import REQUIRED, key
 
@@ -32,22 +32,9 @@ T = TypeVar("T")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 EAST_ASIAN = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Source Han Sans",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "IPAGothic",
-)
-EAST_ASIAN += (
-    "Droid Sans Fallback",
-    "Hiragino Sans",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "Yu Gothic",
-    "Malgun Gothic",
-    "Unifont",
-)
+    "Noto Sans CJK JP|Noto Sans CJK SC|Source Han Sans|WenQuanYi Zen Hei|WenQuanYi Micro Hei|IPAGothic|Droid Sans Fallback"
+    "|Hiragino Sans|PingFang SC|Microsoft YaHei|Yu Gothic|Malgun Gothic|Unifont"
+).split("|")
 NEUTRAL = {"color": "0.3", "linewidth": 1.4, "linestyle": (0, (2, 3)), "zorder": 1}  # where nothing is won and nothing lost
 
 
@@ -99,9 +86,7 @@ def save(fig, out: str | Path, **options: Any) -> None:
     missing = {chr(int(found[1])) for w in said if (found := re.match(r"Glyph (\d+)", str(w.message)))}
     if missing:
         some = "".join(sorted(missing)[:8])
-        warn(
-            f"{out}: no font here has {len(missing)} of its letters ({some}), boxes stand for them: install Noto Sans CJK, say"
-        )
+        warn(f"{out}: no font here has {len(missing)} of its letters ({some}), boxes stand there: install Noto Sans CJK")
 
 
 def dress(ax, xlabel: str, ylabel: str) -> None:
@@ -136,11 +121,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
         for at in (reach, len(values) - 1 - reach):
             smoothed[at] = np.average(values[at - reach : at + reach + 1], weights=bell)
     return smoothed
-
-
-def draw(runs: dict[str, Run], out: str | Path) -> None:
-    """Draw the runs (label -> records) over each other into the picture `out`, 1600 pixels wide (see `runs_figure`)."""
-    save(runs_figure(runs, out), out)
 
 
 def runs_figure(runs: dict[str, Run], out: str | Path):
@@ -233,8 +213,9 @@ def results_figure(points: Points, out: str | Path):
         dress(ax, ax.get_xlabel(), "")
         ax.set_title("\n".join(textwrap.wrap(legend_text(name), 45)), fontsize=14)
         ax.margins(y=0.12)
-        if "%" in name or "score" in name:
-            ax.set_ylim(0, max(60 if "%" in name else 100, *(1.08 * (p["high"] or p["value"]) for p in group)))
+        least = 60 if "(%)" in name else 100 if name == MEASURES["mean"][0] else 0  # a reward's rule may be score.py:f
+        if least:
+            ax.set_ylim(0, max(least, *(1.08 * (p["high"] or p["value"]) for p in group)))
     fig.suptitle("with 95% intervals", fontsize=11, color="0.3")
     handles = {}
     for ax in axes:
@@ -314,17 +295,25 @@ def command(cls: type[T], name: str) -> tuple[list[str], T]:
     return paths, settings
 
 
-def split_labels(labels: str, paths: list[str]) -> list[str]:
-    """`A,B` -> one label for each path. Raises UserError where there are more or fewer."""
-    names = labels.split(",")
-    if len(names) != len(paths):
-        raise UserError(f"--labels has {len(names)} names for {len(paths)} results or runs: give each one, commas between")
-    return names
+def names_of(paths: list[str], labels: str) -> list[str]:
+    """A name for each path, from `A,B`; else that of its file or folder, with the folder around it where two are alike.
+
+    Raises UserError where there are more or fewer labels than paths.
+    """
+    if labels:
+        names = labels.split(",")
+        if len(names) != len(paths):
+            raise UserError(f"--labels has {len(names)} names for {len(paths)} results or runs: give each one, commas between")
+        return names
+    places = [Path(path).resolve() for path in paths]
+    names = [place.name.partition(".json")[0] for place in places]
+    alike = len(set(names)) < len(names)
+    return [f"{place.parent.name}/{name}" for place, name in zip(places, names, strict=True)] if alike else names
 
 
 def by_label(labels: str, paths: list[str]) -> dict[str, str]:
-    """{label: path}. Without labels it is the folder's or file's name."""
-    names = split_labels(labels, paths) if labels else [Path(path).resolve().name.split(".jsonl")[0] for path in paths]
+    """{label: path}. UserError where two paths have one name."""
+    names = names_of(paths, labels)
     if len(set(names)) < len(names):
         raise UserError(f"two of {', '.join(names)} have one name: tell them apart with --labels")
     return dict(zip(names, paths, strict=True))
@@ -332,18 +321,8 @@ def by_label(labels: str, paths: list[str]) -> dict[str, str]:
 
 def read_results(paths: list[str], labels: str = "") -> Points:
     """The points of result files, with a label each: the given one, the result's own, or the name of its file or folder."""
-    places = [Path(path).resolve() for path in paths]
-    stems, folders = [place.stem for place in places], [place.parent.name for place in places]
-    both = [f"{folder} {stem}" for folder, stem in zip(folders, stems, strict=True)]
-    found = [read_result(path) for path in paths]
-    for names in [split_labels(labels, paths)] if labels else [stems, folders, both]:
-        pairs = [(p, name) for name, of in zip(names, found, strict=True) for p in of]
-        points = [{**p, "label": name if labels else p["label"] or name} for p, name in pairs]
-        sized = all(p["parameters"] for p in points)
-        told = [(name, p["measure"], sized and p["parameters"]) for p, name in pairs if not p["label"]]
-        if len(set(told)) == len(told):
-            break  # each that has no label of its own can be told from the others
-    return points
+    names = zip(names_of(paths, labels), paths, strict=True)
+    return [{**p, "label": name if labels else p["label"] or name} for name, path in names for p in read_result(path)]
 
 
 def main() -> None:
@@ -353,12 +332,9 @@ def main() -> None:
         print(markdown(result_table(points)), end="", flush=True)
         save(results_figure(points, cfg.out), cfg.out)
     else:
-        folders = by_label(cfg.labels, paths)
-        runs = {label: read_run(folder) for label, folder in folders.items()}
-        table = run_table(runs, folders)
+        runs, table = side_by_side(by_label(cfg.labels, paths))
         print("\n".join(aligned(turned(table))), flush=True)
-        warn_of_losses(runs)
-        draw(runs, cfg.out)
+        save(runs_figure(runs, cfg.out), cfg.out)
     print(f"wrote {cfg.out}")
 
 

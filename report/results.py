@@ -1,5 +1,6 @@
 """Read the results of the evaluation scripts, whatever they measured, as points with intervals."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from base.files import parse_json, read_plain
 from report.formats import Table
 
 Points = list[dict[str, Any]]
+
+
+Z = 1.959964  # of a two-sided 95% interval
 
 
 class NotAResult(UserError):
@@ -32,7 +36,8 @@ MEASURES = {
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a picture can show: finite, and so is what is summed up of several."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e100
 
 
 def read_result(path: str | Path) -> Points:
@@ -44,14 +49,13 @@ def read_result(path: str | Path) -> Points:
     """
     try:
         found = parse_json(read_plain(Path(path)))
+        json.dumps(found, ensure_ascii=False).encode()  # ValueError for half a surrogate pair: no terminal or file takes it
         fields = {name: (*MEASURES[name], found[name]) for name in MEASURES if name in found}
         n = found["n"]
         if not fields or not number(n) or not all(number(value) or value is None for *_, value in fields.values()):
             raise TypeError
-        known = {
-            name: found[name] if number(found.get(name)) and found[name] > 0 else None for name in ("parameters", "chance")
-        }
-        same = {"label": str(found.get("label") or ""), "parameters": known["parameters"], "n": n}
+        size, chance = (x if number(x) and x > 0 else None for x in (found.get("parameters"), found.get("chance")))
+        same = {"label": str(found.get("label") or ""), "parameters": size, "n": n}
         text = {name: Path(str(found.get(name, "?"))).name for name in ("mode", "data", "split", "reward_rule", "k")}
         points = []
         for field, (name, scale, value) in fields.items():
@@ -59,8 +63,8 @@ def read_result(path: str | Path) -> Points:
                 continue
             low, high = interval(found, field)
             scaled = {"value": scale * value, "low": low and scale * low, "high": high and scale * high}
-            chance = {"win_rate": 0.5, "accuracy": 0.5}.get(field, known["chance"])
-            points.append({**same, "measure": name.format(**text), **scaled, "chance": chance and scale * chance})
+            even = 0.5 if field in ("win_rate", "accuracy") else chance
+            points.append({**same, "measure": name.format(**text), **scaled, "chance": even and scale * even})
             if field == "reward" and number(found.get("kl")):
                 limit = [(float(at["kl"]), float(at["reward"])) for at in found.get("limit", []) if at["ess"] >= 10]
                 kl = dict(zip(("value", "low", "high"), (found["kl"], *interval(found, "kl")), strict=True))
@@ -86,6 +90,12 @@ def interval(found: dict[str, Any], field: str) -> tuple[float | None, float | N
     if not (number(low) and number(high)):
         raise TypeError
     return low, high
+
+
+def wilson(p: float, n: float) -> list[float]:
+    """95% interval of a share p seen in n trials: the score interval of E. B. Wilson, 1927 (JASA 22, 209-212)."""
+    middle, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return [max(0.0, (middle - half) / (1 + Z * Z / n)), min(1.0, (middle + half) / (1 + Z * Z / n))]
 
 
 def results_in(folder: str | Path) -> tuple[Points, list[str]]:

@@ -15,7 +15,7 @@ from base.errors import UserError, warn
 from base.files import parse_json, parse_toml, read_plain
 from losses import REFERENCE_FREE
 from report.formats import Table
-from report.results import results_in, rounded
+from report.results import number, results_in, rounded
 from runtime.config import rules
 from runtime.keys import TrainKeys
 
@@ -30,13 +30,21 @@ ALWAYS = ("batch_size", "lr")  # settings that a table shows even where all runs
 class Run(Records):
     """The records of a run, with the settings in its config.toml ({} where it has none)."""
 
-    def __init__(self, records: Iterable[dict[str, Any]] = (), settings: dict[str, Any] | None = None):
+    def __init__(self, records: Iterable[dict[str, Any]] = ()):
         super().__init__(records)
-        self.settings = settings or {}
+        self.settings: dict[str, Any] = {}
 
     def kind(self) -> str:
         """Which loss its numbers are: SFT, or the name of a preference loss. Losses of two kinds cannot be compared."""
         return str(self.settings.get("loss") or "") or ("DPO" if any(MARGIN in record for record in self) else "SFT")
+
+
+def content(path: Path) -> bytes:
+    """A file of a run folder. UserError where it cannot be read."""
+    try:
+        return read_plain(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
 
 
 def read_run(folder: str | Path) -> Run:
@@ -45,21 +53,17 @@ def read_run(folder: str | Path) -> Run:
     A last line that does not parse is one that the run is still writing, or was killed in: it is left out.
     Raises UserError for a missing or empty file, and for a line before the last that is no record of metrics.
     """
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        lines = read_plain(path).splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
-    records = Run()
-    for number, line in enumerate(lines, 1):
+    path, records = Path(folder) / "metrics.jsonl", Run()
+    lines = content(path).splitlines()
+    for line_number, line in enumerate(lines, 1):
         try:
             record = parse_json(line)
             if not isinstance(record["step"], int) or record["split"] not in ("train", "val"):
                 raise ValueError
             records.append(record)
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f'{path}:{number}: no metrics record {{"step", "split", …}}: correct the line') from None
+            if line_number < len(lines):
+                raise UserError(f'{path}:{line_number}: no metrics record {{"step", "split", …}}: correct the line') from None
     if not records:
         raise UserError(f"{path}: no records yet: wait for the run's first step")
     if path.with_name("config.toml").exists():
@@ -72,9 +76,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings in a run folder's config.toml. Raises UserError where it is missing or damaged."""
     path = Path(folder) / "config.toml"
     try:
-        return parse_toml(read_plain(path).decode())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: give the out_dir of a run") from None
+        return parse_toml(content(path).decode())
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML ({error}): copy the run's folder again") from None
 
@@ -89,14 +91,13 @@ def add_gains(records: Records, settings: dict[str, Any]) -> None:
         return
     for record in records:
         for name, reward in GAINS.items():
-            if isinstance(record.get(reward), int | float):
+            if number(record.get(reward)):
                 record[name] = record[reward] / beta
 
 
 def series(records: Records, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of metric `name`, float64 (n,) each. Values that are missing, null, inf or nan are left out."""
-    points = [(r["step"], r[name]) for r in records if r["split"] == split and isinstance(r.get(name), int | float)]
-    points = [point for point in points if math.isfinite(point[1])]
+    points = [(r["step"], r[name]) for r in records if r["split"] == split and number(r.get(name))]
     return tuple(np.array(points, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -140,13 +141,6 @@ def troubles(label: str, records: Records) -> list[str]:
     return said
 
 
-def warn_of_losses(runs: dict[str, Run]) -> None:
-    """Print the troubles of each run (label -> records) on stderr."""
-    for label, records in runs.items():
-        for text in troubles(label, records):
-            warn(text)
-
-
 # --- runs side by side ------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +157,10 @@ def model_of(init_from: str) -> str:
     for _ in range(10):
         before = Path(init_from).parent
         before = before.parent if before.name == "checkpoints" else before
-        if not (before / "config.toml").is_file():
+        try:
+            init_from = str(read_config(before).get("init_from", init_from))
+        except UserError:  # no run, or a damaged one
             break
-        init_from = str(read_config(before).get("init_from", init_from))
     return init_from if "/" not in init_from else Path(init_from).name
 
 
@@ -177,8 +172,7 @@ def numbers(run: Run) -> list[dict[str, str]]:
     seconds, without validation and saving; tokens/s is the median.
     """
     after = [r for r in run if r["split"] == "val" and r["step"] > 0]  # step 0 is the model before training
-    losses = {r["step"]: r for r in after if isinstance(r.get("loss"), int | float) and math.isfinite(r["loss"])}
-    best = min(losses.values(), key=lambda r: r["loss"], default={})
+    best = min((r for r in after if number(r.get("loss"))), key=lambda r: r["loss"], default={})
     train = series(run, "train", "loss")[1]
     end = best or next((r for r in reversed(run) if r["split"] == "train"), {})
     seconds, speed = (series(run, "train", name)[1] for name in ("step_s", "tokens_per_s"))
@@ -190,7 +184,7 @@ def numbers(run: Run) -> list[dict[str, str]]:
         if run.kind() == "SFT":
             found["perplexity"] = f"{math.exp(min(best['loss'], 700)):.3f}"
     wanted = {"accuracy": end.get(ACCURACY), "margin": end.get(MARGIN)}
-    preferred = {name: f"{value:.3f}" for name, value in wanted.items() if isinstance(value, int | float)}
+    preferred = {name: f"{value:.3f}" for name, value in wanted.items() if number(value)}
     times = {"minutes": f"{seconds.sum() / 60:.2f}"} if len(seconds) else {}
     times |= {"tokens/s": f"{np.median(speed):.0f}"} if len(speed) else {}
     jumped = ", ".join(str(step) for step, _, _ in jumps(run))
@@ -216,6 +210,15 @@ def run_table(runs: dict[str, Run], folders: dict[str, str]) -> Table:
     head = list(dict.fromkeys(name for groups in zip(*rows, strict=True) for group in groups for name in group))
     whole = [{name: text for group in row for name, text in group.items()} for row in rows]
     return [head, *([row.get(name, "-") for name in head] for row in whole)]
+
+
+def side_by_side(folders: dict[str, str]) -> tuple[dict[str, Run], Table]:
+    """The runs in folders (label -> path), and their table. The troubles of each are told on stderr."""
+    runs = {label: read_run(folder) for label, folder in folders.items()}
+    for label, run in runs.items():
+        for text in troubles(label, run):
+            warn(text)
+    return runs, run_table(runs, folders)
 
 
 def shorten(value: Any) -> str:

@@ -8,22 +8,19 @@ Of a run folder it reads config.toml, metrics.jsonl, and the results of evaluati
 
 from base.script import run
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError
 from base.files import write_whole
 from data import messages
-from data.jsonl import get, read
-from report.formats import Table, as_csv, broken, markdown, turned
+from data.jsonl import entries, read
+from report.formats import Table, aligned, as_csv, markdown, turned, width
 from report.plot import by_label, command, east_asian, figure, save
-from report.runs import read_config, read_run, run_table, warn_of_losses
+from report.runs import read_config, side_by_side
 from runtime.config import key
 
 CELL = 500  # characters of a text that a cell shows: a prompt's last ones, an answer's first ones
 LETTERS = 170  # letters in a line of the picture, all columns together
-LETTER, LINE = 0.08, 0.18  # inches: the width of a letter of 10 points, and a line's height
 
 
 @dataclass
@@ -39,64 +36,44 @@ class Config:
 # --- answers --------------------------------------------------------------------------------------------------------------
 
 
-def read_answers(path: str | Path, rows: int) -> list[tuple[str, str, str]]:
-    """(file:line, prompt, first completion) of the first `rows` lines of a file of sample.py."""
-    lines = []
+Answers = dict[str, dict[str, str]]  # label -> prompt -> answer
+
+
+def read_answers(path: str | Path, rows: int) -> dict[str, str]:
+    """Prompt -> first completion, in the first `rows` lines of a file of sample.py. A prompt counts once."""
+    found = {}
     for where, record in read(path, rows):
-        completions = get(record, "completions", list, where)
-        if not completions or not isinstance(completions[0], str):
-            raise UserError(f"{where}: 'completions' must be a list of texts: is it a file of sample.py?")
-        prompt = messages.as_text(messages.prompt_of(record, where))
-        lines.append((where, prompt.strip(), completions[0].strip() or "(empty)"))
-    return lines
+        first, *_ = entries(record, "completions", str, "texts", where)
+        prompt = messages.as_text(messages.prompt_of(record, where)).strip()
+        found.setdefault(prompt, first.strip() or "(empty)")
+    return found
 
 
-def answers(files: dict[str, str], rows: int, most: int = CELL) -> Table:
-    """The first `rows` prompts of sample.py's files (label -> file), with each file's first completion.
+def answers(files: Answers) -> Table:
+    """A row a prompt, with each file's answer; "-" where a file has none."""
+    prompts = dict.fromkeys(prompt for texts in files.values() for prompt in texts)
+    return [["prompt", *files], *([prompt, *(texts.get(prompt, "-") for texts in files.values())] for prompt in prompts)]
 
-    most: letters of a text that are shown, 0 = all. Raises UserError, with file and line, where the files do not answer the
-    same prompts in the same order.
-    """
-    columns = [read_answers(path, rows) for path in files.values()]
-    for path, lines in zip(files.values(), columns, strict=True):
-        if len(lines) != len(columns[0]):
-            raise UserError(f"{path} has {len(lines)} lines, the first file {len(columns[0])}: sample the same prompts")
-    table: Table = [["prompt", *files]]
-    for lines in zip(*columns, strict=True):
-        first, prompt, _ = lines[0]
-        for where, other, _ in lines:
-            if other != prompt:
-                raise UserError(f"{where}: another prompt than at {first}: sample the same prompts in the same order")
-        most = most or sys.maxsize
-        cut = [text if len(text) <= most else text[:most] + " …" for _, _, text in lines]
-        table.append([prompt if len(prompt) <= most else "… " + prompt[-most:], *cut])
-    return table
+
+def cut(table: Table) -> Table:
+    """The table with CELL letters of a text at most: of the first column's, the prompts, the last ones."""
+    shown = table[:1]
+    for prompt, *texts in table[1:]:
+        prompt = prompt if len(prompt) <= CELL else "… " + prompt[-CELL:]
+        shown.append([prompt, *(text if len(text) <= CELL else text[:CELL] + " …" for text in texts)])
+    return shown
 
 
 # --- a table as a picture -------------------------------------------------------------------------------------------------
 
 
 def draw(table: Table, out: str | Path, texts: int) -> None:
-    """Draw a table into the PNG file `out`, long texts broken into lines. `texts` as in `aligned`.
-
-    Each line of a cell is put in its place by itself, for letters of several fonts differ in width and height.
-    """
-    rows, widths = broken(table, max(LETTERS // len(table[0]), 13))
+    """Draw a table into the PNG file `out`, long texts broken into lines. `texts` as in `aligned`."""
+    rows = aligned(table, texts, max(LETTERS // len(table[0]), 13))
+    rule = "─" * max(width(line) for row in rows for line in row.splitlines())
     fig = figure(out, 1, 1)  # the picture is cut to its text
-    from matplotlib.lines import Line2D
-
-    font = {"family": ["monospace", *east_asian()], "size": 10, "va": "top", "parse_math": False}
-    ends = [sum(widths[: i + 1]) + 2 * i for i in range(len(widths))]
-    y = 0
-    for row in rows:
-        for line in row:
-            for i, (text, end) in enumerate(zip(line, ends, strict=True)):
-                x, side = (end - widths[i], "left") if i < texts else (end, "right")
-                fig.text(x * LETTER, -y * LINE, text, ha=side, **font)
-            y += 1
-        if row is not rows[-1]:
-            fig.add_artist(Line2D([0, ends[-1] * LETTER], [-(y + 0.2) * LINE] * 2, color="0.7", linewidth=0.8))
-            y += 0.5
+    font = {"family": ["monospace", *east_asian()], "size": 10, "parse_math": False}
+    fig.text(0, 0, f"\n{rule}\n".join(rows), **font)
     save(fig, out, bbox_inches="tight", pad_inches=0.2)
 
 
@@ -105,13 +82,12 @@ def main() -> None:
     sources = by_label(cfg.labels, paths)
     are_runs, is_csv = all(Path(path).is_dir() for path in paths), cfg.out.endswith(".csv")
     if are_runs:
-        records = {label: read_run(folder) for label, folder in sources.items()}
-        table = run_table(records, sources)
         for folder in paths:
             read_config(folder)  # a table without settings says too little
-        warn_of_losses(records)
+        _, table = side_by_side(sources)
     else:
-        table = answers(sources, cfg.rows, 0 if is_csv else CELL)
+        table = answers({label: read_answers(path, cfg.rows) for label, path in sources.items()})
+        table = table if is_csv else cut(table)
     text = as_csv(table) if is_csv else markdown(table)
     print(text, end="")
     if cfg.out:

@@ -45,7 +45,16 @@ class ChatKeys:
 
 
 @dataclass
-class DataKeys(ChatKeys):
+class FileKeys:
+    """Data files"""
+
+    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
+    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
+    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
+
+
+@dataclass
+class DataKeys(ChatKeys, FileKeys):
     """Data"""
 
     data: str = key(
@@ -58,9 +67,6 @@ class DataKeys(ChatKeys):
     val_share: float = key(0.0, "in place of val_data: a share of data's prompts, drawn by their hash", least=0, below=1)
     split: str = key("train", "the split of data to train on")
     val_split: str = key("", "the split for validation: of val_data, else of data; empty = val")
-    columns: str = key("", "columns of a file by your names for them: prompt=question,chosen=a,rejected=b; empty = as they are")
-    min_gap: float = key(0.0, "of completions with scores: how far two scores must be apart to be a pair", least=0)
-    data_dir: str = key("", "folder that holds a recipe's files, instead of downloading them", reads=check_there)
     limit: int = key(0, "use only the first so many training problems, 0 = all", least=0)
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)

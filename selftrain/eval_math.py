@@ -14,7 +14,6 @@ each wins with chance 1/t. Taking the first of them comes to the same where the 
 from base.script import run
 
 import functools
-import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -24,6 +23,9 @@ import numpy as np
 
 from base.errors import UserError
 from base.files import write_whole
+from report.formats import markdown
+from report.plot import dress, figure, save
+from report.results import wilson
 from runtime import config
 from runtime.config import key
 from selftrain import grading
@@ -41,7 +43,7 @@ class Config(GradeKeys):
     marker: str = key("", "also the share of completions that hold this text (planted by `selftrain.pairs --marker`)")
     out: str = key("", "JSON file for the result", writes="")
     details: str = key("", "JSONL file: the samples with `pred` and `grades`, as `selftrain.pairs` reads them", writes="")
-    plot: str = key("", "PNG file: accuracy over k", writes=".png")
+    plot: str = key("", "picture of the accuracy over k: .png, .pdf or .svg", writes=".png .pdf .svg")
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -95,9 +97,7 @@ def interval(values: list[float], samples: int) -> list[float]:
     n, p = len(values), sum(values) / len(values)
     spread = float(np.var(values, ddof=1)) if n > 1 else 0.0
     n = min(n * p * (1 - p) / spread, samples) if spread > 0 else n if p in (0, 1) else samples
-    z2 = 1.959964**2
-    middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
+    return wilson(p, n)
 
 
 def measure(samples: list[Sample], top: int) -> dict:
@@ -152,59 +152,46 @@ def cell(row: dict, field: str) -> str:
     """A figure as text: a share with its 95% interval, a change with its ± half-width, or a plain number; "" if missing."""
     value, ci95 = row.get(field, ""), row.get(f"{field}_ci95")
     if isinstance(ci95, list):
-        return f"{value:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
+        return f"{value:.3f} ({ci95[0]:.3f} to {ci95[1]:.3f})"
     if ci95 is not None:
         return f"{value:+.3f} ± {ci95:.3f}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def markdown(rows: list[dict], columns: dict[str, str]) -> str:
+def listed(rows: list[dict], columns: dict[str, str]) -> str:
     """Rows as a Markdown table. columns: {field: heading}; one that no row has is left out."""
     columns = {field: heading for field, heading in columns.items() if any(field in row for row in rows)}
-    lines = [list(columns.values()), ["---"] * len(columns), *([cell(row, field) for field in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown([list(columns.values()), *([cell(row, field) for field in columns] for row in rows)])
 
 
 def table(result: dict) -> str:
     """The result as text: a row for each k up to 16, for its powers of two and its last, then for each level and subject."""
     k, by_k = result["k"], result["by_k"]
     shown = [row for row in by_k if row["k"] <= 16 or row is by_k[-1] or row["k"].bit_count() == 1]
-    tables = [markdown(shown, {"k": "k", "maj": "maj@k [95%]", "pass": "pass@k [95%]"})]
+    tables = [listed(shown, {"k": "k", "maj": "maj@k (95%)", "pass": "pass@k (95%)"})]
     for name in ("level", "subject"):
         if parts := result.get(f"by_{name}"):
             columns = {name: name, "maj": f"maj@{k}", "pass": f"pass@{k}", "pass_at_1": "pass@1", "n": "n"}
-            tables.append(markdown([{name: value, **part} for value, part in parts.items()], columns))
-    summary = (
-        f"{result['n']:,} problems, {result['samples']:,} answers; all right in {result['all_right']:,}, all wrong in "
-        f"{result['all_wrong']:,} problems; {result['no_answer']:,} completions without an answer"
-    )
-    return "\n\n".join([*tables, summary])
+            tables.append(listed([{name: value, **part} for value, part in parts.items()], columns))
+    kinds = ("samples", "all_right", "all_wrong", "no_answer")
+    said = ", ".join(f"{result[kind]:,} {kind.replace('_', ' ')}" for kind in kinds)
+    return "\n".join([*tables, f"{result['n']:,} problems: {said}"])
 
 
-def draw(results: dict[str, dict], path: str) -> None:
-    """A PNG of maj@k (lines) and pass@k (dashed) over k with 95% bands; one colour for each result of {label: result}."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"key plot: matplotlib is needed to draw {path}: pip install matplotlib") from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for number, (label, result) in enumerate(results.items()):
-        by_k, colour = result["by_k"], f"C{number}"
-        ks = [row["k"] for row in by_k]
-        for name, style in (("maj", "o-"), ("pass", "s--")):
-            low, high = zip(*(row[f"{name}_ci95"] for row in by_k), strict=True)
-            text = f"{label} {name}@k".strip()
-            axes.plot(ks, [row[name] for row in by_k], style, markersize=4, color=colour, label=text)
-            axes.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
+def draw(result: dict, path: str) -> None:
+    """A picture of maj@k and pass@k over k with 95% bands."""
+    fig, by_k = figure(path, 8, 5), result["by_k"]
+    axes, ks = fig.subplots(), [row["k"] for row in by_k]
+    for name, style in (("maj", "o-"), ("pass", "s--")):
+        low, high = zip(*(row[f"{name}_ci95"] for row in by_k), strict=True)
+        axes.plot(ks, [row[name] for row in by_k], style, markersize=4, label=f"{name}@k")
+        axes.fill_between(ks, low, high, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="k, samples a problem", ylabel="share of problems", ylim=(-0.02, 1.02))
-    axes.grid(color="0.9")
-    axes.legend(fontsize=9)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    write_whole(path, image.getvalue())
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend()
+    dress(axes, "k, samples a problem", "share of problems")
+    save(fig, path)
 
 
 def compare(samples: list[Sample], grader: str) -> str:
@@ -235,7 +222,7 @@ def main() -> None:
     if cfg.details:
         write_whole(cfg.details, "".join(json.dumps({**s.record, "pred": s.pred, "grades": s.grades}) + "\n" for s in samples))
     if cfg.plot:
-        draw({"": result}, cfg.plot)
+        draw(result, cfg.plot)
     if cfg.out:
         write_whole(cfg.out, json.dumps(result | {"file": cfg.samples}, indent=1) + "\n")
     print(json.dumps({name: result[name] for name in ("n", "k", "maj", "pass", "pass_at_1")}))

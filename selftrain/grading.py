@@ -10,6 +10,7 @@ optional) does algebra too. docs/math.md shows where the two differ on real answ
 """
 
 import functools
+import importlib.util
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -144,15 +145,10 @@ def equality(grader: str) -> tuple[str, Callable[[str, str], bool]]:
 
     Raises UserError for math_verify where it is not installed.
     """
-    if grader != "plain":
-        try:
-            import math_verify  # noqa: F401
-
-            return "math_verify", verify_equal
-        except ImportError:
-            if grader == "math_verify":
-                raise UserError("key grader: math-verify is not installed: pip install math-verify, or take plain") from None
-    return "plain", plain_equal
+    installed = importlib.util.find_spec("math_verify") is not None
+    if grader == "math_verify" and not installed:
+        raise UserError("key grader: math-verify is not installed: pip install math-verify, or take plain")
+    return ("math_verify", verify_equal) if installed and grader != "plain" else ("plain", plain_equal)
 
 
 # --- programs -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ Every step is a command of its own, and is printed before it runs:
     sample                       n answers to each                      round_1/samples.jsonl
     selftrain.eval_math          their grades                           round_1/graded.jsonl, train.json
     selftrain.pairs              right answers over wrong ones          round_1/pairs.jsonl, pairs.json
-    precompute_ref               log-probs of the model as it is now    round_1/ref.safetensors (not with LoRA)
     dpo                          the next model                         round_1/dpo/model
     sample, selftrain.eval_math  held-out problems                      round_1/eval_samples.jsonl, eval.json
 
@@ -23,26 +22,28 @@ each round a warning says if nothing was learnt. `rounds.md` and `rounds.json` h
 
 from base.script import run
 
-import dataclasses
 import importlib
 import json
+import operator
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import precompute_ref
+import numpy as np
+
 from base.errors import UserError, warn
 from base.files import read_json, write_whole
 from data import math_problems, rewards
 from data.jsonl import read
-from losses import REFERENCE_FREE
 from runtime import config, distributed
 from runtime.config import REQUIRED, key
+from runtime.reference import AUTO
 from selftrain import eval_math, problems
 
-MADE = ("rounds.json", "rounds.md", "rounds.png", "eval_prompts.jsonl")  # in its folder, beside config.toml and round_N
+MADE = ("rounds.json", "rounds.md", "eval_prompts.jsonl")  # in its folder, beside config.toml and round_N
 
 
 @dataclass
@@ -64,8 +65,6 @@ class Config:
     pairs: str = key("", "flags of selftrain.pairs: --max_pairs --balanced --partner --shuffle; with reward of reward_pairs")
     dpo: str = key("", "flags of dpo.py: --loss --beta --lr --epochs --batch_size --schedule --lora_rank …")
     marker: str = key("", "plant this text in the chosen answers, and count the outputs that show it")
-    stop_early: bool = key(False, "leave after a round that made pass@1 worse beyond its interval", free=True)
-    plot: bool = key(False, "draw accuracy over k, all rounds, into rounds.png", free=True)
     seed: int = key(0, "seed of sampling, pairs and training", least=0)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
     out_dir: str = key(REQUIRED, "folder for everything; a loop that is there is gone on with", replaces=MADE, free=True)
@@ -73,7 +72,7 @@ class Config:
     def check(self) -> None:
         if (self.reward or self.data not in math_problems.NAMES) and not self.eval_data:
             raise UserError("key eval_data: data is a file, which has no test split: name another file to evaluate on")
-        for name in ("prompt", "grade", "marker", "data_dir", "plot"):
+        for name in ("prompt", "grade", "marker", "data_dir"):
             if self.reward and getattr(self, name):
                 raise UserError(f"key {name}: it is for problems that are graded: leave it out, or leave out reward")
 
@@ -137,7 +136,7 @@ def steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
         step(cfg, "sample", "sample", draw),
         step(cfg, "selftrain.eval_math", "grade", grade),
         step(cfg, "selftrain.pairs", "pairs", pair),
-        *training(cfg, r),
+        training(cfg, r),
         *evaluation,
     ]
 
@@ -155,29 +154,19 @@ def reward_steps(cfg: Config, r: int) -> list[tuple[str, dict]]:
     return [
         step(cfg, "sample", "sample", draw | {"seed": 1000 * cfg.seed + r}),
         step(cfg, "selftrain.reward_pairs", "pairs", pair | {"seed": cfg.seed}),
-        *training(cfg, r),
+        training(cfg, r),
         evaluation,
     ]
 
 
-def training(cfg: Config, r: int) -> list[tuple[str, dict]]:
-    """Reference and DPO on a round's pairs."""
-    at, before = f"{cfg.out_dir}/round_{r}", model_after(cfg, r - 1)
-    train = {
-        "init_from": before,
-        "data": f"{at}/pairs.jsonl",
-        "seed": cfg.seed,
-        "out_dir": f"{at}/dpo",
-        "ref": f"{at}/ref.safetensors",
-    }
-    _, train = step(cfg, "dpo", "dpo", train)
-    asked, reference = load_stage("dpo", train), []
-    if asked.loss in REFERENCE_FREE or asked.lora_rank:  # an adapter's reference is the model without it
+def training(cfg: Config, r: int) -> tuple[str, dict]:
+    """DPO on a round's pairs. It makes the log-probs of the model that it starts from, or finds those that it made before."""
+    at = f"{cfg.out_dir}/round_{r}"
+    train = {"init_from": model_after(cfg, r - 1), "data": f"{at}/pairs.jsonl", "seed": cfg.seed, "out_dir": f"{at}/dpo"}
+    script, train = step(cfg, "dpo", "dpo", train | {"ref": AUTO})
+    if load_stage(script, train).lora_rank:  # an adapter's reference is the model without it
         train["ref"] = ""
-    else:
-        known = {f.name for f in dataclasses.fields(precompute_ref.Config)}
-        reference = [("precompute_ref", {name: v for name, v in train.items() if name in known} | {"out": train["ref"]})]
-    return [*reference, ("dpo", train)]
+    return script, train
 
 
 def arguments(keys: dict) -> list[str]:
@@ -202,19 +191,23 @@ def check_steps(cfg: Config) -> None:
             problems.select(settings)
 
 
+def run_script(name: str, words: list[str], how: Callable = operator.call) -> None:
+    """Print a script's command, to be typed where the user stands, and run it in this process. how: what calls its `main`."""
+    module = importlib.import_module("data.__main__" if name == "data" else name)
+    alone = Path(module.__file__).name == f"{name}.py"
+    print(f"\n$ python {os.path.relpath(module.__file__) if alone else f'-m {name}'} {shlex.join(words)}", flush=True)
+    sys.argv = [name, *words]
+    if status := how(module.main):  # Ctrl-C or SIGTERM: the stage has saved and said so
+        sys.exit(status)
+
+
 def run_step(script: str, keys: dict, compute) -> None:
-    """Print a step's command and run it in this process, unless what it makes is there. This room's scripts run on rank 0."""
+    """Run a step, unless what it makes is there. This room's scripts run on rank 0."""
     makes = Path(keys.get("out") or f"{keys['out_dir']}/model")
     left = makes.with_name(f"{makes.name}.part0")  # sample.py, killed when all was written, deletes it
     if compute.once(lambda: makes.exists() and not left.exists()):
         return
-    module, in_room = importlib.import_module(script), script.startswith("selftrain.")
-    command = f"-m {script}" if in_room else os.path.relpath(module.__file__)
-    print(f"\n$ python {command} {shlex.join(arguments(keys))}", flush=True)
-    sys.argv = [script, *arguments(keys)]
-    status = compute.once(module.main) if in_room else module.main()
-    if status:  # Ctrl-C or SIGTERM: the stage has saved and said so
-        sys.exit(status)
+    run_script(script, arguments(keys), compute.once if script.startswith("selftrain.") else operator.call)
 
 
 # --- what came out of it ---------------------------------------------------------------------------------------------
@@ -234,44 +227,37 @@ def means(path: Path) -> list[float]:
 
 
 def figures(cfg: Config, r: int) -> dict:
-    """A round's row of the table. UserError where a file that it is made of is damaged."""
+    """A round's row of the table. `gain` is its pass@1 or mean reward less that of the round before; `gain_ci95` is the
+    half-width of the 95% interval, from the differences prompt by prompt.
+
+    Raises UserError where a file that it is made of is damaged.
+    """
+    at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
     try:
-        row = _figures(cfg, r)
+        result, row = read_json(at / "eval.json"), {"round": r}
+        if cfg.reward:
+            row |= {name: result[name] for name in ("reward", "reward_stderr", "kl", "kl_stderr", "tokens")}
+        else:
+            row |= {"k": result["k"]}
+            row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
+            row |= {"marker": result["marker"]} if "marker" in result else {}
+        if r:
+            pairs, train = read_json(at / "pairs.json"), read_json(at / "train.json")
+            if cfg.reward:
+                row |= {"train_reward": pairs["reward"], "pairs": pairs["pairs"]}
+            else:
+                row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
+                row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
+            both = zip(means(at / "eval_graded.jsonl"), means(before / "eval_graded.jsonl"), strict=True)
+            change = [now - then for now, then in both]
+            spread = float(np.std(change, ddof=min(1, len(change) - 1)))
+            row |= {"gain": sum(change) / len(change), "gain_ci95": 1.96 * spread / len(change) ** 0.5}
         if not all(isinstance(value, int | float) for name, value in row.items() if not name.endswith("_ci95")):
             raise TypeError("a number is missing")
         table([row])
-        return row
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        at = Path(cfg.out_dir) / f"round_{r}"
-        raise UserError(
-            f"{at}: its *.json or *_graded.jsonl are damaged ({error!r}): delete these, they are made anew"
-        ) from None
-
-
-def _figures(cfg: Config, r: int) -> dict:
-    """`gain` is its pass@1 or mean reward less that of the round before; `gain_ci95` is the half-width of the 95%
-    interval, from the differences prompt by prompt."""
-    at, before = (Path(cfg.out_dir) / f"round_{i}" for i in (r, r - 1))
-    result = read_json(at / "eval.json")
-    if cfg.reward:
-        row = {"round": r, **{n: result[n] for n in ("reward", "reward_stderr", "kl", "kl_stderr", "tokens")}}
-    else:
-        row = {"round": r, "k": result["k"]}
-        row |= {n: result[n] for name in ("pass_at_1", "maj", "pass") for n in (name, f"{name}_ci95")}
-        row |= {"marker": result["marker"]} if "marker" in result else {}
-    if r:
-        pairs = read_json(at / "pairs.json")
-        if cfg.reward:
-            row |= {"train_reward": pairs["reward"], "pairs": pairs["pairs"]}
-        else:
-            train = read_json(at / "train.json")
-            row |= {"train_pass_at_1": train["pass_at_1"], "problems": train["n"]}
-            row |= {name: pairs[name] for name in ("all_right", "all_wrong", "pairs")}
-        both = zip(means(at / "eval_graded.jsonl"), means(before / "eval_graded.jsonl"), strict=True)
-        change = [now - then for now, then in both]
-        mean, n = sum(change) / len(change), len(change)
-        variance = sum((c - mean) ** 2 for c in change) / max(1, n - 1)
-        row |= {"gain": mean, "gain_ci95": 1.96 * (variance / n) ** 0.5}
+        damaged = f"{at}: its *.json or *_graded.jsonl are damaged ({error!r})"
+        raise UserError(f"{damaged}: delete these, they are made anew") from None
     return row
 
 
@@ -281,21 +267,11 @@ def table(rows: list[dict]) -> str:
     columns = {"round": "round", "pairs": "pairs", "all_right": "all right", "all_wrong": "all wrong"}
     columns |= {"train_pass_at_1": "train pass@1", "pass_at_1": "pass@1", "maj": f"maj@{k}", "pass": f"pass@{k}"}
     columns |= {"train_reward": "train reward", "reward": "reward", "kl": "KL (nats)", "tokens": "tokens"}
-    return eval_math.markdown(rows, columns | {"gain": gain, "marker": "marker"})
+    return eval_math.listed(rows, columns | {"gain": gain, "marker": "marker"})
 
 
-def write_rounds(cfg: Config, rows: list[dict]) -> None:
-    """rounds.json, rounds.md and, where it is asked for, rounds.png."""
-    out = Path(cfg.out_dir)
-    write_whole(out / "rounds.json", json.dumps(rows, indent=1) + "\n")
-    write_whole(out / "rounds.md", table(rows) + "\n")
-    if cfg.plot:
-        results = {f"round {row['round']}:": json.loads((out / f"round_{row['round']}/eval.json").read_text()) for row in rows}
-        eval_math.draw(results, str(out / "rounds.png"))
-
-
-def verdict(row: dict, cfg: Config) -> bool:
-    """Warn of what went wrong in a round; True if it made its evaluation worse beyond its interval."""
+def warn_of(row: dict, cfg: Config) -> None:
+    """Warn of what went wrong in a round."""
     gain, doubt, r, what = row["gain"], row["gain_ci95"], row["round"], "the reward" if cfg.reward else "pass@1"
     if cfg.marker and row["marker"] < 0.01:
         warn(f"round {r}: the marker shows in {row['marker']:.1%} of outputs: training does not take (lr, epochs?)")
@@ -307,7 +283,6 @@ def verdict(row: dict, cfg: Config) -> bool:
         warn(f"round {r} made {what} worse: {gain:+.3f} ± {doubt:.3f} (a lower lr, a higher beta, sft_weight?)")
     elif gain <= doubt:
         warn(f"round {r} shows no gain in {what} beyond its interval: {gain:+.3f} ± {doubt:.3f}")
-    return gain < -doubt
 
 
 def main() -> None:
@@ -315,19 +290,19 @@ def main() -> None:
     compute = distributed.setup(cfg.device)
     compute.once(lambda: check_steps(cfg))
     compute.once(lambda: take(cfg))
-    rows: list[dict] = []
+    rows, out = [], Path(cfg.out_dir)
     for r in range(cfg.rounds + 1):
         for script, keys in steps(cfg, r):
             if keys.get("server_model") and keys["model"] != cfg.init_from:
                 warn(f"round {r}: the server must have {keys['model']} under the name {keys['server_model']} by now")
             run_step(script, keys, compute)
         rows.append(compute.once(lambda r=r: figures(cfg, r)))
-        compute.once(lambda: write_rounds(cfg, rows))
+        compute.once(lambda: write_whole(out / "rounds.json", json.dumps(rows, indent=1) + "\n"))
+        compute.once(lambda: write_whole(out / "rounds.md", table(rows)))
         print(f"\n{table(rows)}", flush=True)
-        if r and verdict(rows[-1], cfg) and cfg.stop_early:
-            print(f"left after round {r} (stop_early)")
-            break
-    print(f"wrote {Path(cfg.out_dir) / 'rounds.md'}; the last model is {model_after(cfg, rows[-1]['round'])}")
+        if r:
+            warn_of(rows[-1], cfg)
+    print(f"wrote {out / 'rounds.md'}; the last model is {model_after(cfg, cfg.rounds)}")
 
 
 if __name__ == "__main__":

@@ -92,16 +92,12 @@ def main() -> None:
     cfg = config.load(Config, prog="-m selftrain.pairs")
     samples, grader = load_graded(cfg)
     pairs, counts = make_pairs(samples, cfg)
-    print(
-        f"{counts['problems']:,} problems (grades: {grader}): {counts['with_pairs']:,} give pairs; all answers right in "
-        f"{counts['all_right']:,}, all wrong in {counts['all_wrong']:,}, too few texts in {counts['too_few']:,}; "
-        f"{counts['repeated_texts']:,} repeated texts left out"
-    )
+    kinds = ("with_pairs", "all_right", "all_wrong", "too_few", "repeated_texts")
+    said = ", ".join(f"{counts[kind]:,} {kind.replace('_', ' ')}" for kind in kinds)
+    print(f"{counts['problems']:,} problems (grades: {grader}): {said}")
     if not pairs:
         lower = ", or lower max_pairs" if cfg.balanced else ""
-        raise UserError(
-            f"{cfg.samples}: no problem has enough right and wrong answers: sample more, or at another temperature{lower}"
-        )
+        raise UserError(f"{cfg.samples}: no problem has enough right and wrong answers: sample more for each{lower}")
     chosen, rejected = counts["mean_chosen_characters"], counts["mean_rejected_characters"]
     if max(chosen, rejected) > 1.25 * min(chosen, rejected):
         warn(f"chosen answers have {chosen:.0f} characters on average, rejected {rejected:.0f}: DPO will learn the length too")

@@ -37,14 +37,6 @@ class Config:
     out: str = key(REQUIRED, "the .jsonl file to write", writes="")
 
 
-def examples(problems: list[MathProblem], n: int, seed: int) -> list[MathProblem]:
-    """`n` problems with a solution, drawn by seed. UserError if there are too few."""
-    worked = [p for p in problems if p.solution]
-    if len(worked) < n:
-        raise UserError(f"key few_shot: {n} examples wanted, but only {len(worked)} problems have a solution")
-    return random.Random(f"few shot {seed}").sample(worked, n)
-
-
 def select(cfg: Config) -> tuple[list[MathProblem], list[MathProblem]]:
     """(the problems to ask, the problems to show solved). No problem is in both. UserError if none is left to ask."""
     problems = math_problems.problems(cfg.data, cfg.split, data_dir=cfg.data_dir)
@@ -52,7 +44,10 @@ def select(cfg: Config) -> tuple[list[MathProblem], list[MathProblem]]:
     if cfg.few_shot:
         recipe = cfg.data in math_problems.NAMES and cfg.split != "train"
         pool = math_problems.problems(cfg.data, "train", data_dir=cfg.data_dir) if recipe else problems
-        shown = examples(pool, cfg.few_shot, cfg.seed)
+        worked = [p for p in pool if p.solution]
+        if len(worked) < cfg.few_shot:
+            raise UserError(f"key few_shot: {cfg.few_shot} wanted, but only {len(worked)} problems have a solution")
+        shown = random.Random(f"few shot {cfg.seed}").sample(worked, cfg.few_shot)
         problems = [p for p in problems if p not in shown]
     problems = [p for p in problems if not cfg.level or p.kind.get("level") == cfg.level]
     if cfg.wrap and problems:

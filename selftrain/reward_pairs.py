@@ -8,7 +8,8 @@ Completion a is chosen over b with the probability sigmoid((reward a - reward b)
 exp(reward / b), normalised, with b = beta * temperature. At temperature 0 the larger reward wins, and equal ones make no pair.
 
 A line of the output is a prompt with all its pairs, by the numbers of the completions: {"prompt", "completions", "rewards",
-"pairs": [[chosen, rejected], …]}. Equal texts of a prompt count once, empty ones are left out.
+"pairs": [[chosen, rejected], …]}. Equal texts of a prompt make pairs once, empty ones are left out. `reward` in the report is
+the mean over all samples that are not empty, equal ones included.
 """
 
 from base.script import run
@@ -22,19 +23,16 @@ from dataclasses import dataclass
 from base.errors import UserError
 from base.files import write_whole
 from data import messages, rewards
-from data.jsonl import read
+from data.jsonl import entries, read
 from runtime import config
 from runtime.config import REQUIRED, key
-from selftrain.samples import entries
 
 
 @dataclass
 class Config:
     """Make preference pairs of samples by their rewards."""
 
-    samples: str = key(
-        REQUIRED, 'a .jsonl / .jsonl.gz file of "prompt" (or "messages") and "completions", as sample.py writes it'
-    )
+    samples: str = key(REQUIRED, 'a file of sample.py: "prompt" (or "messages") and "completions" on each line')
     reward: str = key(REQUIRED, "reviews, sentiment, or FILE.py:NAME, your function of prompt and completion")
     temperature: float = key(0.0, "how noisy the labels are: see above; 0 = the larger reward wins", least=0)
     partner: str = key("all", "the pairs of a prompt: each two completions, or the best one and each other", ["all", "best"])
@@ -63,12 +61,11 @@ def main() -> None:
     reward, rows, values = rewards.get(cfg.reward), [], []
     for number, (where, record) in enumerate(read(cfg.samples)):
         prompt, texts = messages.prompt_of(record, where), entries(record, "completions", str, "texts", where)
-        texts = [text for text in dict.fromkeys(texts) if text]
-        rated = [reward(messages.as_text(prompt), text) for text in texts]
-        values += rated
-        if pairs := pair(rated, cfg, random.Random(f"reward pairs {cfg.seed} {number}")):
-            answers = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
-            rows.append({"prompt": prompt, "completions": answers, "rewards": rated, "pairs": pairs})
+        rated = {text: reward(messages.as_text(prompt), text) for text in dict.fromkeys(texts) if text}
+        values += [rated[text] for text in texts if text]
+        if pairs := pair([*rated.values()], cfg, random.Random(f"reward pairs {cfg.seed} {number}")):
+            answers = [*rated] if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in rated]
+            rows.append({"prompt": prompt, "completions": answers, "rewards": [*rated.values()], "pairs": pairs})
     if not rows:
         raise UserError(f"{cfg.samples}: no prompt has two completions of different rewards: sample more, or at a temperature")
     random.Random(f"order {cfg.seed}").shuffle(rows)

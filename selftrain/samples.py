@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from base.errors import UserError
 from data import math_problems
-from data.jsonl import get, read
+from data.jsonl import entries, get, read
 from data.math_problems import extract
 from runtime.config import REQUIRED, key
 from selftrain import grading
@@ -42,12 +42,8 @@ class GradeKeys:
     """Which samples to read and how to grade them."""
 
     samples: str = key(REQUIRED, "a .jsonl / .jsonl.gz file of prompts, answers and completions")
-    grades: str = key(
-        "auto", "whose grades: the file's, our own, or auto = the file's where it has them", ["auto", "stored", "own"]
-    )
-    grader: str = key(
-        "auto", "own grades: math_verify, plain, or auto = math_verify where installed", ["auto", "plain", "math_verify"]
-    )
+    grades: str = key("auto", "the file's, our own, or auto = the file's where it has them", ["auto", "stored", "own"])
+    grader: str = key("auto", "of own grades; auto = math_verify where installed", ["auto", "plain", "math_verify"])
     programs: bool = key(False, "own grades: run the Python program in a completion in a sandbox, and take what it prints")
     program_seconds: float = key(5.0, "most seconds a program runs", above=0, most=3600)
     program_memory_mb: int = key(512, "most memory of a program", least=64, most=2**20)
@@ -98,12 +94,3 @@ def _sample(record: dict, where: str) -> Sample:
     if stored is not None and "pred" in record:
         pred = [p or None for p in entries(record, "pred", str | None, "texts or null", where, n)]
     return Sample(get(record, "prompt", str, where), answer, completions, kind, record, where, stored, pred=pred)
-
-
-def entries(record: dict, field: str, kind: type, what: str, where: str, n: int = 0) -> list:
-    """A field that is a list of `kind`, of `n` entries or (0) at least one. Raises UserError for anything else."""
-    values = get(record, field, list, where)
-    if not values or (n and len(values) != n) or not all(isinstance(v, kind) for v in values):
-        count = f"one for each of the {n} completions" if n else "at least one"
-        raise UserError(f"{where}: {field!r} must be a list of {what}, {count}")
-    return values

@@ -341,7 +341,8 @@ def answers(given, folder):
         math_problems.problems(str(at / "problems.jsonl"))
         for where, record in jsonl.read(at / "samples.jsonl"):
             jsonl.get(record, "prompt", str, where)
-        formats.aligned(tables.answers({"a": str(at / "samples.jsonl"), "b": str(at / "graded.jsonl")}, 10), 3)
+        texts = {name: tables.read_answers(str(at / f"{name}.jsonl"), 10) for name in ("samples", "graded")}
+        formats.aligned(tables.cut(tables.answers(texts)), 3)
 
     return Kind(read)
 
@@ -537,7 +538,7 @@ def loop_rounds(given, folder):
         cfg = SimpleNamespace(out_dir=str(at), marker="", reward="")
         rows = [loop.figures(cfg, r) for r in range(2)]
         loop.table(rows)
-        loop.verdict(rows[1], cfg)
+        loop.warn_of(rows[1], cfg)
 
     return Kind(read, "**/*")
 

@@ -5,6 +5,8 @@ import json
 import math
 import operator
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import demo
 import dpo
 import losses
+import sft
 from runtime import config
 from tests.conftest import flags, script
 from tests.data.test_recipe_page import command
@@ -72,6 +75,15 @@ def test_the_claims_fail_when_dpo_is_spoiled(spoiled, small, monkeypatch):
     worse = demo.policy(demo.DPO, 1, run.measure(folder))
     kept = [p for p in results["policies"] if p["name"] != demo.DPO]
     assert not holds({**results, "policies": [*kept, worse]})
+
+
+def test_the_commands_are_right_wherever_the_user_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft, "main", lambda: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    demo.Demo(demo.Config(out_dir="out")).chosen()
+    files = [word for word in capsys.readouterr().out.split() if word.endswith((".py", ".toml"))]
+    assert len(files) == 2 and all(Path(file).is_file() for file in files), files
 
 
 def test_no_point_of_the_limit_that_rests_on_few_samples():

@@ -73,8 +73,8 @@ USER_TWICE = {"messages": [ASKED, MORE, SAID]}
         ("sft", {"prompt": "P", "completion": [SAID]}, "the field 'prompt' must be a list, not 'P'"),
         ("preference", {"chosen": [ASKED, SAID]}, "the field 'rejected' is missing"),
         ("preference", {"chosen": [ASKED, SAID], "rejected": "x"}, "the field 'rejected' must be a list"),
-        ("preference", {"chosen": [ASKED, SAID], "rejected": [MORE, OTHER]}, "part at a turn that is not the assistant's"),
-        ("preference", {"chosen": [*TALK], "rejected": [*TALK[:2], ASKED, LAST]}, "part at a turn that is not the assistant's"),
+        ("preference", {"chosen": [ASKED, SAID], "rejected": [MORE, OTHER]}, "do not part at an answer"),
+        ("preference", {"chosen": [*TALK], "rejected": [*TALK[:2], ASKED, LAST]}, "do not part at an answer"),
         ("preference", {"chosen": [SAID], "rejected": [OTHER]}, "the field 'prompt' is missing"),
         (
             "preference",

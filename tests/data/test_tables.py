@@ -73,7 +73,7 @@ ROW = {"prompt": "P", "completion": " C"}
         (
             [ROW],
             "prompt=query,completion=completion",
-            "no column 'query' for 'prompt': name one of prompt, completion in --columns",
+            "no column 'query' for 'prompt' of --columns: use prompt, completion",
         ),
         ([ROW, {**ROW, "completion": None}], "", "row 2: the field 'completion' must be text, not None"),
         ([{**ROW, "completion": 5}], "", "row 1: the field 'completion' must be text, not 5"),

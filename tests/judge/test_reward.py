@@ -32,7 +32,7 @@ def test_reward_is_what_dpo_validated(files, call, dpo_run, sft_run, reference, 
 
     def measure(name: str, **keys) -> dict:
         status, printed, err = call("eval_reward", *reward_args(files, dpo_run, tmp_path / name, **keys))
-        assert status == 0 and "of 16 pairs; margin" in printed, err
+        assert status == 0 and "16 pairs: accuracy " in printed and ", margin " in printed, err
         return json.loads((tmp_path / name).read_text())
 
     found = measure("a.json", ref=reference, label="DPO")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from base.errors import UserError
 from eval_winrate import Config, examples_table, parameters_of, sides_of
-from judge.figures import Judgement, wilson
+from judge.figures import Judgement, grade_score, wilson
 from judge.items import Item, known_pairs, read_items
 from judge.verdict import read_template
 from runtime import config
@@ -149,6 +149,10 @@ def test_wilson():
         assert wilson(x / n, n) == pytest.approx(interval, abs=5e-5)
 
 
+def test_the_score_of_one_prompt_is_not_certain():
+    assert grade_score([Judgement(0, trial, 60.0, "", (1, 1), ()) for trial in range(3)])["ci95"] == [0, 100]
+
+
 def test_size_of_a_model(sft_run):
     with safe_open(sft_run / "model" / "model.safetensors", "pt") as file:
         count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
@@ -175,8 +179,8 @@ def test_responses_that_do_not_fit(tmp_path, monkeypatch):
     for records, against, trials, says in (
         ([one, {"prompt": "q"}], "", 1, "r.jsonl:2: the field 'chosen' is missing"),
         ([one], "output", 1, "r.jsonl:1: the field 'output' is missing"),
-        ([{**one, "completions": []}], "", 1, "r.jsonl:1: the field 'completions' must be a list of at least one text"),
-        ([{**one, "completions": [3]}], "", 1, "r.jsonl:1: the field 'completions' must be a list of at least one text"),
+        ([{**one, "completions": []}], "", 1, "r.jsonl:1: 'completions' must be a list of texts, at least one"),
+        ([{**one, "completions": [3]}], "", 1, "r.jsonl:1: 'completions' must be a list of texts, at least one"),
         ([{**one, "completions": ["y", "z"]}], "", 3, "r.jsonl:1: 2 completions for 3 trials"),
         ([one], "two.jsonl", 1, "r.jsonl has 1 lines and two.jsonl has 2"),
         ([one, two], "two.jsonl", 1, "two.jsonl:2: another prompt than at r.jsonl:2"),
@@ -211,10 +215,6 @@ def test_keys_that_do_not_go_together():
     ):
         with pytest.raises(UserError, match=says):
             config.load(Config, [*given, *words.split()])
-
-
-def test_the_reward_has_a_script_of_its_own(refused):
-    refused("eval_winrate", "--mode", "reward", "--model", "m", "--ref_model", "r", says="run eval_reward.py")
 
 
 def test_what_the_user_said_is_no_answer_to_compare_with(tmp_path, refused):

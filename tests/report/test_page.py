@@ -117,6 +117,15 @@ def test_empty_metrics(tail, folder, call, tmp_path):
     assert "no records yet" in found.texts["li"][0] and found.texts["h2"] == ["Settings"]
 
 
+def test_a_damaged_config_is_a_warning(demo, call, tmp_path):
+    """The other runs are shown."""
+    (tmp_path / "demo/dpo/config.toml").write_text("lr = ")
+    status, _, err = call("report.page", demo, "--out", tmp_path / "r.html")
+    assert status == 0 and "config.toml: not valid TOML" in err
+    found = checked(tmp_path / "r.html")
+    assert "config.toml: not valid TOML" in found.texts["li"][0] and "sft" in found.texts["th"]
+
+
 def test_a_run_that_goes_on_with_a_nan_and_a_jump(folder, losses, call, tmp_path):
     pytest.importorskip("matplotlib")
     records = [*losses(jump=3.0), {"step": 300, "split": "val", "loss": float("nan")}]

@@ -10,7 +10,7 @@ import pytest
 
 from base.errors import UserError
 from report import plot
-from report.runs import ACCURACY, MARGIN, Run, run_table
+from report.runs import ACCURACY, MARGIN, Run, read_run, run_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,15 +26,15 @@ DPO += [record(20, "val", 0.6, **{MARGIN: 1.25, ACCURACY: 0.625})]
 
 
 @pytest.fixture
-def figure(tmp_path, monkeypatch):
+def figure(tmp_path):
     """figure(runs) draws them and returns the matplotlib Figure."""
     pytest.importorskip("matplotlib")
-    saved, save = [], plot.save
-    monkeypatch.setattr(plot, "save", lambda fig, out: (saved.append(fig), save(fig, out)))
+    out = tmp_path / "new" / "deep" / "x.png"
 
     def make(runs):
-        plot.draw({label: Run(records) for label, records in runs.items()}, tmp_path / "new" / "deep" / "x.png")
-        return saved[-1]
+        fig = plot.runs_figure({label: Run(records) for label, records in runs.items()}, out)
+        plot.save(fig, out)
+        return fig
 
     return make
 
@@ -71,7 +71,7 @@ def test_table(tmp_path):
 def test_each_kind_of_loss_has_a_panel(folder, tmp_path):
     pytest.importorskip("matplotlib")
     paths = [folder("sft", SFT), *(folder(loss, DPO, f'loss = "{loss}"\n') for loss in ("sigmoid", "ipo"))]
-    fig = plot.runs_figure({Path(path).name: plot.read_run(path) for path in paths}, "x.png")
+    fig = plot.runs_figure({Path(path).name: read_run(path) for path in paths}, "x.png")
     assert [ax.get_ylabel() for ax in fig.axes][:3] == [
         "loss (nats per token)",
         "sigmoid loss (per pair)",
@@ -120,9 +120,12 @@ def test_single_points_show_and_every_run_is_in_the_one_legend(figure):
 def test_labels():
     assert plot.by_label("", ["x/run/", "z/other.jsonl"]) == {"run": "x/run/", "other": "z/other.jsonl"}
     assert plot.by_label("one,two", ["x/run", "y/run"]) == {"one": "x/run", "two": "y/run"}
-    for labels, words in (("", "one name"), ("a,a", "one name"), ("a", "1 names for 2")):
+    assert plot.by_label("", ["x/run", "y/run"]) == {"x/run": "x/run", "y/run": "y/run"}
+    for labels, words in (("a,a", "one name"), ("a", "1 names for 2")):
         with pytest.raises(UserError, match=words):
             plot.by_label(labels, ["x/run", "y/run"])
+    with pytest.raises(UserError, match="one name"):
+        plot.by_label("", ["x/run", "y/../x/run"])
 
 
 def test_what_cannot_be_drawn(folder, refused, call, tmp_path, monkeypatch):

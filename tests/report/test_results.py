@@ -95,6 +95,23 @@ def test_results_of_every_kind(name, call, tmp_path):
         assert [[bar.get_height() for bar in ax.patches] for ax in axes] == [[pytest.approx(p[1])] for p in points]
 
 
+@pytest.mark.parametrize("damage", [{"win_rate": 1e308}, {"n": -1e200}, {"label": "\ud800"}])
+def test_no_number_or_label_that_cannot_be_drawn(damage, refused, tmp_path):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({"win_rate": 0.4, **CI, "n": 9, **damage}))
+    refused("report.plot", path, "--out", tmp_path / "x.png", says="no result of an evaluation script")
+
+
+def test_a_reward_whose_rule_is_called_score():
+    """Its axis is not that of a judge's score, 0 to 100."""
+    pytest.importorskip("matplotlib")
+    from report import plot
+
+    point = {"label": "a", "parameters": None, "measure": "reward, score.py:f", "n": 9, "value": 0.4, "low": None, "high": None}
+    (ax,) = plot.results_figure([{**point, "chance": None}], "x.png").axes
+    assert ax.get_ylim()[1] < 1
+
+
 def test_bars_where_one_size_is_unknown(tmp_path):
     """Result files of one name are told apart by their folders."""
     pytest.importorskip("matplotlib")
@@ -106,6 +123,6 @@ def test_bars_where_one_size_is_unknown(tmp_path):
         paths.append(str(tmp_path / name / "win.json"))
         (tmp_path / name / "win.json").write_text(json.dumps({"win_rate": 0.4, **CI, "n": 9, "parameters": size}))
     (ax,) = plot.results_figure(plot.read_results(paths), "x.png").axes
-    assert len(ax.patches) == 3 and [text.get_text() for text in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert len(ax.patches) == 3 and [text.get_text() for text in ax.get_xticklabels()] == ["a/win", "b/win", "c/win"]
     (ax,) = plot.results_figure(plot.read_results(paths[:2]), "x.png").axes
     assert not ax.patches and ax.get_xlabel() == "parameters"

@@ -1,6 +1,7 @@
 """Run folders read back, and the steps where a loss jumped."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_a_folder_without_records(folder, tmp_path):
 
 
 def test_series_leaves_out_what_is_no_number():
-    losses = [2.0, float("nan"), None, "text", 3, float("inf")]
+    losses = [2.0, float("nan"), None, "text", 3, float("inf"), 1.7e308, True]
     records = [{"step": step, "split": "train", "loss": loss} for step, loss in enumerate(losses)]
     records += [{"step": 6, "split": "val", "loss": 1.0}, {"step": 7, "split": "train"}]
     steps, values = runs.series(records, "train", "loss")
@@ -51,6 +52,15 @@ def test_log_prob_gains_are_rewards_over_beta(folder, settings):
     else:
         assert [r["gain/chosen"] for r in found] == [2.0] * 5
         assert [r["gain/rejected"] for r in found] == pytest.approx([-0.4, -0.8, -1.2, -1.6, -2.0])
+
+
+def test_the_model_that_a_chain_of_runs_began_with(folder):
+    """As far as it can be read: a damaged settings file of another run is no reason to show nothing."""
+    first = folder("first", RECORDS, 'init_from = "gpt2"\n')
+    second = folder("second", RECORDS, f'init_from = "{first}/checkpoints/step_5"\n')
+    assert runs.model_of(f"{second}/model") == "gpt2"
+    Path(first, "config.toml").write_text("init_from = ")
+    assert runs.model_of(f"{second}/model") == "step_5"
 
 
 @pytest.mark.parametrize("seed", range(5))

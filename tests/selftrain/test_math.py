@@ -300,7 +300,7 @@ def test_real_grades(tmp_path, call, name, answers, maj, mixed):
 
 def test_results_files(tmp_path, call):
     many = [
-        {"prompt": f"p{i}", "answer": "7", "subject": "S", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]} for i in range(9)
+        {"prompt": f"p{i}", "answer": "7", "level": "a|b", "completions": ["A: 7"] * (i % 5) + ["A: 8!", "x"]} for i in range(9)
     ]
     path, out, details, plot = lines(tmp_path / "s.jsonl", *many), tmp_path / "r.json", tmp_path / "d.jsonl", tmp_path / "c.png"
     more = ("--out", out, "--details", details, "--plot", plot, "--marker", "!", "--k", "2")
@@ -310,7 +310,9 @@ def test_results_files(tmp_path, call):
     assert {"n", "k", "maj", "pass", "pass_at_1"} <= set(result) and result["n"] == 9 and result["k"] == 2
     assert [r["k"] for r in result["by_k"]] == [1, 2], "as far as every problem has samples"
     total = sum(len(m["completions"]) for m in many)
-    assert result["marker"] == pytest.approx(9 / total) and result["no_answer"] == 9 and "subject" in said
+    assert result["marker"] == pytest.approx(9 / total) and result["no_answer"] == 9 and "level" in said
+    assert f"| 2 | {result['maj']:.3f} ({result['maj_ci95'][0]:.3f} to {result['maj_ci95'][1]:.3f}) |" in said
+    assert "| a&#124;b |" in said, "a name from the data does not end its cell"
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [r["grades"] for r in records(details)] == [[True] * (i % 5) + [False, False] for i in range(9)]
     again = call("selftrain.eval_math", "--samples", details)[1]
@@ -385,7 +387,7 @@ def test_pairs_by_hand(tmp_path, call):
     out, report = tmp_path / "p.jsonl", tmp_path / "r.json"
     args = ("selftrain.pairs", "--samples", path, "--out", out, "--report", report)
     status, said, _ = call(*args)
-    assert status == 0 and "2 give pairs; all answers right in 1, all wrong in 1" in said
+    assert status == 0 and "2 with pairs, 1 all right, 1 all wrong" in said
     found = {(p["prompt"], p["chosen"], p["rejected"]) for p in records(out)}
     assert found == {("p0", " bbbb", " ccccc"), ("p0", " aa", " d"), ("p3", " r", " w")}
     counts = {"pairs": 3, "problems": 4, "all_right": 1, "all_wrong": 1, "repeated_texts": 3, "fewest": 1, "most": 2}
@@ -403,7 +405,7 @@ def test_pairs_of_empty_and_of_doubtful_texts(tmp_path, call):
     same, out = [(" a", True), (" a", False), (" b", False)], tmp_path / "p.jsonl"
     path = graded(tmp_path, [("", False)] * 3, same, [(" r", True), ("", False)], [(" r", True), (" w", False)])
     status, said, _ = call("selftrain.pairs", "--samples", path, "--out", out)
-    assert status == 0 and "1 give pairs; all answers right in 0, all wrong in 1, too few texts in 2" in said
+    assert status == 0 and "1 with pairs, 0 all right, 1 all wrong, 2 too few" in said
     assert [(p["problem"], p["chosen"], p["rejected"]) for p in records(out)] == [(3, " r", " w")]
 
 

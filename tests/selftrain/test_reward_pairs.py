@@ -34,7 +34,7 @@ def test_pairs_by_hand(make, tmp_path):
     (row,) = make(lines, report=tmp_path / "r.json")
     assert row["completions"] == ["2", "5", "5.0", "1"] and row["rewards"] == [2, 5, 5, 1]
     assert row["pairs"] == [[1, 0], [2, 0], [0, 3], [1, 3], [2, 3]]
-    counts = {"prompts": 3, "with_pairs": 1, "pairs": 5, "reward": (13 + 9 + 4) / 8, "margin": 3.0}
+    counts = {"prompts": 3, "with_pairs": 1, "pairs": 5, "reward": (15 + 9 + 4) / 9, "margin": 3.0}
     assert json.loads((tmp_path / "r.json").read_text()) == pytest.approx(counts)
     (row,) = make(lines, partner="best")
     assert row["pairs"] == [[1, 0], [1, 3]]  # the first of two that are best
