@@ -186,13 +186,13 @@ def _sorted_gap(above: Tensor, below: Tensor, o) -> Tensor:
 
 
 def kl_estimate(p: Pairs) -> Tensor:
-    """KTO's z_0, eq. 8 of its paper: the mean log-ratio, 0 or more, of completions of other prompts. A scalar in nats, without
+    """KTO's z_0: the mean log-ratio, 0 or more, of completions of other prompts. A scalar in nats, without
     a gradient."""
     return p.ratio_rejected.detach().mean().clamp(min=0)
 
 
 def kto(p: Pairs, o) -> Tensor:
-    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 8, for unpaired data: a desirable completion's log-ratio is to be
+    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7, for unpaired data: a desirable completion's log-ratio is to be
     above the KL estimate, an undesirable one's below. Depends on the whole global batch."""
     z = o.beta * (p.ratio_chosen - kl_estimate(p))
     return torch.where(p.desirable, o.desirable_weight * torch.sigmoid(-z), o.undesirable_weight * torch.sigmoid(z))
