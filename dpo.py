@@ -25,10 +25,10 @@ from data.batch import collate
 from data.encode import Encoded, column, data_hash, pair_places, places
 from data.plan import describe, epoch_order
 from lora import as_started
-from losses import LOSSES, REFERENCE_FREE, WHOLE_BATCH, Pairs
+from losses import LOSSES, NEEDS, REFERENCE_FREE, WHOLE_BATCH, Pairs
 from precompute_ref import find_or_make
 from runtime import config, distributed, optim
-from runtime.build import batch_plan, build_model, build_tokenizer, load_data
+from runtime.build import batch_plan, build_model, build_tokenizer, check_labels, load_data
 from runtime.config import key
 from runtime.drift import Drift
 from runtime.keys import TrainKeys
@@ -40,7 +40,7 @@ from runtime.score import score
 
 @dataclass
 class Config(TrainKeys):
-    """Direct Preference Optimization on pairs of chosen and rejected completions."""
+    """Direct Preference Optimization on pairs of chosen and rejected completions, or, with loss kto, on unpaired ones."""
 
     loss: str = key("sigmoid", "preference loss, see losses.py", LOSSES)
     beta: float = key(0.1, "strength of the pull to the reference (for ipo and sppo_hard it sets the target)", above=0)
@@ -48,10 +48,14 @@ class Config(TrainKeys):
         "", "file of precompute_ref.py; auto = find or make it beside out_dir; empty with lora_rank = the model as it starts"
     )
     allow_ref_mismatch: bool = key(False, "use a reference of other weights all the same")
-    label_smoothing: float = key(0.0, "sigmoid, robust, exo_pair, both aot: chance that a label is flipped", least=0, below=1)
+    label_smoothing: float = key(
+        0.0, "sigmoid, cpo, robust, exo_pair, both aot: chance that labels are flipped", least=0, below=1
+    )
     simpo_gamma: float = key(0.5, "simpo: target margin")
     dpop_lambda: float = key(50.0, "dpop: weight of the penalty on a chosen completion below its reference", least=0)
     discopop_tau: float = key(0.05, "discopop: temperature of the blend", above=0)
+    desirable_weight: float = key(1.0, "kto: weight of the completions whose label is true", least=0)
+    undesirable_weight: float = key(1.0, "kto: weight of the completions whose label is false", least=0)
     sft_weight: float = key(0.0, "weight of the chosen completions' mean negative log-likelihood per token", least=0)
     kl_prompts: int = key(0, "estimate the KL from the start at each validation, on so many of its prompts", least=0)
     reward: str = key(
@@ -64,10 +68,9 @@ class Config(TrainKeys):
         super().check()
         if self.reward and not self.kl_prompts:
             raise UserError("key reward: it is measured on what the model writes: give --kl_prompts 16, or so")
-        if self.loss == "robust" and self.label_smoothing >= 0.5:
-            raise UserError(f"key label_smoothing: {self.label_smoothing} must be below 0.5 for loss robust")
-        if self.loss == "exo_pair" and self.label_smoothing == 0:
-            raise UserError("key label_smoothing: 0.0 must be above 0 for loss exo_pair")
+        for loss, name, words, right in NEEDS:
+            if loss == self.loss and not right(value := getattr(self, name)):
+                raise UserError(f"key {name}: {value} must be {words} for loss {loss}")
         if not self.ref and self.loss not in REFERENCE_FREE and not self.lora_rank:
             raise UserError(f"key ref: loss {self.loss} needs the reference's log-probs: make them with {command(self)}")
 
@@ -77,7 +80,8 @@ def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
     what a loss takes. A completion may be in several pairs. There may be no examples."""
     at = pair_places(items)
     lengths = torch.tensor([len(c) for item in items for c in item.completions]).to(sums)
-    return Pairs(*(part for numbers in (sums, ref.to(sums), lengths) for part in numbers[at].unbind(1)))
+    desirable = torch.tensor([item.label != 0 for item in items for _ in item.pairs], dtype=torch.bool, device=sums.device)
+    return Pairs(*(part for numbers in (sums, ref.to(sums), lengths) for part in numbers[at].unbind(1)), desirable)
 
 
 def objective(p: Pairs, cfg: Config, batch: list[Encoded]) -> Tensor:
@@ -89,21 +93,6 @@ def objective(p: Pairs, cfg: Config, batch: list[Encoded]) -> Tensor:
     return loss + cfg.sft_weight * losses.sft(p.chosen, chosen_tokens) if cfg.sft_weight else loss
 
 
-def reward_metrics(p: Pairs, beta: float) -> dict[str, float]:
-    """Means over pairs of what is reported, under TRL's names. Rewards are beta * log-ratio, in nats."""
-    chosen, rejected = beta * p.ratio_chosen.detach(), beta * p.ratio_rejected.detach()
-    values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": p.chosen.detach(),
-        "logps/rejected": p.rejected.detach(),
-    }
-    means = torch.stack([value.double().mean() for value in values.values()]).tolist()
-    return dict(zip(values, means, strict=True))
-
-
 def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
     """log pi of every example's completions, (completions,), without gradients or dropout."""
     return torch.cat(score(model, items, compute, cfg.micro_tokens)).to(compute.device)
@@ -113,7 +102,7 @@ def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> 
     """The loss and the rewards over all validation pairs."""
     p = as_pairs(measure(model, items, cfg, compute), ref, items)
     loss = objective(p, cfg, items).item()
-    return {"loss": loss, **reward_metrics(p, cfg.beta)}
+    return {"loss": loss, **losses.metrics(p, cfg)}
 
 
 def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Reference, cfg: Config, compute) -> None:
@@ -158,6 +147,7 @@ def main() -> int | None:
     reference_is_start = cfg.loss not in REFERENCE_FREE and not cfg.ref  # with LoRA only: see Config.check
     model = build_model(cfg, tokenizer, compute, keep_start=reference_is_start or cfg.kl_prompts > 0)
     train, val, max_len = load_data(cfg, "preference", tokenizer, model, compute)
+    check_labels(cfg, train, val)
 
     plan = batch_plan(cfg, train, compute, cfg.pairs_per_example)
     print(describe(plan, train))
@@ -239,7 +229,7 @@ def main() -> int | None:
         p = as_pairs(compute.total(sums.cpu()).to(compute.device), batch_ref, items)  # the global batch's
         loss = objective(p, cfg, items).item()
         tokens, predicted = (sum(getattr(item, name) for item in items) for name in ("row_tokens", "completion_tokens"))
-        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **reward_metrics(p, cfg.beta)}
+        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **losses.metrics(p, cfg)}
         this_run.log_step(done, record, timer.lap(), len(p.chosen), model, predicted)
         best = False
         if val and this_run.due(cfg.eval_every, done):

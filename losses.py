@@ -19,6 +19,9 @@ class Pairs(NamedTuple):
 
     `chosen`, `rejected`: log pi(y|x), the sum of the token log-probs of the completion, end of text included, in nats.
     `ref_*`: the same under the frozen reference. `*_len`: tokens in the completion, end of text included.
+
+    Unpaired data have one completion a prompt, and beside it one that another prompt was answered with. They stand here as
+    `chosen` and `rejected`, whatever the label; `desirable` is the label, (pairs,) bool. Of pairs it is True.
     """
 
     chosen: Tensor
@@ -27,6 +30,7 @@ class Pairs(NamedTuple):
     ref_rejected: Tensor
     chosen_len: Tensor
     rejected_len: Tensor
+    desirable: Tensor = torch.tensor(True)
 
     @property
     def ratio_chosen(self) -> Tensor:
@@ -58,11 +62,15 @@ def sft(logps: Tensor, n_tokens: int) -> Tensor:
 # --- preference losses ---------------------------------------------------------------------------------------------
 
 
+def _smoothed(z: Tensor, o) -> Tensor:
+    """-log sigmoid(z), where labels are believed to be flipped with probability `label_smoothing`."""
+    return -(1 - o.label_smoothing) * F.logsigmoid(z) - o.label_smoothing * F.logsigmoid(-z)
+
+
 def sigmoid(p: Pairs, o) -> Tensor:
     """DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. With `label_smoothing` e > 0 the conservative DPO of
     Mitchell 2023 (https://ericmitchell.ai/cdpo.pdf), eq. 3: labels are believed to be flipped with probability e."""
-    z = o.beta * p.h
-    return -(1 - o.label_smoothing) * F.logsigmoid(z) - o.label_smoothing * F.logsigmoid(-z)
+    return _smoothed(o.beta * p.h, o)
 
 
 def robust(p: Pairs, o) -> Tensor:
@@ -87,6 +95,20 @@ def hinge(p: Pairs, o) -> Tensor:
 def simpo(p: Pairs, o) -> Tensor:
     """SimPO, Meng et al. 2024 (arXiv 2405.14734), eq. 6: no reference, log-probs per token, target margin `simpo_gamma`."""
     return -F.logsigmoid(o.beta * (p.chosen / p.chosen_len - p.rejected / p.rejected_len) - o.simpo_gamma)
+
+
+def cpo(p: Pairs, o) -> Tensor:
+    """The preference term of CPO, Xu et al. 2024 (arXiv 2401.08417), eq. 3: DPO with a uniform reference, which cancels. The
+    paper adds the chosen completions' likelihood with weight 1: that is `sft_weight`."""
+    return _smoothed(o.beta * (p.chosen - p.rejected), o)
+
+
+def orpo(p: Pairs, o) -> Tensor:
+    """The odds-ratio term of ORPO, Hong et al. 2024 (arXiv 2403.07691), eq. 7: no reference, p is a completion's probability
+    per token, and its odds are p / (1 - p). The paper's lambda is `beta`; its likelihood term has `sft_weight` 1."""
+    logps = torch.stack([p.chosen / p.chosen_len, p.rejected / p.rejected_len])
+    odds = logps - torch.log(-torch.expm1(logps.clamp(max=-1e-6)))  # their logarithm; for p = 1 it would be infinite
+    return -o.beta * F.logsigmoid(odds[0] - odds[1])
 
 
 def dpop(p: Pairs, o) -> Tensor:
@@ -160,14 +182,58 @@ def aot_unpaired(p: Pairs, o) -> Tensor:
 
 
 def _sorted_gap(above: Tensor, below: Tensor, o) -> Tensor:
-    z = o.beta * (above.sort().values - below.sort().values)
-    return -(1 - o.label_smoothing) * F.logsigmoid(z) - o.label_smoothing * F.logsigmoid(-z)
+    return _smoothed(o.beta * (above.sort().values - below.sort().values), o)
+
+
+def kl_estimate(p: Pairs) -> Tensor:
+    """KTO's z_0: the mean log-ratio, 0 or more, of completions of other prompts. A scalar in nats, without
+    a gradient."""
+    return p.ratio_rejected.detach().mean().clamp(min=0)
+
+
+def kto(p: Pairs, o) -> Tensor:
+    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7, for unpaired data: a desirable completion's log-ratio is to be
+    above the KL estimate, an undesirable one's below. Depends on the whole global batch."""
+    z = o.beta * (p.ratio_chosen - kl_estimate(p))
+    return torch.where(p.desirable, o.desirable_weight * torch.sigmoid(-z), o.undesirable_weight * torch.sigmoid(z))
 
 
 LOSSES = {
     fn.__name__: fn
-    for fn in (sigmoid, robust, ipo, hinge, simpo, dpop, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard,
-               apo_zero, apo_down, discopop, aot, aot_unpaired)
+    for fn in (sigmoid, robust, ipo, hinge, simpo, cpo, orpo, dpop, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard,
+               apo_zero, apo_down, discopop, aot, aot_unpaired, kto)
 }  # fmt: skip
-REFERENCE_FREE = {"simpo"}
-WHOLE_BATCH = {"aot", "aot_unpaired"}  # not a sum over pairs: they need every pair of the step at once
+REFERENCE_FREE = {"simpo", "cpo", "orpo"}
+WHOLE_BATCH = {"aot", "aot_unpaired", "kto"}  # not a sum over pairs: they need every pair of the step at once
+UNPAIRED = {"kto"}
+NEEDS = (  # what a loss asks of another key's value: (loss, key, in words, test)
+    ("robust", "label_smoothing", "below 0.5", lambda value: value < 0.5),
+    ("exo_pair", "label_smoothing", "above 0", lambda value: value > 0),
+    ("cpo", "sft_weight", "above 0 (1 in its paper)", lambda value: value > 0),
+    ("orpo", "sft_weight", "above 0 (1 in its paper)", lambda value: value > 0),
+    ("kto", "sft_weight", "0", lambda value: value == 0),
+    ("kto", "batch_size", "above 1, better 8 or more (its KL estimate is a mean over the batch),", lambda value: value > 1),
+)
+
+
+def metrics(p: Pairs, o) -> dict[str, float]:
+    """What is reported, under TRL's names: means over pairs. Rewards are beta * log-ratio, in nats. Of unpaired data they are
+    means over the desirable completions ("chosen") and over the others ("rejected"), each only where there are some."""
+    rewards = o.beta * p.ratio_chosen.detach(), o.beta * p.ratio_rejected.detach()
+    logps = p.chosen.detach(), p.rejected.detach()
+    if unpaired := o.loss in UNPAIRED:
+        rewards, logps = ((own[p.desirable], own[~p.desirable]) for own, _ in (rewards, logps))
+    values = {"rewards/chosen": rewards[0], "rewards/rejected": rewards[1]}
+    if unpaired:
+        values["kl"] = kl_estimate(p)
+    else:
+        values |= {"rewards/accuracies": (rewards[0] > rewards[1]).float(), "rewards/margins": rewards[0] - rewards[1]}
+    values |= {"logps/chosen": logps[0], "logps/rejected": logps[1]}
+    if o.sft_weight:
+        values["nll_loss"] = sft(logps[0], p.chosen_len.sum())
+    values = {name: value for name, value in values.items() if value.numel()}
+    means = torch.stack([value.double().mean() for value in values.values()]).tolist()
+    found = dict(zip(values, means, strict=True))
+    if unpaired and {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found

@@ -1,4 +1,4 @@
-"""Stage 2, the reference pass: the log-probability of every chosen and rejected completion under the frozen reference.
+"""Stage 2, the reference pass: the log-probability of every completion under the frozen reference.
 
     python precompute_ref.py --init_from runs/hellaswag_sft/model --data hellaswag --out runs/hellaswag_ref.safetensors
 
@@ -27,7 +27,7 @@ from runtime.score import score
 
 @dataclass
 class Config(ModelKeys, DataKeys, DeviceKeys):
-    """Store the reference model's log-probabilities of all preference pairs in one file."""
+    """Store the reference model's log-probabilities of all completions in one file."""
 
     out: str = key(REQUIRED, "the .safetensors file to write", writes=".safetensors")
     micro_tokens: int = key(8192, "most tokens in one forward, padding included", least=1)
@@ -77,7 +77,8 @@ def make(out: str, bound: dict[str, str], cfg, model, tokenizer, train: list[Enc
     compute.once(lambda: write_whole(out, weights.safetensors_bytes(tensors, metadata)))
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
     means = tensors["logps"].flatten()[pair_places(train)].mean(0).tolist()
-    print(f"wrote {out}: {shapes}; mean log-prob chosen, rejected {means}")
+    what = "chosen, rejected" if train[0].label is None else "of the completion, of the borrowed one"
+    print(f"wrote {out}: {shapes}; mean log-prob {what} {means}")
 
 
 def find_or_make(cfg, model, tokenizer, max_len: int, train: list[Encoded], val: list[Encoded], compute) -> str:

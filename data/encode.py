@@ -29,7 +29,7 @@ class Encoded:
     completions: list[np.ndarray]
     number: int  # its place in the loaded data: messages and result files name an example by it
     group: int  # examples of one group are alternatives: an epoch may draw only some of them
-    label: int | None = None  # the right completion, where the completions are options
+    label: int | None = None  # the right completion, where the completions are options; of unpaired data, see `own.lend`
     targets: list[np.ndarray] | None = None
     pairs: tuple[tuple[int, int], ...] = PLAIN
 
@@ -267,7 +267,8 @@ def load_encoded(
     """`data.load`, then `encode`; prints how many examples and tokens there are, what was dropped or cut, and the first one.
 
     A file of `cache.SMALL` bytes or more, and a data set of the hub of that size, is tokenized once: its tokens are kept on the
-    disk, and what is returned then holds none of them in memory. rows: `columns`, `min_gap` and `half` of `own.load`.
+    disk, and what is returned then holds none of them in memory. rows: `columns`, `min_gap`, `half` and `unpaired`, see
+    `own.load`.
     """
     report, digest = Report(), hashlib.sha256()
     how = {"max_len": max_len, "truncation": truncation, "end": end}
@@ -292,7 +293,7 @@ def load_encoded(
     fed, predicted = (int(np.sum(column(items, name))) for name in ("row_tokens", "completion_tokens"))
     split, _ = rows.get("half") or (split, 0)
     print(f"{split} data {source}: {said}; {fed:,} tokens in rows, {predicted:,} of them to predict")
-    plain = view == "preference" and items[0].n_completions == 2 and items[0].pairs == PLAIN
+    plain = view == "preference" and items[0].label is None and items[0].n_completions == 2 and items[0].pairs == PLAIN
     names = ("chosen", "rejected") if plain else itertools.repeat("completion")
     texts = [("prompt", items[0].prompt), *zip(names, items[0].completions, strict=False)]
     print("the first:", ", ".join(f"{name} {tokenizer.decode(ids.tolist())!r:.100}" for name, ids in texts), flush=True)
@@ -312,6 +313,8 @@ def hashed(items: Iterable[Encoded], digest) -> Iterator[Encoded]:
         digest.update(len(item.completions).to_bytes(4, "little"))
         if item.pairs != PLAIN:
             digest.update(np.array(item.pairs, np.int32).tobytes())
+        if item.label is not None:
+            digest.update(bytes([item.label]))
         digest.update((item.group - first).to_bytes(8, "little", signed=True))
         yield item
 

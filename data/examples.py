@@ -3,6 +3,7 @@
 view         completions                              who asks
 sft          the right answer                         sft.py
 preference   chosen, rejected; or several, and pairs  precompute_ref.py, dpo.py
+             of unpaired data: one, and another line's
 mcq          the options, after recipe A's question   eval_mcq.py --mode generate
 loglik       the options, after the plain context     eval_mcq.py --mode loglik
 """
@@ -25,7 +26,8 @@ class Example:
     """A prompt and its completions, as text, as token ids of GPT-2, or as messages. Ids are used unchanged: no end-of-text is
     added. Messages without a prompt are a whole conversation, in which every turn of the assistant is to be learnt.
 
-    label: the right option's index, where the completions are options. group: examples of one group are alternatives, of
+    label: the right option's index, where the completions are options; of unpaired data whether the first completion is
+    desirable (1 or 0). group: examples of one group are alternatives, of
     which an epoch may draw some. source: where the example stands ("file:line"), for messages. pairs: in the preference view,
     which completion is preferred to which, (chosen, rejected) each; the others do not read it.
     """

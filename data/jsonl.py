@@ -12,7 +12,7 @@ from typing import BinaryIO
 from base.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-KINDS = {str: "text", int: "a whole number", list: "a list"}
+KINDS = {str: "text", int: "a whole number", list: "a list", bool: "true or false"}
 
 
 def read(path: str | Path, limit: int = 0, rows: Callable | None = None) -> Iterator[tuple[str, dict]]:
@@ -61,7 +61,7 @@ def missing(record: dict, field: str, where: str, hint: str = "") -> UserError:
 
 
 def get(record: dict, field: str, kind: type, where: str):
-    """A field of the type `kind` (str, int or list). UserError if it is missing, of another type, or no Unicode text."""
+    """A field of the type `kind` (one of KINDS). UserError if it is missing, of another type, or no Unicode text."""
     if field not in record:
         raise missing(record, field, where)
     value = record[field]

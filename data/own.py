@@ -3,6 +3,7 @@
     sft          {"prompt", "completion"}, or a preference file, whose "chosen" is taken
     preference   {"prompt", "chosen", "rejected"}; or several completions of one prompt, and which are preferred to which:
                  {"prompt", "completions": […], "pairs": [[chosen, rejected], …]}, numbered from 0, or with "scores": […]
+                 or unpaired: {"prompt", "completion", "label": true or false}, see `lend`
     mcq, loglik  {"prompt", "choices": […], "label": int}
     all of them  {"question", "choices", "answer" or "answerKey"}, as MMLU and ARC have it: see `choice`
 
@@ -13,7 +14,8 @@ of a published data set (HellaSwag, Alpaca, Anthropic HH) is read as that data s
 import collections
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from base.errors import UserError
@@ -138,24 +140,72 @@ def scored_pairs(record: dict, n: int, where: str, min_gap: float) -> tuple[tupl
     return tuple((i, j) for i, j in both if scores[i] > scores[j] and scores[i] - scores[j] >= min_gap)
 
 
-def load(
+def is_unpaired(record: dict) -> bool:
+    """Whether an object has one completion, where preference data are read."""
+    return "completion" in record and not {"chosen", "rejected", "completions"} & record.keys()
+
+
+def labelled(made: list[Example], record: dict, where: str) -> list[Example]:
+    """Examples of one completion with the field `label`: 1 where it is true (desirable), 0 where it is false."""
+    if "label" not in record:
+        raise missing(record, "label", where, ": unpaired data have it (true or false), and pairs have chosen and rejected")
+    return [replace(example, label=int(get(record, "label", bool, where))) for example in made]
+
+
+def lend(examples: Iterable[Example]) -> Iterator[Example]:
+    """Unpaired examples, each with a second completion, which another prompt was answered with: KTO estimates a KL from such.
+
+    An example borrows it from the last one before it that has another prompt. The first ones have none before them: they come
+    at the end, and borrow from the last one, or the last one of another prompt. UserError if all have the same prompt.
+    """
+    waiting, last, other = [], None, None
+    for example in examples:
+        if last and last.prompt != example.prompt:
+            other = last
+        last = example
+        if other:
+            yield replace(example, completions=example.completions + other.completions)
+        else:
+            waiting.append(example)
+    if waiting and not other:
+        raise UserError(f"{waiting[0].source}: unpaired data need two prompts or more, and these have one: give more data")
+    for example in waiting:
+        lender = other if last.prompt == example.prompt else last
+        yield replace(example, completions=example.completions + lender.completions)
+
+
+def load(files: list[Path], view: str, limit: int = 0, *, unpaired: bool = False, **how) -> Iterator[Example]:
+    """Files as the examples of a view, see `rows`. unpaired: take unpaired data, too, in the preference view, see `lend`."""
+    made = rows(files, view, limit, unpaired=unpaired, **how)
+    first = next(made, None)
+    found = itertools.chain([first] if first else [], made)
+    yield from lend(found) if view == "preference" and first and first.label is not None else found
+
+
+def rows(
     files: list[Path],
     view: str,
     limit: int = 0,
     columns: str = "",
     min_gap: float = 0.0,
     half: tuple[str, float] | None = None,
+    unpaired: bool = False,
 ) -> Iterator[Example]:
     """Files, one behind the other, as the examples of a view, one by one; `limit` above 0 takes so many rows.
 
     columns: see `tables.read`. min_gap: see `several`. half: only the prompts of this half ("train" or "val", validation's
     share), see `half_of`. Prints what the first row is taken as.
     """
-    found, taken, dropped = 0, 0, {}
-    rows = (row for path in files for row in tables.read(path, 0 if half else limit, columns))
-    for number, (where, record) in enumerate(rows):
+    found, taken, dropped, single = 0, 0, {}, False
+    read = (row for path in files for row in tables.read(path, 0 if half else limit, columns))
+    for number, (where, record) in enumerate(read):
         if limit and taken == limit:
             break
+        if view == "preference" and (is_unpaired(record) and (unpaired or "label" in record)) != single:
+            if number or not unpaired:
+                what = "a pair where unpaired lines were expected" if single else "an unpaired line where pairs were expected"
+                raise UserError(f"{where}: {what}: keep both in files of their own; dpo.py --loss kto takes unpaired lines")
+            single = True
         ours = is_several(record)
         published = None if ours else next((recipe for recipe in PUBLISHED if recipe.is_record(record)), None)
         if number == 0:
@@ -165,7 +215,10 @@ def load(
         if ours:
             made = several(record, view, where, min_gap)
         else:
-            made = published.examples(record, view, number, where) if published else examples(record, view, number, where)
+            kind, make = "sft" if single else view, published.examples if published else examples
+            made = make(record, kind, number, where)
+        if single:
+            made = labelled(made, record, where)
         if not made:
             why = "their scores make no pair" if ours else published.DROPPED
             dropped[why] = dropped.get(why, 0) + 1

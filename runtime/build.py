@@ -8,13 +8,14 @@ import torch
 
 import adapters
 import weights
-from base.errors import UserError
+from base.errors import UserError, warn
 from data import RECIPES, is_local
-from data.encode import Encoded, load_encoded
+from data.encode import Encoded, column, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
 from logprobs import LanguageModel
 from lora import add_lora, initial_lora
+from losses import UNPAIRED
 from runtime import config, distributed, optim, reference
 from runtime.keys import SCRATCH, ChatKeys, DataKeys, ModelKeys, TrainKeys
 
@@ -104,6 +105,7 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
 
     def load(source: str, split: str, limit: int, half: tuple[str, float] | None = None) -> Sequence[Encoded]:
         how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "min_gap": cfg.min_gap, "half": half}
+        how["unpaired"] = view == "preference"
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
     if cfg.val_share:
@@ -118,6 +120,30 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
         )
     train = load(cfg.data, cfg.split, cfg.limit)
     return train, load(val_source, cfg.val_split or "val", cfg.val_limit) if val_source else [], max_len
+
+
+def check_labels(cfg: TrainKeys, train: Sequence[Encoded], val: Sequence[Encoded]) -> None:
+    """UserError unless loss and data are both for pairs or both unpaired, with labels of either kind. Warns where one of the
+    two outweighs the other."""
+    unpaired = cfg.loss in UNPAIRED
+    for name, items in (("data", train), ("val_data", val)):
+        if items and (column(items, "label")[0] in (None, -1)) == unpaired:
+            kind, takes = ("pairs", "unpaired lines, each with a label") if unpaired else ("unpaired lines", "pairs")
+            raise UserError(f"key {name}: it holds {kind}, and loss {cfg.loss} takes {takes}: give others, or another loss")
+    if not unpaired:
+        return
+    yes = int(sum(column(train, "label")))
+    no = len(train) - yes
+    if not yes or not no:
+        raise UserError(
+            f"key data: all {len(train):,} labels are {'true' if yes else 'false'}: loss {cfg.loss} needs both kinds"
+        )
+    true, false = cfg.desirable_weight * yes, cfg.undesirable_weight * no
+    said = f"labels: {yes:,} true, {no:,} false; times their weights {true:,.6g} to {false:,.6g}"
+    if 0.9 * false <= true <= 1.5 * false:
+        print(said)
+    else:
+        warn(f"{said}: KTO's paper advises 1 to 1.33 times as much of true: --desirable_weight {false / yes:.3g}, for example")
 
 
 def share(load: Callable[[], Sequence[Encoded]], compute) -> Sequence[Encoded]:

@@ -292,8 +292,8 @@ def check_finite(losses: list[tuple[torch.Tensor, list]], grad_norm: torch.Tenso
 
 
 def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) -> None:
-    """Complete a few prompts greedily and print them beside the completion that was wanted."""
-    items = [item for item in items if len(item.prompt) < model.config.block_size]
+    """Complete a few prompts greedily and print them beside the completion that was wanted. Leaves out undesirable ones."""
+    items = [item for item in items if len(item.prompt) < model.config.block_size and item.label != 0]
     if not items:
         return
     try:

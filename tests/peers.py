@@ -1,11 +1,38 @@
 """Tiny random GPT-2 folders as transformers saves them, adapters as peft does, and the peers of bench/peers.py."""
 
+import importlib
 from pathlib import Path
+from unittest import mock
 
-from bench.peers import dpo_trainer, generate, generator, harness, harness_logps, now, quiet, sft_trainer
+from bench.peers import _trainer, dpo_trainer, generate, generator, harness, harness_logps, now, quiet, sft_trainer
 
-__all__ = ["dpo_trainer", "generate", "generator", "gpt2_folder", "harness", "harness_logps", "now", "peft_adapter",
-           "peft_model", "quiet", "sft_trainer"]  # fmt: skip
+__all__ = ["dpo_trainer", "free_trainer", "generate", "generator", "gpt2_folder", "harness", "harness_logps", "kto_trainer",
+           "now", "peft_adapter", "peft_model", "quiet", "sft_trainer"]  # fmt: skip
+
+
+def free_trainer(name: str, folder: str | Path, pairs: list[dict], out: str | Path, **settings):
+    """TRL's CPOTrainer or ORPOTrainer ("cpo", "orpo") on texts {"prompt","chosen","rejected"}, with no token before a prompt
+    that is not empty. -> (trainer, watch)."""
+    package = f"trl.experimental.{name}"
+    module, add = importlib.import_module(package), importlib.import_module("trl.experimental.utils").add_bos_token_if_needed
+
+    def only_if_empty(bos, n, prompt, n_chosen, chosen, n_rejected, rejected):
+        return (prompt, chosen, rejected) if n else add(bos, n, prompt, n_chosen, chosen, n_rejected, rejected)
+
+    classes = (getattr(module, f"{name.upper()}{kind}") for kind in ("Trainer", "Config"))
+    with mock.patch(f"{package}.{name}_trainer.add_bos_token_if_needed", only_if_empty):
+        trainer, watch = _trainer(*classes, ("prompt", "chosen", "rejected"), folder, pairs, out, None, settings)
+    pad = trainer.processing_class.eos_token_id
+    trainer.pad_token_id = trainer.padding_value = trainer.data_collator.pad_token_id = pad
+    return trainer, watch
+
+
+def kto_trainer(folder: str | Path, rows: list[dict], out: str | Path, *, ref_model, **settings):
+    """TRL's KTOTrainer on {"prompt","completion","label"}, texts or messages. -> (trainer, watch)."""
+    from trl import KTOConfig, KTOTrainer
+
+    columns = ("prompt", "completion", "label")
+    return _trainer(KTOTrainer, KTOConfig, columns, folder, rows, out, None, settings, ref_model=ref_model)
 
 
 def gpt2_folder(folder: str | Path, *, n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=97, seed=0,

@@ -6,11 +6,9 @@ import importlib
 import io
 import re
 import shlex
-import textwrap
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,12 +77,13 @@ def test_the_reading_list_names_every_file_of_the_core():
 
 
 def test_the_example_of_a_loss(monkeypatch):
-    """Each piece where the page puts it: the function in losses.py, the refusal in dpo.py, the line in test_losses.py."""
+    """Each piece where the page puts it: the function and the refusal in losses.py, the line in test_losses.py."""
     function, *_ = blocks("CONTRIBUTING.md", "python")
     exec(function, names := vars(losses).copy())
-    monkeypatch.setitem(losses.LOSSES, "orpo", names["orpo"])
-    monkeypatch.setattr(losses, "REFERENCE_FREE", {"simpo", "orpo"})
-    refusal, pair = (code for code in blocks("CONTRIBUTING.md", "") if "orpo" in code)
+    monkeypatch.setitem(losses.LOSSES, "slic", names["slic"])
+    monkeypatch.setattr(losses, "REFERENCE_FREE", {*losses.REFERENCE_FREE, "slic"})
+    refusal, pair = (code for code in blocks("CONTRIBUTING.md", "") if "slic" in code)
+    monkeypatch.setattr(dpo, "NEEDS", (*losses.NEEDS, *eval(f"[\n{refusal}]")))
     (case,) = eval(f"[\n{pair}]")
     test_losses.test_by_hand(*case)
     for test in (
@@ -93,15 +92,15 @@ def test_the_example_of_a_loss(monkeypatch):
         "rounding_at_the_start_decides_nothing",
         "far_from_the_reference_stays_finite",
     ):
-        getattr(test_losses, f"test_{test}")("orpo")
+        getattr(test_losses, f"test_{test}")("slic")
 
-    def check(**keys):
-        exec(textwrap.dedent(refusal), vars(dpo) | {"self": SimpleNamespace(**keys)})
+    def check(loss, sft_weight):
+        dpo.Config(init_from="a", data="b", out_dir="c", ref="d", loss=loss, sft_weight=sft_weight).check()
 
-    check(loss="orpo", sft_weight=1.0)
-    check(loss="sigmoid", sft_weight=0.0)
-    with pytest.raises(UserError, match="key sft_weight"):
-        check(loss="orpo", sft_weight=0.0)
+    check("slic", 0.5)
+    check("sigmoid", 0.0)
+    with pytest.raises(UserError, match=r"key sft_weight: 0\.0 must be above 0 for loss slic"):
+        check("slic", 0.0)
 
 
 def test_the_example_of_a_recipe(tmp_path, monkeypatch):

@@ -55,7 +55,8 @@ BLOCK = 64
 SIZES = [(1, 1, 8, True), (2, 2, 16, True), (2, 2, 12, False)]  # layers, heads, width, tied
 LAYERS = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
 LOSSES = """sigmoid robust ipo hinge simpo dpop sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down discopop aot
-            aot_unpaired""".split()
+            aot_unpaired cpo orpo""".split()
+REFERENCE_FREE = ("simpo", "cpo", "orpo")
 STAGES = ["sft", *LOSSES]
 
 
@@ -142,6 +143,9 @@ def pair_losses(kind: str, c, r, ref_c, ref_r, n_c, n_r, o) -> torch.Tensor:
     def smooth(x):
         return (1 - e) * bad(x) + e * bad(-x)
 
+    def log_odds(logp):  # of the probability per token
+        return logp - torch.log(1 - torch.exp(logp))
+
     p, m = torch.sigmoid(z), torch.sigmoid(z / o.get("discopop_tau", 0.05))
     return {
         "sigmoid": lambda: smooth(z),
@@ -158,6 +162,8 @@ def pair_losses(kind: str, c, r, ref_c, ref_r, n_c, n_r, o) -> torch.Tensor:
         "apo_zero": lambda: 1 - torch.sigmoid(beta * a) + torch.sigmoid(beta * b),
         "apo_down": lambda: torch.sigmoid(beta * a) + 1 - torch.sigmoid(z),
         "discopop": lambda: (1 - m) * bad(z) + m * torch.exp(-z),
+        "cpo": lambda: smooth(beta * (c - r)),
+        "orpo": lambda: beta * bad(log_odds(c / n_c) - log_odds(r / n_r)),
         "aot": lambda: smooth(beta * (torch.sort(c - r)[0] - torch.sort(ref_c - ref_r)[0])),
         "aot_unpaired": lambda: smooth(beta * (torch.sort(a)[0] - torch.sort(b)[0])),
     }[kind]()
@@ -274,7 +280,7 @@ class Run:
         lengths = torch.tensor([float(len(c)) for _, c in flat], dtype=torch.double)
         logps = [self.logp(*one) for one in flat]
         sums, ref = torch.stack(logps).detach(), torch.zeros(len(flat), dtype=torch.double)
-        if self.case["stage"] not in ("sft", "simpo"):
+        if self.case["stage"] not in ("sft", *REFERENCE_FREE):
             with torch.no_grad():
                 ref = torch.stack([self.logp(*one, *self.reference) for one in flat])
         known = SUM * EPS * (sums.abs() + ref.abs() + 4 * lengths.sqrt())  # what float32 knows of a log-prob or log-ratio
@@ -406,6 +412,8 @@ def case_of(stage: str, number: int) -> dict:
     if stage != "sft":
         s |= {"beta": pick(0.1, 0.05, 0.5, 2.0 if stage == "simpo" else 0.3), "pairs_per_example": often(1, 0, 2)}
         s |= {"sft_weight": often(0.0, 0.3, 1.0)}
+        if stage in ("cpo", "orpo"):
+            s["sft_weight"] = s["sft_weight"] or 1.0
         smoothing = {"exo_pair": (0.01, 0.1), "robust": (0.0, 0.1, 0.4)}.get(stage, (0.0, 0.1))
         s |= {"label_smoothing": pick(*smoothing), "simpo_gamma": pick(0.5, 0.0, 1.4), "dpop_lambda": pick(50.0, 5.0, 0.0),
               "discopop_tau": pick(0.05, 0.5)}  # fmt: skip

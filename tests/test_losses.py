@@ -17,21 +17,24 @@ SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # where TRL reads labe
 
 
 def settings(**changed):
-    o = {"beta": 0.1, "label_smoothing": 0.0, "simpo_gamma": 0.5, "dpop_lambda": 50.0, "discopop_tau": 0.05}
+    o = {"beta": 0.1, "label_smoothing": 0.0, "simpo_gamma": 0.5, "dpop_lambda": 50.0, "discopop_tau": 0.05,
+         "desirable_weight": 1.0, "undesirable_weight": 0.8}  # fmt: skip
     return SimpleNamespace(**o | changed)
 
 
 def random_pairs(n=7, seed=0, spread=3.0) -> Pairs:
-    """Log-probs of a policy some nats away from its reference, in float64; `chosen` and `rejected` want gradients."""
+    """Log-probs of a policy some nats away from its reference, in float64; `chosen` and `rejected` want gradients. Every
+    second label is false."""
     g = torch.Generator().manual_seed(seed)
     chosen_len, rejected_len = (torch.randint(1, 40, (n,), generator=g).double() for _ in range(2))
     ref_chosen, ref_rejected = -2.5 * chosen_len, -2.4 * rejected_len
     chosen, rejected = (r + spread * torch.randn(n, generator=g) for r in (ref_chosen, ref_rejected))
-    return Pairs(chosen.requires_grad_(), rejected.requires_grad_(), ref_chosen, ref_rejected, chosen_len, rejected_len)
+    wanted = (chosen.requires_grad_(), rejected.requires_grad_(), ref_chosen, ref_rejected, chosen_len, rejected_len)
+    return Pairs(*wanted, torch.arange(n) % 2 == 0)
 
 
 def value_and_grads(loss: torch.Tensor, p: Pairs) -> list[torch.Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, [p.chosen, p.rejected])]
+    return [loss.detach(), *torch.autograd.grad(loss, [p.chosen, p.rejected], materialize_grads=True)]
 
 
 def trl_loss(p: Pairs, o, loss_types: list[str], weights: list[float] | None = None) -> torch.Tensor:
@@ -65,7 +68,7 @@ def trl_loss(p: Pairs, o, loss_types: list[str], weights: list[float] | None = N
 
 
 def test_names():
-    assert set(LOSSES) == {*TRL_LOSSES, "simpo", "dpop"}
+    assert set(LOSSES) == {*TRL_LOSSES, "simpo", "cpo", "orpo", "dpop", "kto"}
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])
@@ -92,24 +95,93 @@ def test_added_sft_term_equals_trl():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_simpo_equals_trl_cpo():
+def agree(ours: torch.Tensor, theirs: torch.Tensor, p: Pairs, rtol=1e-9, atol=1e-12) -> None:
+    for a, b in zip(value_and_grads(ours, p), value_and_grads(theirs, p), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("name", "trl_name", "smoothing"), [("simpo", "simpo", 0.0), ("cpo", "sigmoid", 0.0), ("cpo", "sigmoid", 0.1)]
+)
+def test_equals_trl_cpo(name, trl_name, smoothing):
     cpo = pytest.importorskip("trl.experimental.cpo")
-    p, o = random_pairs(), settings(beta=2.0, simpo_gamma=0.7)
+    p, o = random_pairs(), settings(beta=2.0 if name == "simpo" else 0.2, simpo_gamma=0.7, label_smoothing=smoothing)
     trainer = object.__new__(cpo.CPOTrainer)
     trainer.accelerator = SimpleNamespace(device="cpu")
-    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", o.beta, o.simpo_gamma
-    trainer.label_smoothing, trainer.alpha = 0.0, 0.0
-    theirs, *_ = trainer.cpo_loss(p.chosen / p.chosen_len, p.rejected / p.rejected_len)
-    for a, b in zip(value_and_grads(LOSSES["simpo"](p, o).mean(), p), value_and_grads(theirs.mean(), p), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    trainer.loss_type, trainer.beta, trainer.simpo_gamma = trl_name, o.beta, o.simpo_gamma
+    trainer.label_smoothing, trainer.alpha = smoothing, 0.0
+    per = (p.chosen_len, p.rejected_len) if name == "simpo" else (1, 1)
+    theirs, *_ = trainer.cpo_loss(p.chosen / per[0], p.rejected / per[1])
+    agree(LOSSES[name](p, o).mean(), theirs.mean(), p)
+
+
+def test_orpo_equals_trl():
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    p, o = random_pairs(spread=0.5), settings(beta=0.3)
+    sure = random_pairs(n=3)  # tokens of probability 0.99 and more
+    p = Pairs(*(torch.cat([a.detach(), b.detach()]) for a, b in zip(p, sure, strict=True)))
+    p.chosen[7:] = -0.01 * p.chosen_len[7:] * torch.tensor([1.0, 0.1, 1e-3])
+    p.chosen.requires_grad_(), p.rejected.requires_grad_()
+    trainer = object.__new__(orpo.ORPOTrainer)
+    trainer.accelerator, trainer.beta = SimpleNamespace(device="cpu"), o.beta
+    theirs, *_ = trainer.odds_ratio_loss(p.chosen / p.chosen_len, p.rejected / p.rejected_len)
+    agree(LOSSES["orpo"](p, o).mean(), -theirs.mean().double(), p, rtol=2e-6, atol=1e-7)  # TRL's is in float32
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("above", [1, -1])
+def test_kto_equals_trl(above, spread):
+    """With a KL estimate above 0, and with one that is cut to 0."""
+    trl = pytest.importorskip("trl")
+    p, o = random_pairs(spread=spread), settings(beta=0.2, desirable_weight=1.3, undesirable_weight=0.7)
+    p = p._replace(rejected=(p.ref_rejected + above * (p.ratio_rejected.abs() + 1)).detach().requires_grad_())
+
+    def model(input_ids, **_):  # each sequence's log-prob stands on its first token
+        sums = p.chosen if input_ids[0, 0] == 0 else p.rejected
+        zeros = torch.zeros(len(sums), 1)
+        return SimpleNamespace(log_probs=sums[:, None], entropy=zeros, mean_logits=zeros)
+
+    trainer = object.__new__(trl.KTOTrainer)
+    trainer.model = SimpleNamespace(training=True)
+    trainer.accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
+    trainer.calculate_KL, trainer.precompute_ref_logps, trainer.aux_loss_enabled = True, True, False
+    trainer.loss_type, trainer.beta = "kto", o.beta
+    trainer.desirable_weight, trainer.undesirable_weight = o.desirable_weight, o.undesirable_weight
+    trainer._metrics, trainer._total_train_tokens, trainer._tp_size = defaultdict(lambda: defaultdict(list)), 0, 1
+    ids = {"KL_input_ids": torch.ones(len(p.chosen), 2, dtype=torch.long)}
+    ids["input_ids"] = torch.zeros_like(ids["KL_input_ids"])
+    ids |= {
+        f"{kind}{what}_mask": torch.ones_like(ids["input_ids"]) for kind in ("", "KL_") for what in ("attention", "completion")
+    }
+    inputs = {**ids, "label": p.desirable, "ref_logps": p.ref_chosen, "ref_KL_logps": p.ref_rejected}
+    agree(LOSSES["kto"](p, o).mean(), trainer._compute_loss(model, inputs, return_outputs=False), p)
+    o.loss, o.sft_weight = "kto", 0.0
+    told = {name: found[-1] for name, found in trainer._metrics["train"].items()}
+    assert (told["kl"] > 0) == (above > 0)
+    for name, value in losses.metrics(p, o).items():
+        assert value == pytest.approx(told[name], rel=1e-9), name
+    assert told.keys() - losses.metrics(p, o).keys() == {"entropy", "num_tokens", "logits/chosen", "logits/rejected"}
+
+
+def test_metrics_of_one_label_only():
+    p, o = random_pairs(), settings(loss="kto", sft_weight=0.0)
+    found = losses.metrics(p._replace(desirable=torch.zeros(7, dtype=torch.bool)), o)
+    assert set(found) == {"rewards/rejected", "logps/rejected", "kl"}
+    assert found["logps/rejected"] == pytest.approx(p.chosen.mean().item())
+
+
+def test_metrics_of_the_added_likelihood():
+    p, o = random_pairs(), settings(loss="orpo", sft_weight=0.3)
+    assert losses.metrics(p, o)["nll_loss"] == pytest.approx((-p.chosen.sum() / p.chosen_len.sum()).item(), rel=1e-6)
 
 
 # --- by hand: one pair with beta 0.5 --------------------------------------------------------------------------------
 # chosen -10 over 4 tokens (reference -12), rejected -9 over 3 (reference -8): r_w = 2, r_l = -1, h = 3, beta h = 1.5
 
 
-def one_pair(chosen=-10.0, rejected=-9.0, ref_chosen=-12.0, ref_rejected=-8.0) -> Pairs:
-    return Pairs(*(torch.tensor([x], dtype=torch.float64) for x in (chosen, rejected, ref_chosen, ref_rejected, 4, 3)))
+def one_pair(chosen=-10.0, rejected=-9.0, ref_chosen=-12.0, ref_rejected=-8.0, desirable=True) -> Pairs:
+    numbers = (torch.tensor([x], dtype=torch.float64) for x in (chosen, rejected, ref_chosen, ref_rejected, 4, 3))
+    return Pairs(*numbers, torch.tensor([desirable]))
 
 
 def log_sigmoid(x: float) -> float:
@@ -124,6 +196,16 @@ def log_sigmoid(x: float) -> float:
         ("sigmoid", {"label_smoothing": 0.2}, {}, 0.8 * 0.2014132779827524 + 0.2 * 1.7014132779827524),
         # SimPO: beta (-10/4 + 9/3) - gamma = 0.5 * 0.5 - 0.5 = -0.25: log(1 + e^0.25)
         ("simpo", {}, {}, 0.8259394198788435),
+        # CPO: beta (-10 + 9) = -0.5: log(1 + e^0.5)
+        ("cpo", {}, {}, 0.9740769841801067),
+        # ORPO: p_w = e^(-10/4), p_l = e^(-9/3); log odds -2.41435 and -2.94893, so 0.5 log(1 + e^-0.53458)
+        ("orpo", {}, {}, 0.23058062506119303),
+        # KTO, KL estimate max(0, -1) = 0: 1 - sigmoid(0.5 * 2)
+        ("kto", {}, {}, 0.2689414213699951),
+        # the other completion's reference is -10, so the KL estimate is 1: 1 - sigmoid(0.5 (2 - 1)), times its weight
+        ("kto", {"desirable_weight": 2.0}, {"ref_rejected": -10.0}, 2 * 0.3775406687981454),
+        # the same, undesirable: 1 - sigmoid(0.5 (1 - 2))
+        ("kto", {"undesirable_weight": 0.5}, {"ref_rejected": -10.0, "desirable": False}, 0.5 * 0.6224593312018546),
         # DPOP, chosen above its reference: no penalty, so plain DPO
         ("dpop", {}, {}, 0.2014132779827524),
         # chosen -13 falls 1 below its reference: r_w = r_l = -1, h = 0: beta (0 - lambda * 1) = -2.5: log(1 + e^2.5)

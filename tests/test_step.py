@@ -131,6 +131,80 @@ SFT_CASES = {  # our settings, how TRL splits the batch
 }
 
 
+LIKELIHOOD = {"sft_weight": 0.5, "loss": "cpo", "beta": 0.2}
+FREE_CASES = {  # our settings, TRL's
+    "cpo": (LIKELIHOOD, {"cpo_alpha": 0.5, "beta": 0.2}),
+    "cpo, smoothed, in micro-batches": (
+        LIKELIHOOD | {"label_smoothing": 0.1, "micro_tokens": 1},
+        {"cpo_alpha": 0.5, "beta": 0.2, "label_smoothing": 0.1},
+    ),
+    "orpo": ({"loss": "orpo", "sft_weight": 1.0, "beta": 0.2}, {"beta": 0.2}),
+    "orpo, packed rows": ({"loss": "orpo", "sft_weight": 1.0, "beta": 5.0, "row_len": 128, "micro_tokens": 128}, {"beta": 5.0}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FREE_CASES)
+def test_steps_without_a_reference_equal_trl(case, ours, work, tmp_path, monkeypatch):
+    """Three steps of CPO and ORPO: loss, likelihood, gradient norm of each, and the parameters in the end. TRL's ORPO takes the
+    likelihood of prompt and completion, ours that of the completion: they are the same where prompts are empty. TRL puts a
+    token that begins a text before each, as we do before empty ones only."""
+    our_settings, their_settings = FREE_CASES[case]
+    name, (folder, pairs) = our_settings["loss"], work
+    if name == "orpo":
+        pairs = [pair | {"prompt": ""} for pair in pairs]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+        our_settings = our_settings | {"data": tmp_path / "pairs.jsonl"}
+    records, model = ours("dpo", **our_settings)
+    settings = {"per_device_train_batch_size": BATCH, "learning_rate": 1e-4, "max_length": 128} | their_settings
+    trainer, watch = peers.free_trainer(name, folder / "policy", in_our_order(pairs), tmp_path / "o", **settings)
+    logs, peer = theirs(trainer, watch, tmp_path)
+    names = [*METRICS, "nll_loss"] if name == "cpo" else ["loss", "grad_norm", "nll_loss"]  # TRL's ORPO: means over tokens
+    compare(records, logs, names, model, peer, weights.load(folder / "policy"))
+
+
+KTO_CASES = {  # our settings
+    "one forward": {},
+    "micro-batches": {"micro_tokens": 1},
+    "packed rows": {"row_len": 256, "micro_tokens": 256},
+    "weights": {"desirable_weight": 1.4, "undesirable_weight": 0.7, "beta": 0.3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KTO_CASES)
+def test_kto_steps_equal_trl(case, ours, call, work, tmp_path):
+    """Three steps, each of all the data: then TRL, which lends completions within a batch, lends the same ones as we do. (The
+    policy is the other tests' reference, which gives a KL estimate above 0.)"""
+    from transformers import AutoModelForCausalLM
+
+    folder, pairs = work
+    rows = [{"prompt": p["prompt"], "completion": p["chosen"], "label": n % 3 > 0} for n, p in enumerate(pairs)]
+    data = tmp_path / "unpaired.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {"init_from": folder / "policy", "data": data, "out": tmp_path / "ref.safetensors"}
+    assert call("precompute_ref", *flags(**made, device="cpu"))[0] == 0
+    settings = {
+        "init_from": folder / "reference",
+        "loss": "kto",
+        "data": data,
+        "batch_size": len(rows),
+        "epochs": STEPS,
+    } | KTO_CASES[case]
+    records, model = ours("dpo", ref=made["out"], allow_ref_mismatch="true", **settings)
+    reference = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    same = {name: value for name, value in KTO_CASES[case].items() if name == "beta" or name.endswith("weight")}
+    trainer, watch = peers.kto_trainer(
+        folder / "reference", rows, tmp_path / "o", ref_model=reference, per_device_train_batch_size=len(rows),
+        learning_rate=1e-4, num_train_epochs=STEPS, **same,
+    )  # fmt: skip
+    logs, peer = theirs(trainer, watch, tmp_path)
+    assert max(log["kl"] for log in logs) > 1, "the KL estimate was 0"
+    names = [name for name in METRICS if name != "rewards/accuracies"] + ["kl"]
+    compare(records, logs, names, model, peer, weights.load(folder / "reference"))
+    assert not [record for record in records if "rewards/accuracies" in record]
+
+
 @pytest.mark.parametrize("case", SFT_CASES)
 def test_sft_steps_equal_trl(case, ours, work, tmp_path):
     """The mean over the whole batch's completion tokens, however either side splits the batch up."""
