@@ -16,11 +16,10 @@ import logprobs
 import weights
 from bench import common, pretended
 from bench.common import Config, prepare
-from bench.training import our_job, ours_train
+from bench.training import each_step, our_job, ours_train
 from data import tokenizer
 from generate import stream
 from runtime import distributed
-from runtime.run import Run
 from runtime.score import score
 
 NEW = 8  # tokens
@@ -29,20 +28,6 @@ COMPILED = {
     "compile, activation checkpointing": {"activation_checkpointing": "true"},
     "compile, LoRA": {"lora_rank": 4},
 }
-
-
-def each_step(look, job: dict) -> list:
-    """Run a stage; what `look()` gave at the end of every step."""
-    found: list = []
-    log_step = Run.log_step
-
-    def watched(*arguments) -> None:
-        log_step(*arguments)
-        found.append(look())
-
-    with mock.patch.object(Run, "log_step", watched):
-        ours_train(job)
-    return found
 
 
 def watched_forwards(forwards: Counter):

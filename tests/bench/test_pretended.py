@@ -214,7 +214,7 @@ def test_two_devices_are_refused(seen):
 def test_varlen_attention_is_the_rule():
     """Of a prompt of 4 and a completion of 3 that sees it: as causal attention over all 7, gradients too."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    q, k, v = (torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(7, 2, 8, requires_grad=True) for _ in range(3))
     wanted = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), is_causal=True).transpose(0, 1)
     wanted = torch.autograd.grad(wanted.square().sum(), (q, k, v)), wanted
     at = torch.tensor([0, 1, 2, 3, *range(7)])
@@ -226,6 +226,6 @@ def test_varlen_attention_is_the_rule():
         out.square().sum().backward()
         got = [x.grad.cpu() for x in there], out.detach().cpu()
     assert seen.kernels["_varlen_attn"] == seen.kernels["_varlen_attn_backward"] == 1
-    torch.testing.assert_close(got[1], wanted[1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got[1], wanted[1], atol=1e-5, rtol=1e-5)
     for a, b in zip(got[0], wanted[0], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
