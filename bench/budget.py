@@ -19,7 +19,13 @@ from runtime.distributed import Compute
 PARTS = ("GEMM", "element-wise", "attention", "head", "optimizer", "gaps")
 H100, H100_BYTES = 989e12, 3.35e12  # a second
 LARGE, FLASH, STREAM = 0.7, 0.4, 0.8  # assumed shares: of a large product, of flash attention, of reading and writing
-LAUNCH = 8e-6  # assumed seconds of the host for each kernel, Python and autograd included
+LAUNCH, WAIT = (
+    1e-5,
+    5e-5,
+)  # assumed seconds: of the host for each kernel, autograd included; for a wait, until work is there again
+# Counted on the pretended GPU with 2 and 4 layers, 1 and 4 forwards, uncompiled: kernels of a layer in a forward with its
+# backward, of the rest of a forward, and of a step; waits of a forward and of a step.
+KERNELS, WAITS = (52, 158, 30), (9, 14)
 # Bytes that element-wise kernels move for each token, layer and unit of width, as the blocks stand (uncompiled). Forward: two
 # norms and their casts 28, two residual sums 20, GELU 16, attention's output in order 4. Backward about twice that.
 BLOCK_BYTES = 68 + 130
@@ -45,15 +51,6 @@ def part_of(event) -> str:
     return "element-wise"
 
 
-def kernels(layers: int, forwards: int) -> float:
-    """Kernels of a step, uncompiled: a layer of a forward with its backward, the rest of a forward, and what a step does once
-    (counted by the suite counts with 2 and 4 layers)."""
-    return forwards * (KERNELS_A_LAYER * layers + KERNELS_A_FORWARD) + KERNELS_A_STEP
-
-
-KERNELS_A_LAYER, KERNELS_A_FORWARD, KERNELS_A_STEP = 60, 100, 90
-
-
 def step(items: list[Encoded], model: GPTConfig, micro_tokens: int = 4096) -> dict[str, float]:
     """Seconds of a DPO step on these examples, by part. Weights are cast and gradients added up once a forward."""
     forwards, positions = layout(items, micro_tokens)
@@ -69,8 +66,10 @@ def step(items: list[Encoded], model: GPTConfig, micro_tokens: int = 4096) -> di
         "head": of_head / rate + 4 * LOGIT_PASSES * model.vocab_size * predicted / bandwidth,
         "optimizer": 40 * weights / bandwidth,  # AdamW 28 bytes a weight, norm and scaling of the gradient 12
     }
-    host = LAUNCH * kernels(model.n_layer, forwards)
-    return found | {"gaps": max(0.0, host - sum(found.values()))}
+    a_layer, a_forward, a_step = KERNELS
+    host = LAUNCH * (forwards * (a_layer * model.n_layer + a_forward) + a_step)
+    waits = WAIT * (forwards * WAITS[0] + WAITS[1])
+    return found | {"gaps": max(0.0, host - sum(found.values())) + waits}
 
 
 def layout(items: list[Encoded], micro_tokens: int) -> tuple[int, int]:

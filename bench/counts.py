@@ -2,7 +2,8 @@
 
 Kernels and waits are counted on a pretended GPU (bench/pretended.py), in bfloat16. Graph breaks and compilations are those of
 compiled blocks on the CPU, with a backend that compiles nothing. Host milliseconds are a step of the same model on one CPU
-thread: its products take next to no time, so what is left is Python and torch's dispatch, about what a GPU would wait for.
+thread, in CPU time: its products take next to no time, so what is left is Python and torch's dispatch, about what a GPU would
+wait for.
 """
 
 from collections import Counter
@@ -117,7 +118,7 @@ def suite(cfg: Config, temp: Path) -> dict:
         _, ours = our_job(cfg, work, temp, stage, job, {})
         run = common.measure(ours_train, ours)
         there = ours | {"arguments": ours["arguments"] | {"device": "cuda:0", "dtype": "bfloat16"}}
-        show(stage, common.measure(training, there) | {"host_ms": 1e3 * run["seconds"] / run["steps"]})
+        show(stage, common.measure(training, there) | {"host_ms": 1e3 * run["cpu_seconds"] / run["steps"]})
     more = job | {"folder": work.folder, "items": work.items, "prompts": [i.prompt.tolist()[-256:] for i in work.items[:4]]}
     show("scoring", common.measure(scoring, more))
     show("sampling", common.measure(sampling, more))

@@ -39,7 +39,7 @@ def small(monkeypatch):
 
     def measure(function, job):
         if "out_dir" in job.get("arguments", {}):  # a process holds its run folder's lock until it ends
-            job["arguments"]["out_dir"] = tempfile.mkdtemp(dir=job["arguments"]["out_dir"].parent)
+            job["arguments"]["out_dir"] = tempfile.mkdtemp(dir=Path(job["arguments"]["out_dir"]).parent)
         with monkeypatch.context() as patch:
             for name in ("log_step", "save", "finish"):  # ours_train changes them for its process
                 patch.setattr(Run, name, getattr(Run, name))
