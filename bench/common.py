@@ -8,6 +8,7 @@ same run.
 """
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
@@ -15,7 +16,8 @@ import platform
 import random
 import re
 import statistics
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,6 +30,7 @@ import torch
 
 import weights
 from base.errors import UserError
+from base.files import write_whole
 from data import Example, load, tokenizer
 from data.encode import Encoded, encode
 from model import SIZES, GPTConfig
@@ -41,10 +44,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"hh": "hh_harmless_base_test.jsonl.gz", "hellaswag": "hellaswag_val.jsonl.gz", "mcq": "hellaswag_val.jsonl.gz"}
 # mean and standard deviation of log token counts, prompt then completion, fitted to those files with GPT-2's tokenizer
 LENGTHS = {"hh": (4.37, 1.00, 3.47, 0.90), "hellaswag": (5.03, 0.45, 3.19, 0.59), "mcq": (3.77, 0.45, 3.15, 0.62)}
-LENGTHS["rows"] = LENGTHS["hh"]
+LENGTHS["rows"] = LENGTHS["counts"] = LENGTHS["hh"]
 ALL_PAIRS = tuple(itertools.combinations(range(4), 2))  # of the suite rows: the six pairs of four completions
 SHAPES = SIZES | {"tiny": (2, 2, 64)}
-PEERS = {"dpo": "trl", "sft": "trl", "rows": "trl", "mcq": "lm_eval", "sample": "transformers", "gpu": "trl"}  # of each suite
+PEERS = {"dpo": "trl", "sft": "trl", "rows": "trl", "mcq": "lm_eval", "sample": "transformers", "gpu": "trl",
+         "counts": "none"}  # of each suite  # fmt: skip
 # An environment that has glibc keep freed memory. On a CPU the peers spend much of their time in page faults on gigabytes of
 # fresh logits. (With whole batches in a forward it makes TRL's memory grow past 14 GB for GPT-2 124M: there it is not tried.)
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -69,8 +73,8 @@ class Config:
     dtype: str = key("auto", "dtype of matrix products on both sides; auto = bfloat16 on CUDA that has it", DTYPES)
     lr: float = key(1e-5, "learning rate, constant")
     seed: int = key(0, "seed of weights, generated data and order")
-    models: str = key("gpt2,gpt2-medium,gpt2-large,gpt2-xl", "gpu: sizes, with commas between")
-    minutes: float = key(9.0, "gpu: no measurement is begun later than this")
+    models: str = key("gpt2,gpt2-xl,gpt2-medium,gpt2-large", "gpu: sizes with commas between, the two that matter most first")
+    minutes: float = key(8.0, "gpu: no measurement is begun later than this")
     out: str = key("", "JSON file for everything measured", writes="")
 
     def check(self) -> None:
@@ -84,7 +88,7 @@ class Config:
         elif self.suite != "sample":
             small, large, multiple = (6, 96, 6) if self.suite == "rows" else (4, 64, 1)  # rows: whole prompts
             self.batch_size = self.batch_size or (small if self.device == "cpu" else large)
-            self.pairs = self.pairs or 8 * self.batch_size
+            self.pairs = self.pairs or (4 if self.suite == "counts" else 8) * self.batch_size
             if self.pairs % self.batch_size:
                 raise UserError(f"key pairs: {self.pairs} is no multiple of batch_size {self.batch_size}")
             if self.suite == "rows" and self.data:
@@ -154,6 +158,14 @@ def record(e: Example) -> dict:
     return {"prompt": e.prompt, "chosen": chosen, "rejected": rejected, "completion": chosen}
 
 
+def drawn(model: GPTConfig, device: str, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random parameters, drawn on a GPU: for xl that takes seconds where a CPU takes a minute."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in weights.empty(model).named_parameters():
+        value = torch.empty(p.shape, device=device).normal_(0.0, 0.02, generator=generator)
+        yield name, (value + (p.dim() == 1 and name.endswith("weight"))).cpu()
+
+
 def prepare(cfg: Config, temp: Path, init: str, kind: str, stage: str, n: int) -> Work:
     """Weights, tokenizer and the data file of `n` examples of a `kind` of data for a `stage`, made once in `temp`."""
     path, tok = Path(cfg.data or SHARED / FILES.get(kind, "none")), tokenizer.choose("auto", init)
@@ -166,7 +178,11 @@ def prepare(cfg: Config, temp: Path, init: str, kind: str, stage: str, n: int) -
     if not folder.exists():
         sizes = dict(zip(("n_layer", "n_head", "n_embd"), SHAPES.get(init, ()), strict=False))
         scratch = {"seed": cfg.seed, "block_size": CONTEXT, "vocab_size": tok.size}
-        weights.save(weights.load("scratch", **scratch, **sizes) if sizes else weights.load(init), tok, folder)
+        if sizes and cfg.device != "cpu":
+            model = GPTConfig(block_size=CONTEXT, vocab_size=tok.size, **sizes)
+            weights.save_tensors(model, drawn(model, cfg.device, cfg.seed), tok, folder)
+        else:
+            weights.save(weights.load("scratch", **scratch, **sizes) if sizes else weights.load(init), tok, folder)
     if kind != "mcq":  # the order that the figures of docs/results.md were measured in
         examples = [examples[i] for i in np.random.default_rng([cfg.seed, 0]).permutation(n)]
     file = temp / f"{stage}_{kind}.jsonl"
@@ -204,10 +220,17 @@ def flops(items: list[Encoded], model: GPTConfig, *, train: bool) -> float:
 
 
 def measure(function: Callable[[dict], dict], job: dict) -> dict:
-    """`function(job)` in a fresh process, with its peak memory and, from what it returns as "ends", its times."""
+    """`function(job)` in a fresh process, with its peak memory and, from what it returns as "ends", its times. A job that takes
+    longer than its "limit_s" is ended: RuntimeError."""
     env = {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with mock.patch.dict(os.environ, env | job.get("env", {})), ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(in_process, function, job).result()
+        future = pool.submit(in_process, function, job)
+        try:
+            return future.result(job.get("limit_s"))
+        except TimeoutError:
+            for process in pool._processes.values():
+                process.kill()
+            raise RuntimeError(f"ended after {job['limit_s']:.0f} s") from None
 
 
 def in_process(function: Callable[[dict], dict], job: dict) -> dict:
@@ -267,6 +290,23 @@ def base_job(cfg: Config, warmup: int) -> dict:
         print(f"warning: this machine is busy (load {os.getloadavg()[0]:.1f}): expect figures that are off")
     rate = measure(matmul, job)
     return job | {"dtype": rate["dtype"], "matmul": rate}
+
+
+def write(cfg: Config, report: dict) -> None:
+    """Write `report` to `cfg.out`, whole: whoever stops the bench finds what has been measured."""
+    report |= {"config": dataclasses.asdict(cfg), "commit": commit(), "versions": versions()}
+    if cfg.out:
+        write_whole(cfg.out, json.dumps(report, indent=1) + "\n")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    peers = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "lm_eval") if find_spec(name)}
+    return {"python": platform.python_version(), **peers}
 
 
 # --- both sides in turns ----------------------------------------------------------------------------------------------

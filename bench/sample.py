@@ -23,14 +23,16 @@ SETTINGS = {
 
 
 def ours_sample(job: dict) -> dict:
-    """generate.stream, what sample.py runs, greedy, after a prompt and a few tokens to warm up."""
+    """generate.stream, what sample.py runs, greedy, after a few tokens of a prompt; "again": after the same work."""
     compute = distributed.setup(job["device"], job["dtype"])
     model = weights.load(job["folder"]).to(compute.device)
     prompts = dict(enumerate(job["prompts"]))
     if compute.device.type == "cpu" and compute.dtype == torch.float32:
         lay_out(model, job["batch_size"])
     with compute.autocast(), torch.inference_mode():
-        list(stream(model, {0: prompts[0]}, 4, -1))
+        first = {"batch_size": job["batch_size"]} if job.get("again") else {}
+        list(stream(model, prompts if first else {0: prompts[0]}, job["new"] if first else 4, -1, **first))
+        synchronize(job)
         start = peers.now()
         found = {i: ids for i, _, ids in stream(model, prompts, job["new"], -1, batch_size=job["batch_size"])}
     return {"ends": [start, peers.now()], "tokens": [found[i] for i in prompts]}
@@ -39,19 +41,29 @@ def ours_sample(job: dict) -> dict:
 def transformers_sample(job: dict) -> dict:
     """transformers' generate on the same prompts, greedy, with as many new tokens."""
     settings = dict(job["settings"])
-    by_length = settings.pop("by_length", False)
+    by_length, static = settings.pop("by_length", False), settings.pop("cache_implementation", None)
     model = peers.generator(job["folder"], job["device"], job["dtype"], **settings)
+    model.generation_config.cache_implementation = static
     with peers.quiet():
-        peers.generate(model, job["prompts"][:1], 4, 1)
+        if job.get("again"):
+            peers.generate(model, job["prompts"], job["new"], job["batch_size"], by_length)
+        else:
+            peers.generate(model, job["prompts"][:1], 4, 1)
+        synchronize(job)
         start = peers.now()
         found = peers.generate(model, job["prompts"], job["new"], job["batch_size"], by_length)
     return {"ends": [start, peers.now()], "tokens": found}
 
 
+def synchronize(job: dict) -> None:
+    if job["device"] != "cpu":
+        torch.cuda.synchronize()
+
+
 def reading(job: dict) -> dict:
     """The rate at which memory is read: by the sum of a large matrix."""
     compute = distributed.setup(job["device"], job["dtype"])
-    w = torch.ones(50_000, 768, device=compute.device, dtype=compute.dtype)
+    w = torch.ones(50_000 if job["device"] == "cpu" else 1_000_000, 768, device=compute.device, dtype=compute.dtype)
     seconds = []
     for _ in range(10):
         start = time.perf_counter()

@@ -4,6 +4,7 @@ completions. Neither's reference pass is timed."""
 import importlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -44,6 +45,22 @@ def ours_train(job: dict) -> dict:
     return {"ends": ends[job["warmup"] - 1 :], "records": records}
 
 
+def each_step(look, job: dict) -> list:
+    """Run a stage; what `look()` gave at the end of every step."""
+    from runtime.run import Run
+
+    found: list = []
+    log_step = Run.log_step
+
+    def watched(*arguments) -> None:
+        log_step(*arguments)
+        found.append(look())
+
+    with mock.patch.object(Run, "log_step", watched):
+        ours_train(job)
+    return found
+
+
 def ours_reference(job: dict) -> dict:
     script("precompute_ref", job["arguments"])
     return {}
@@ -74,11 +91,11 @@ def our_job(cfg: Config, work: Work, temp: Path, stage: str, base: dict, more: d
     return ours_train, base | {"stage": stage, "arguments": arguments}
 
 
-def trl_jobs(cfg: Config, work: Work, temp: Path, stage: str, base: dict) -> dict[str, Job]:
-    """What TRL's trainer is told, in each of its settings."""
+def trl_jobs(cfg: Config, work: Work, temp: Path, stage: str, base: dict, settings_of: dict | None = None) -> dict[str, Job]:
+    """What TRL's trainer is told, in each of its settings (or those given)."""
     job = base | {"stage": stage, "folder": work.folder, "data": work.data, "temp": temp / "trl"}
     settings = {}
-    for name, more in TRL_SETTINGS.items():
+    for name, more in (settings_of or TRL_SETTINGS).items():
         per_forward = more.get("per_device_train_batch_size", min(cfg.batch_size, 8))  # transformers' default is 8
         settings[name] = more | {
             "per_device_train_batch_size": per_forward, "gradient_accumulation_steps": cfg.batch_size // per_forward,

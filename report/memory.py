@@ -35,8 +35,8 @@ def needed(
     tokens: positions of the largest micro-batch (micro_tokens at most). predicted: completion tokens among them. rank: of
     LoRA, 0 = all weights are trained. Weights, gradients and optimizer are float32 and shared by the processes; of LoRA's
     frozen weights the blocks' matrices are in the compute dtype, the rest in float32. `working` is weights in the form that
-    the products read. In one process: casts to bfloat16 (with LoRA of the head only). In several: the gathered weights of two
-    blocks and of everything outside the blocks, and the whole gradient, added up over micro-batches.
+    the products read. In one process: casts to bfloat16 (with LoRA of the head only). In several: the gathered weights, which
+    stay from micro-batch to micro-batch, and the whole gradient, added up over them.
     """
     model = empty(c)
     total, matrices = parameters(c), sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
@@ -47,7 +47,7 @@ def needed(
     a_block = tokens * (KEPT[type(c)][width] * c.n_embd + 4 * c.n_head + 16)
     blocks = 4 * c.n_layer * c.n_embd * tokens + a_block if checkpointing else c.n_layer * a_block
     if processes > 1:
-        working = 4 * outside + width * 2 * matrices // c.n_layer + 4 * trained
+        working = 4 * outside + width * matrices + 4 * trained
     else:
         working = 2 * ((0 if rank else matrices) + head) if bfloat16 else 0
     logits = 4 * c.vocab_size * predicted

@@ -78,7 +78,7 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
         model.recompute = cfg.activation_checkpointing
         for block in model.blocks if cfg.compile else ():
             block.forward = torch.compile(block.forward, dynamic=True)
-        distributed.shard(model, compute, cfg.replicate)
+        distributed.shard(model, compute, cfg.replicate, optim.memory(model, cfg.optimizer))
     check_memory(cfg, model, compute)
     # on other ranks than 0 there are no tensors: `fill` sends them
     distributed.fill(model, (pair for part in tensors for pair in part), compute)

@@ -24,7 +24,7 @@ from base.errors import UserError
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16's range is too small for log-probs and gradients
-SMALL = 20_000_000  # parameters: below, sharding saves less than 0.3 GB a process and costs a wait a block
+ROOM = 4  # a whole copy may take one part in so many of the memory; the rest is for activations, logits and weights as cast
 STUCK = timedelta(minutes=10)  # a collective of training that takes longer will never end
 PATIENCE = timedelta(hours=24)  # while rank 0 downloads, tokenizes, or saves, the others wait
 
@@ -130,17 +130,17 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        join(rank, world, "nccl" if where.type == "cuda" else "gloo")
+        join(rank, world, where)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
-def join(rank: int, world: int, backend: str) -> None:
+def join(rank: int, world: int, device: torch.device) -> None:
     """Join the other processes. UserError, of each process for itself, where some do not come for as long as STUCK; rank 0
     says which."""
-    store = meet(rank, world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=STUCK)
+    how = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}  # NCCL connects at once
+    dist.init_process_group(store=meet(rank, world), rank=rank, world_size=world, timeout=STUCK, **how)
 
 
 def meet(rank: int, world: int) -> dist.Store:
@@ -205,13 +205,13 @@ def keep_freed_memory() -> None:
 # --- the model over several processes -----------------------------------------------------------------------------------
 
 
-def shard(model: nn.Module, compute: Compute, replicate: int = 0) -> None:
+def shard(model: nn.Module, compute: Compute, replicate: int = 0, needed: int = 0) -> None:
     """Shard a model (on the meta device, with `.blocks`) over all processes: each block, then the rest, is gathered when used.
 
     Parameters are gathered in `compute.dtype`; shards, gradients' sums and the optimizer are float32. `replicate` copies of
-    the sharded model share the work (hybrid sharding: make it the number of nodes); 0 = one, or, for a model of fewer than
-    `SMALL` parameters, one a process, so that nothing but gradients travels. Raises UserError if it does not divide the
-    number of processes. One process: does nothing.
+    the sharded model share the work (hybrid sharding: make it the number of nodes); 0 = one a process, so that nothing but
+    gradients travels, where there is room for whole copies (`fits`), else one in all. `needed`: the bytes of a whole copy, with
+    gradients and optimizer. Raises UserError if it does not divide the number of processes. One process: does nothing.
     """
     if compute.world % (replicate or 1):
         raise UserError(f"key replicate: {compute.world} processes cannot hold {replicate} copies of equal size")
@@ -220,10 +220,16 @@ def shard(model: nn.Module, compute: Compute, replicate: int = 0) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     if not replicate:
-        replicate = compute.world if sum(p.numel() for p in model.parameters()) < SMALL else 1
+        replicate = compute.world if fits(needed, compute) else 1
     sizes = (replicate, compute.world // replicate)
     mesh = init_device_mesh(compute.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     wrap(model, mesh if replicate > 1 else mesh["shard"], compute.dtype)
+
+
+def fits(needed: int, compute: Compute) -> bool:
+    """Whether each process has room for a whole copy of so many bytes. On a CPU they may share one machine's memory."""
+    sharers = compute.world if compute.device.type == "cpu" else 1
+    return ROOM * needed <= compute.memory / sharers
 
 
 def wrap(model: nn.Module, mesh, dtype: torch.dtype) -> None:
@@ -286,6 +292,22 @@ def own(p: Tensor) -> Tensor:
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass adds up the gradients of all ranks: worth it only in a step's last micro-batch."""
+    """Whether the next backward pass adds up the gradients of all ranks: worth it only in a step's last micro-batch.
+
+    Until then the blocks' weights stay gathered: they do not change within a step."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)
+        for block in model.blocks:
+            block.set_reshard_after_forward(now, recurse=False)
+            block.set_reshard_after_backward(now, recurse=False)
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients, a scalar, the same on every rank: by one exchange of a number."""
+    norm = torch.nn.utils.get_total_norm([own(g) for g in gradients])
+    mesh = getattr(gradients[0], "device_mesh", None)
+    if mesh is not None and mesh["shard"].size() > 1:
+        squares = norm.square()
+        dist.all_reduce(squares, group=mesh.get_group("shard"))
+        norm = squares.sqrt()
+    return norm

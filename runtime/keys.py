@@ -156,7 +156,10 @@ class SpeedKeys:
         False, "keep only each block's input for the backward pass: less memory, 1/3 more time", free=True
     )
     replicate: int = key(
-        0, "copies of the sharded model (say, the number of nodes), 0 = 1, or one per process if small", least=0, free=True
+        0,
+        "copies of the sharded model (say, the number of nodes), 0 = 1, or one a process if it fits",
+        least=0,
+        free=True,
     )
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from base.progress import count
-from runtime.distributed import own
-from weights import whole
+from runtime.distributed import gradient_norm, own
 
 
 class Optimizer(NamedTuple):
@@ -115,6 +114,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+@torch.no_grad()
 def clip(model: nn.Module, grad_clip: float) -> Tensor:
     """Scale the gradients down to a global norm of `grad_clip` (0 = leave them); returns the norm before that, a scalar."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(gradients)
+    if grad_clip:
+        torch._foreach_mul_([own(g) for g in gradients], (grad_clip / (norm + 1e-6)).clamp(max=1))
+    return norm

@@ -1,9 +1,11 @@
 """The bench: both sides get the same work, the floor counts what it says, every suite runs to its table."""
 
+import json
 import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import weights
 from base.errors import UserError
-from bench import common, gpu, mcq, peers, rows, sample, training
+from bench import budget, common, counts, gpu, mcq, peers, rows, sample, training
 from data import tokenizer
 from data.batch import collate
 from data.encode import Encoded, encode
 from model import GPTConfig
+from runtime import optim
 from runtime.run import Run
 from tests.conftest import SHARED
 from tests.peers import gpt2_folder
@@ -36,7 +39,7 @@ def small(monkeypatch):
 
     def measure(function, job):
         if "out_dir" in job.get("arguments", {}):  # a process holds its run folder's lock until it ends
-            job["arguments"]["out_dir"] = tempfile.mkdtemp(dir=job["arguments"]["out_dir"].parent)
+            job["arguments"]["out_dir"] = tempfile.mkdtemp(dir=Path(job["arguments"]["out_dir"]).parent)
         with monkeypatch.context() as patch:
             for name in ("log_step", "save", "finish"):  # ours_train changes them for its process
                 patch.setattr(Run, name, getattr(Run, name))
@@ -156,13 +159,62 @@ def test_sample_suite_writes_the_same(small, monkeypatch, tmp_path, capsys):
 
 def test_gpu_suite_runs_on_a_cpu(small, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "SETTINGS", {"plain": {}, "packed": {"row_len": 256}, "refused": {"row_len": -1}})
-    report = gpu.suite(config(suite="gpu", models="tiny", peer="none", pairs=2), tmp_path)
-    names, failed = [row["name"] for row in report["rows"]], [row["name"] for row in report["rows"] if "error" in row]
-    assert names[:2] == ["dpo hh tiny plain", "sft hh tiny plain"] and "sft hellaswag tiny packed" in names
-    assert len(names) == 12 and failed == [name for name in names if "refused" in name]
-    assert all(0 < row["mfu"] < 1 and row["tokens_per_s"] > 0 for row in report["rows"] if "error" not in row)
-    late = gpu.suite(config(suite="gpu", models="tiny", peer="none", pairs=2, minutes=0.0), tmp_path)
-    assert not late["rows"] and len(late["left_out"]) == 12
+    monkeypatch.setattr(gpu, "BATCHES", (2,))
+    written, write_whole = [], common.write_whole
+    monkeypatch.setattr(common, "write_whole", lambda path, text: (written.append(json.loads(text)), write_whole(path, text)))
+    cfg = config(suite="gpu", models="tiny", peer="none", pairs=4, out=str(tmp_path / "out.json"))
+    report = gpu.suite(cfg, tmp_path)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows)[:3] == ["dpo hh tiny plain", "dpo hh tiny profile", "sample 2 hh tiny ours"]
+    assert [name for name, row in rows.items() if "error" in row] == ["dpo hh tiny refused"]
+    # a row is in the file as soon as it is measured
+    assert [len(found["rows"]) for found in written] == list(range(1, 1 + len(rows)))
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][-1]["name"] == list(rows)[-1]
+    trained = [row for name, row in rows.items() if "mfu_measured" in row]
+    assert len(trained) == 5 and all(0 < row["mfu_datasheet"] < row["mfu_measured"] < 1 for row in trained)
+    assert all(len(row["losses"]) == 4 and row["tokens_per_s"] > 0 for row in trained)
+    assert 0 < rows["sample 2 hh tiny ours"]["bandwidth_share"] < 1
+    profile = rows["dpo hh tiny profile"]
+    assert all(profile["parts"][part] > 0 for part in budget.PARTS) and profile["estimated"].keys() == profile["parts"].keys()
+    assert sum(profile["parts"].values()) == pytest.approx(profile["step_s"])
+    late = gpu.suite(config(suite="gpu", models="tiny", peer="none", pairs=4, minutes=0.0), tmp_path)
+    assert not late["rows"] and len(late["left_out"]) == len(rows)
+
+
+def test_the_second_pass_over_the_data_is_timed(small, tmp_path):
+    """So that every shape has been there before."""
+    cfg = config(suite="gpu", models="tiny", peer="none", pairs=4)
+    work = common.prepare(cfg, tmp_path, "tiny", "hh", "sft", 4)
+    base = {"threads": 1, "device": "cpu", "dtype": "float32", "warmup": 2}
+    function, job = gpu.job_of(cfg, work, tmp_path, base, ("sft", "hh", "tiny", "plain"), 60)
+    job["arguments"]["out_dir"] = tmp_path / "run"
+    result = common.measure(function, job)
+    assert result["steps"] == 2 and len(result["records"]) == 4
+    first, second = ([r["tokens"] for r in result["records"]][i : i + 2] for i in (0, 2))
+    assert first == second
+
+
+def test_a_job_that_takes_too_long_is_ended():
+    start = time.monotonic()
+    result = common.attempt(endless, {"threads": 1, "device": "cpu", "dtype": "float32", "limit_s": 1.0})
+    assert result == {"error": "ended after 1 s"} and time.monotonic() - start < 60
+
+
+def endless(job):
+    time.sleep(3600)
+
+
+def test_counts_suite(small, monkeypatch, tmp_path):
+    """Its rows, and that a wait planted in a step is counted."""
+    report = counts.suite(config(suite="counts", pairs=4), tmp_path)
+    rows = report["rows"]
+    assert rows["sft"]["forwards"] == rows["dpo"]["forwards"] == 1 and rows["dpo"]["kernels"] > rows["sft"]["kernels"] > 100
+    assert all(row["syncs"] == pytest.approx(sum(row["by_sync"].values())) and row["syncs"] > 0 for row in rows.values())
+    assert report["compiled"].keys() == counts.COMPILED.keys() and "error" not in report["compiled"]["compile"]
+    clip = optim.clip
+    monkeypatch.setattr(optim, "clip", lambda *how: (clip(*how).item(), clip(*how))[1])
+    planted = counts.suite(config(suite="counts", pairs=4), tmp_path / "again")["rows"]
+    assert planted["sft"]["syncs"] == rows["sft"]["syncs"] + 1
 
 
 def settle(job):

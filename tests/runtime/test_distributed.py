@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,10 @@ from base import errors
 from data.batch import collate
 from data.encode import Encoded
 from data.tokenizer import get
-from runtime import checkpoint, distributed
+from model import SIZES, GPTConfig
+from runtime import checkpoint, distributed, optim
 from runtime.run import check_finite
+from tests import tiny
 from tests.conftest import ROOT, SHARED, close, dpo_args, flags, free_port, good, metrics, ref_args, sft_args
 
 SLOW = pytest.mark.slow
@@ -277,7 +280,7 @@ def test_a_process_that_never_comes(rank, monkeypatch):
     monkeypatch.setattr(distributed, "STUCK", timedelta(seconds=1))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(errors.UserError, match=rf"^rank {rank}: (rank 1|others) did not come to 127\.0\.0\.1:\d") as found:
-        distributed.join(rank, 2, "gloo")
+        distributed.join(rank, 2, torch.device("cpu"))
     assert found.value.here and not dist.is_initialized()
 
 
@@ -440,6 +443,67 @@ def test_sharded_bfloat16_is_near_autocast(device, monkeypatch):
             assert (grad - sharded_grads[name]).norm() <= 0.05 * grad.norm() + 1e-6, name
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A group of this process alone."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_step_gathers_a_block_twice_whatever_its_micro_batches(group, monkeypatch):
+    """Once for the first forward, and once for the last backward; gradients as of one pass over all."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    gathered, wait = Counter(), FSDPParamGroup.wait_for_unshard
+
+    def counted(self):
+        gathered[self._module_fqn] += self._all_gather_result is not None
+        wait(self)
+
+    monkeypatch.setattr(FSDPParamGroup, "wait_for_unshard", counted)
+    rng = np.random.default_rng(0)
+    micros = [[tiny.example(rng, 9, 5, 7)] for _ in range(3)]
+    alone, sharded = tiny.gpt().train(), tiny.gpt().train()
+    distributed.wrap(sharded, init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)), torch.float32)
+    for model in (alone, sharded):
+        for n, items in enumerate(micros, start=1):
+            distributed.sync_gradients(model, n == len(micros))
+            model(collate([items])).sum().backward()
+    assert {name: n for name, n in gathered.items() if name} == {f"blocks.{i}": 2 for i in range(3)}
+    for p, q in zip(alone.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, weights.whole(q.grad))
+    wanted = torch.cat([p.grad.flatten() for p in alone.parameters()]).norm()
+    for model in (alone, sharded):
+        assert optim.clip(model, 0.1) == pytest.approx(wanted.item(), rel=1e-5)
+        assert optim.clip(model, 0) == pytest.approx(0.1, rel=1e-4)
+    with torch.no_grad():  # after the step nothing stays gathered: what a step changed is seen
+        for model in (alone, sharded):
+            for p in model.parameters():
+                distributed.own(p).mul_(0.5)
+        batch = collate([micros[0]])
+        torch.testing.assert_close(alone(batch), sharded(batch))
+
+
+@pytest.mark.parametrize(("name", "whole"), [("gpt2", True), ("gpt2-medium", True), ("gpt2-large", True), ("gpt2-xl", False)])
+def test_what_fits_on_a_card_of_80_gb_is_not_sharded(name, whole):
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[name], strict=True))
+    needed = optim.memory(weights.empty(GPTConfig(**sizes)), "adamw")
+    card = SimpleNamespace(device=torch.device("cuda:0"), world=8, memory=80 * 10**9)
+    assert distributed.fits(needed, card) == whole
+    machine = SimpleNamespace(device=torch.device("cpu"), world=8, memory=80 * 10**9)  # eight share it
+    assert distributed.fits(needed, machine) == (name == "gpt2")
+
+
+def test_nccl_is_told_its_device(monkeypatch):
+    told = {}
+    monkeypatch.setattr(distributed, "meet", lambda rank, world: "store")
+    monkeypatch.setattr(dist, "init_process_group", lambda **how: told.update(how))
+    distributed.join(1, 2, torch.device("cuda:1"))
+    assert told["backend"] == "nccl" and told["device_id"] == torch.device("cuda:1") and told["rank"] == 1
 
 
 @pytest.mark.gpu
