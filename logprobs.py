@@ -9,6 +9,7 @@ Every stage asks a model one question: which log-probability does it give these 
 import inspect
 import math
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import LoRA, LoRAConfig
 
-LOGITS_BUDGET = 2**28  # bytes of logits a forward may keep for backward; past it they are computed again
-LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
+# Bytes of logits that a forward on a CPU may keep for backward; past it they are computed again. Bytes that exist at once then.
+LOGITS_BUDGET, LOGITS_CHUNK = 2**28, 2**26
 
 
 class LanguageModel(nn.Module):
@@ -248,8 +249,7 @@ class _TargetLogps(torch.autograd.Function):
         cast = [m if m is None else m.to(x.dtype) for m in (w, h, b)]
         for i in range(0, len(x), chunk):
             logits = _logits(x, *cast, slice(i, i + chunk))  # (chunk, vocab)
-            at = logits.gather(1, target[i : i + chunk, None])[:, 0]
-            lse[i : i + chunk] = torch.logsumexp(logits, 1)
+            lse[i : i + chunk], at = normaliser(logits, target[i : i + chunk])
             logps[i : i + chunk] = at - lse[i : i + chunk]
             if keep:
                 kept.append(logits)
@@ -266,10 +266,7 @@ class _TargetLogps(torch.autograd.Function):
         for n, i in enumerate(range(0, len(x), ctx.chunk)):
             part = slice(i, i + ctx.chunk)
             logits = kept[n] if kept else _logits(x, w, h, b, part)
-            # d logp_t / d logits = onehot(target) - softmax(logits), times the incoming gradient
-            d = logits.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
-            d.scatter_add_(1, target[part, None], grad[part, None])
-            d = d.to(x.dtype)
+            d = derivative(logits, lse[part], target[part], grad[part], x.dtype)
             if dx is not None:
                 dx[part] = d @ w
             if dh is not None:
@@ -280,6 +277,40 @@ class _TargetLogps(torch.autograd.Function):
         if not len(x):  # with nothing to predict the gradients are zero: a sharded model's ranks must all have them
             dw, db = (torch.zeros_like(m) if need else None for m, need in ((w, need_w), (b, need_b)))
         return dx, *(g if g is None else g.to(t) for g, t in zip((dw, dh, db), ctx.dtypes, strict=True)), None, None, None
+
+
+def logits_rows(device: torch.device, vocab_size: int) -> tuple[int, int]:
+    """Rows of logits that a forward may keep for backward, and rows that exist at once where it keeps none."""
+    row = 4 * vocab_size
+    if device.type != "cuda":
+        return LOGITS_BUDGET // row, max(1, LOGITS_CHUNK // row)
+    budget = torch.cuda.get_device_properties(device).total_memory // 16
+    return budget // row, max(256, 2**30 // row // 256 * 256)  # 1 GiB, in whole tiles of the products
+
+
+def normaliser(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, vocab) float32, target (n,) -> log-sum-exp of each row (n,), and the target's logit (n,)."""
+    if in_triton(logits):
+        import kernels
+
+        return kernels.normaliser(logits, target)
+    return torch.logsumexp(logits, 1), logits.gather(1, target[:, None])[:, 0]
+
+
+def derivative(logits: Tensor, lse: Tensor, target: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """d logp_target / d logits = onehot(target) - softmax(logits), times the incoming gradient (n,), in `dtype`. `logits` is
+    used up."""
+    if in_triton(logits):
+        import kernels
+
+        return kernels.derivative(logits, lse, target, grad, dtype)
+    d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+    return d.scatter_add_(1, target[:, None], grad[:, None]).to(dtype)
+
+
+def in_triton(logits: Tensor) -> bool:
+    """Whether the kernels of kernels.py work on this tensor; not on one that only pretends to be on a GPU."""
+    return logits.is_cuda and type(logits) is Tensor and find_spec("triton") is not None
 
 
 def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:
@@ -294,6 +325,8 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return _float32_product(a, b)
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return total.add_(_float32_product(a, b))
 
 
@@ -313,6 +346,6 @@ def target_logps(x: Tensor, w: Tensor, target: Tensor, lora: LoRA | None = None)
     h, b = lora.down(x) if lora else (None, None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    row_bytes = 4 * len(w)
-    keep = torch.is_grad_enabled() and len(x) * row_bytes <= LOGITS_BUDGET
-    return _TargetLogps.apply(x, w, h, b, target, max(1, LOGITS_CHUNK // row_bytes), keep)
+    kept, chunk = logits_rows(x.device, len(w))
+    keep = torch.is_grad_enabled() and len(x) <= kept
+    return _TargetLogps.apply(x, w, h, b, target, chunk, keep)

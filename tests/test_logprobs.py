@@ -1,6 +1,11 @@
 """The attention rule and its masks; log-probs at target tokens, in chunks, against plain log-softmax."""
 
 import itertools
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logprobs
 from data.batch import collate
-from logprobs import Sequences, attend, attention_mask, may_attend, packed, target_logps
+from logprobs import Sequences, attend, attention_mask, logits_rows, may_attend, packed, target_logps
 from lora import LoRA, LoRAConfig
 from tests import tiny, varlen
 from tests.tiny import CONFIG, example
@@ -64,6 +69,32 @@ def test_logits_are_never_whole(monkeypatch, adapter):
         model(batch).sum().backward()
     sizes = [n for n in rows if n not in (CONFIG.n_embd, 3)]  # transposed: the weight, and the adapter's B
     assert len(sizes) > 12 and max(sizes) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: it comes with torch for CUDA")
+def test_kernels_equal_torch_in_tritons_interpreter():
+    command = [sys.executable, "-m", "tests.interpreted"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_equal_torch():
+    from tests.interpreted import check
+
+    check("cuda")
+
+
+def test_rows_of_logits_on_a_gpu(monkeypatch):
+    """A gibibyte in whole tiles at once; a sixteenth of the card's memory is kept."""
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    cuda = torch.device("cuda")
+    assert logits_rows(cuda, 50_257) == (26_706, 5120) and logits_rows(cuda, 2_000_000) == (671, 256)
+    card.total_memory = 8 * 2**30
+    assert logits_rows(cuda, 50_257) == (2670, 5120)
+    assert logits_rows(torch.device("cpu"), 50_257) == (1335, 333)
 
 
 def test_the_mask_is_the_rule():
