@@ -1,4 +1,4 @@
-"""Two passes over a chunk of logits in Triton, for CUDA: logprobs.py has the same in torch, which takes five passes.
+"""Two passes over a chunk of logits in Triton, for CUDA: logprobs.py has the same in torch, where each is four passes.
 
 Each program reads its logits once. Tests run the kernels on a CPU with Triton's interpreter (TRITON_INTERPRET=1).
 """
