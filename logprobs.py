@@ -6,7 +6,10 @@ Every stage asks a model one question: which log-probability does it give these 
     [prompt | completion 1 | completion 2 | …]      a completion sees the prompt and itself, never a sibling
 """
 
+import inspect
 import math
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import LoRA, LoRAConfig
 
-LOGITS_BUDGET = 2**28  # bytes of logits a forward may keep for backward; past it they are computed again
-LOGITS_CHUNK = 2**26  # bytes of logits that exist at once otherwise
+# Bytes of logits that a forward on a CPU may keep for backward; past it they are computed again. Bytes that exist at once then.
+LOGITS_BUDGET, LOGITS_CHUNK = 2**28, 2**26
 
 
 class LanguageModel(nn.Module):
@@ -45,7 +48,7 @@ class LanguageModel(nn.Module):
                         called there, a pattern of names to pass over, and whether the matrix is stored as (in, out)
 
     An attention object is made once a forward and asked once a layer: `attention.layer(i)` gives the one for layer i. There are
-    `Packed` here, and `Prefill` and `Decode` in generate.py.
+    `Packed` and `Sequences` here, and `Prefill` and `Decode` in generate.py.
     """
 
     lora: LoRAConfig | None = None  # set by lora.add_lora
@@ -86,11 +89,11 @@ class LanguageModel(nn.Module):
 
         `batch` carries integer tensors: `tokens`, `positions`, `example`, `branch`, each (rows, row_len), and `source`,
         `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len.
-        `plain` says that every row is one sequence, so that the causal rule alone will do.
+        `plain` says that every row is one sequence, so that the causal rule alone will do. `keys`, `ends` and `longest` are
+        the attention rule for `Sequences`.
         Returns (completion tokens,) float32, natural logarithm.
         """
-        attention = Packed(None if batch.plain else attention_mask(batch.example, batch.branch))
-        x = self.states(batch.tokens, batch.positions, attention)  # (rows, row_len, n_embd)
+        x = self.states(batch.tokens, batch.positions, packed(batch, self.config.head_dim))  # (rows, row_len, n_embd)
         x = self.norm(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
         return target_logps(x, self.head_weight, batch.target, self.head.lora)
 
@@ -141,7 +144,7 @@ class Packed:
     mask: None (every row is one sequence: causal), or what `attention_mask` makes.
     """
 
-    def __init__(self, mask):
+    def __init__(self, mask: Tensor | None):
         self.mask = mask
 
     def layer(self, number: int) -> "Packed":
@@ -149,6 +152,48 @@ class Packed:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         return attend(q, k, v, self.mask, dropout)
+
+
+class Sequences:
+    """The same without a mask, by FlashAttention over sequences of any length: for bfloat16 on CUDA.
+
+    `batch` lists for every sequence where its queries end, and the positions of its keys (see data/batch.py). A query sees the
+    keys up to itself, the last query the last key. Dropout on the attention weights is left out: the kernel has none.
+    """
+
+    def __init__(self, batch):
+        from torch.nn.attention.varlen import varlen_attn  # only here: it loads the compiler, which takes a second
+
+        # torch 2.12 wants to be told that queries may have more heads than keys; before, it took them without a word
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        self.kernel = partial(varlen_attn, window_size=(-1, 0), **grouped)  # causal
+        # where no prompt has several completions, the keys stand in the row as the sequences want them
+        self.keys = batch.keys if len(batch.keys) > batch.tokens.numel() else None
+        self.query_ends, self.key_ends = batch.ends.int()
+        self.longest = batch.longest
+
+    def layer(self, number: int) -> "Sequences":
+        return self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        rows, _, length, _ = q.shape
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (rows * length, heads, head_dim)
+        if self.keys is not None:
+            k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
+        y = self.kernel(q, k, v, self.query_ends, self.key_ends, self.longest, self.longest)
+        return y.unflatten(0, (rows, length)).transpose(1, 2)
+
+
+def packed(batch, head_dim: int) -> Packed | Sequences:
+    """The attention for a batch: without a mask where the kernel for that is, else with one, or causal if it is plain."""
+    if is_flash(batch.tokens.device.type) and head_dim % 8 == 0 and head_dim <= 256:
+        return Sequences(batch)
+    return Packed(None if batch.plain else attention_mask(batch.example, batch.branch))
+
+
+def is_flash(device: str) -> bool:
+    """Whether products on this device are now in a dtype that FlashAttention takes."""
+    return device == "cuda" and torch.is_autocast_enabled(device)
 
 
 def may_attend(example: Tensor, branch: Tensor, row, query, key):
@@ -162,45 +207,26 @@ def may_attend(example: Tensor, branch: Tensor, row, query, key):
     )
 
 
-def attention_mask(example: Tensor, branch: Tensor):
-    """The rule for rows (rows, row_len): on CUDA a FlexAttention BlockMask, elsewhere 0 or -inf, (rows, 1, row_len, row_len).
+def attention_mask(example: Tensor, branch: Tensor) -> Tensor:
+    """The rule for rows (rows, row_len) as 0 or -inf, (rows, 1, row_len, row_len).
 
     Padding has an example number of its own (data.batch.PADDING): a padded position sees itself, so no row is empty.
     """
     rows, length = example.shape
-    if example.is_cuda:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def rule(row, _head, query, key):
-            return may_attend(example, branch, row, query, key)
-
-        return create_block_mask(rule, rows, None, length, length, device=example.device)
     at = torch.arange(length, device=example.device)
     row = torch.arange(rows, device=example.device).view(-1, 1, 1)
     allowed = may_attend(example, branch, row, at[:, None], at[None, :]).unsqueeze(1)
     return torch.where(allowed, 0.0, -math.inf)  # from booleans every layer would make such a tensor and keep it
 
 
-_compiled_flex = None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal; a single query is the last and sees all), a tensor, or a
-    FlexAttention BlockMask.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v under a mask: None (causal; a single query is the last and sees all), or a tensor.
 
     q: (rows, heads, length, head_dim); k, v: (rows, kv_heads, length, head_dim), where kv_heads divides heads.
-    FlexAttention has no dropout on the weights, so there only the residual one acts.
     """
     grouped = q.size(1) != k.size(1)
-    if mask is None or isinstance(mask, Tensor):
-        causal = q.size(2) > 1 and mask is None  # in this order a bool also while torch.compile traces
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
-    global _compiled_flex
-    if _compiled_flex is None:  # uncompiled it would write out the whole matrix of scores
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _compiled_flex = torch.compile(flex_attention, dynamic=True)
-    return _compiled_flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+    causal = q.size(2) > 1 and mask is None  # in this order a bool also while torch.compile traces
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
 # --- the vocabulary projection --------------------------------------------------------------------------------------
@@ -223,8 +249,7 @@ class _TargetLogps(torch.autograd.Function):
         cast = [m if m is None else m.to(x.dtype) for m in (w, h, b)]
         for i in range(0, len(x), chunk):
             logits = _logits(x, *cast, slice(i, i + chunk))  # (chunk, vocab)
-            at = logits.gather(1, target[i : i + chunk, None])[:, 0]
-            lse[i : i + chunk] = torch.logsumexp(logits, 1)
+            lse[i : i + chunk], at = normaliser(logits, target[i : i + chunk])
             logps[i : i + chunk] = at - lse[i : i + chunk]
             if keep:
                 kept.append(logits)
@@ -241,10 +266,7 @@ class _TargetLogps(torch.autograd.Function):
         for n, i in enumerate(range(0, len(x), ctx.chunk)):
             part = slice(i, i + ctx.chunk)
             logits = kept[n] if kept else _logits(x, w, h, b, part)
-            # d logp_t / d logits = onehot(target) - softmax(logits), times the incoming gradient
-            d = logits.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
-            d.scatter_add_(1, target[part, None], grad[part, None])
-            d = d.to(x.dtype)
+            d = derivative(logits, lse[part], target[part], grad[part], x.dtype)
             if dx is not None:
                 dx[part] = d @ w
             if dh is not None:
@@ -255,6 +277,40 @@ class _TargetLogps(torch.autograd.Function):
         if not len(x):  # with nothing to predict the gradients are zero: a sharded model's ranks must all have them
             dw, db = (torch.zeros_like(m) if need else None for m, need in ((w, need_w), (b, need_b)))
         return dx, *(g if g is None else g.to(t) for g, t in zip((dw, dh, db), ctx.dtypes, strict=True)), None, None, None
+
+
+def logits_rows(device: torch.device, vocab_size: int) -> tuple[int, int]:
+    """Rows of logits that a forward may keep for backward, and rows that exist at once where it keeps none."""
+    row = 4 * vocab_size
+    if device.type != "cuda":
+        return LOGITS_BUDGET // row, max(1, LOGITS_CHUNK // row)
+    budget = torch.cuda.get_device_properties(device).total_memory // 16
+    return budget // row, max(256, 2**30 // row // 256 * 256)  # 1 GiB, in whole tiles of the products
+
+
+def normaliser(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, vocab) float32, target (n,) -> log-sum-exp of each row (n,), and the target's logit (n,)."""
+    if in_triton(logits):
+        import kernels
+
+        return kernels.normaliser(logits, target)
+    return torch.logsumexp(logits, 1), logits.gather(1, target[:, None])[:, 0]
+
+
+def derivative(logits: Tensor, lse: Tensor, target: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """d logp_target / d logits = onehot(target) - softmax(logits), times the incoming gradient (n,), in `dtype`. `logits` is
+    used up."""
+    if in_triton(logits):
+        import kernels
+
+        return kernels.derivative(logits, lse, target, grad, dtype)
+    d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+    return d.scatter_add_(1, target[:, None], grad[:, None]).to(dtype)
+
+
+def in_triton(logits: Tensor) -> bool:
+    """Whether the kernels of kernels.py work on this tensor; not on one that only pretends to be on a GPU."""
+    return logits.is_cuda and type(logits) is Tensor and find_spec("triton") is not None
 
 
 def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:
@@ -269,6 +325,8 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return _float32_product(a, b)
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return total.add_(_float32_product(a, b))
 
 
@@ -288,6 +346,6 @@ def target_logps(x: Tensor, w: Tensor, target: Tensor, lora: LoRA | None = None)
     h, b = lora.down(x) if lora else (None, None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    row_bytes = 4 * len(w)
-    keep = torch.is_grad_enabled() and len(x) * row_bytes <= LOGITS_BUDGET
-    return _TargetLogps.apply(x, w, h, b, target, max(1, LOGITS_CHUNK // row_bytes), keep)
+    kept, chunk = logits_rows(x.device, len(w))
+    keep = torch.is_grad_enabled() and len(x) <= kept
+    return _TargetLogps.apply(x, w, h, b, target, chunk, keep)

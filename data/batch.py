@@ -7,6 +7,12 @@
 
 A completion may have tokens that are fed but not predicted (`Encoded.targets`): the user's turns in a conversation.
 A row may hold several such examples, one behind the other; tokens of different examples do not see each other.
+
+The attention rule as a list of sequences, for a GPU (logprobs.Sequences). A sequence's queries stand side by side in the row
+and are the last of its keys; the keys before them are the prompt's:
+
+    queries     a b c d   f
+    keys        a b c d   a b f       the first completion is read with its prompt, each other one behind a copy of it
 """
 
 from dataclasses import dataclass, replace
@@ -22,11 +28,14 @@ PADDING = -1  # the example number of padded positions
 
 @dataclass
 class Batch:
-    """Rows as tensors, all int64. The first four are (rows, row_len), the next three (completion tokens,).
+    """Rows as tensors, all int64. The first four are (rows, row_len), the next three (completion tokens,), `keys` (n_keys,),
+    `ends` (2, sequences + 1).
 
     tokens; positions (0.. on each branch, going on from the prompt's end); example (a number within the row, -1 = padding);
     branch (0 = prompt, 1..k); source (flat position in rows * row_len that predicts); target (token predicted there);
-    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions).
+    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions);
+    keys (flat positions of all sequences' keys, one sequence behind the other); ends (where each sequence's queries end, and
+    its keys, with a 0 in front). `longest` is the most keys of a sequence.
     """
 
     tokens: Tensor
@@ -36,6 +45,9 @@ class Batch:
     source: Tensor
     target: Tensor
     completion: Tensor
+    keys: Tensor
+    ends: Tensor
+    longest: int
     n_completions: int
     plain: bool  # at most one example a row, with one completion: then causal attention is enough
     items: list[Encoded]
@@ -57,24 +69,34 @@ def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
     tokens, positions, branch, example = np.zeros((4, len(rows), width), dtype=np.int64)
     example[:] = PADDING
     source, target, completion = [], [], []  # a list of arrays each, joined at the end
+    queries, keys = [], []  # an array of flat positions a sequence
     for r, row in enumerate(rows):
+        places = np.arange(r * width, (r + 1) * width)
         at = 0
         for e, item in enumerate(row):
             p = len(item.prompt)
-            last = r * width + at + p - 1  # where the prompt's last token stands
+            prompt = places[at : at + p]
             for b, ids in enumerate([item.prompt, *item.completions]):
                 fed = ids[:-1] if b else ids
                 here, begin = slice(at, at + len(fed)), p if b else 0
+                own = places[here]
                 tokens[r, here], branch[r, here], example[r, here] = fed, b, e
                 positions[r, here] = np.arange(begin, begin + len(fed))
                 if b:
                     wanted = np.ones(len(ids), bool) if item.targets is None else item.targets[b - 1]
-                    source.append(np.append(last, np.arange(r * width + at, r * width + here.stop))[wanted])
+                    source.append(np.append(prompt[-1], own)[wanted])
                     completion.append(np.full(wanted.sum(), len(target)))
                     target.append(ids[wanted])
+                if b == 1:
+                    queries[-1] = keys[-1] = np.append(prompt, own)
+                elif len(own):
+                    queries.append(own), keys.append(np.append(prompt, own) if b else own)
                 at = here.stop
+        if at < width:  # padding, as an example of its own
+            queries.append(places[at:]), keys.append(places[at:])
     n = len(target)
     plain = all(len(row) <= 1 and all(len(item.completions) == 1 for item in row) for row in rows)
-    joined = (np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion))
-    arrays = (tokens, positions, example, branch, *joined)
-    return Batch(*map(torch.from_numpy, arrays), n, plain, [item for row in rows for item in row])
+    joined = (np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion, keys))
+    ends = np.cumsum([[0, *map(len, parts)] for parts in (queries, keys)], axis=1)
+    arrays = map(torch.from_numpy, (tokens, positions, example, branch, *joined, ends))
+    return Batch(*arrays, max(map(len, keys)), n, plain, [item for row in rows for item in row])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -76,14 +77,25 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
         tensors.append(found.adapter.initial(keep_start) if found.adapter else initial_lora(model, cfg.seed))
     if training:
         model.recompute = cfg.activation_checkpointing
-        for block in model.blocks if cfg.compile else ():
-            block.forward = torch.compile(block.forward, dynamic=True)
+        if cfg.compile == "true" or (cfg.compile == "auto" and compute.device.type == "cuda" and find_spec("triton")):
+            compile_blocks(model)
         distributed.shard(model, compute, cfg.replicate, optim.memory(model, cfg.optimizer))
     check_memory(cfg, model, compute)
     # on other ranks than 0 there are no tensors: `fill` sends them
     distributed.fill(model, (pair for part in tensors for pair in part), compute)
     model.origin = compute.once(found.origin)  # only now: the fingerprint was made while the weights were read
     return model
+
+
+def compile_blocks(model: LanguageModel, backend: str = "inductor") -> None:
+    """Compile each block in one piece, for rows of any length: one compilation serves all blocks, checkpointed or not.
+
+    Call it before the model is sharded, so that gathering stays outside. What a block is compiled for includes the mode,
+    whether gradients are wanted and of what, and the kind of attention: more combinations than the 8 that torch allows.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True, backend=backend)
 
 
 def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:

@@ -223,7 +223,7 @@ def _read_argv(cls: type, prog: str | None, argv: list[str], keys: dict[str, Fie
             default = "required" if f.default is REQUIRED else f"default {_toml(f.default)}"
             choices = f" [{' | '.join(map(str, rules(f).choices))}]" if rules(f).choices else ""
             meaning = f"{rules(f).help}{choices} ({default})".replace("%", "%%")
-            bare = {"nargs": "?", "const": "true"} if f.type is bool else {}
+            bare = {"nargs": "?", "const": "true"} if f.type is bool or "true" in rules(f).choices else {}
             group.add_argument(f"--{f.name}", metavar=f.type.__name__, help=meaning, **bare)
     found, strays = parser.parse_known_args(argv)
     if unknown := [word for word in strays if word.startswith("--")]:
@@ -262,8 +262,9 @@ def _unknown(name: str, where: str, keys: dict[str, Field]) -> UserError:
 
 
 def _checked(f: Field, given: Any, where: str) -> Any:
-    """`given` as the type of key `f`. A whole number may stand for a float and a whole float (1e3) for an int."""
-    kind, value = f.type, given
+    """`given` as the type of key `f`. A whole number may stand for a float and a whole float (1e3) for an int; true and
+    false for their words, where these are choices of a text."""
+    kind, value, choices = f.type, given, rules(f).choices
     try:
         if where == COMMAND_LINE and kind is bool:
             value = {"true": True, "false": False}[given.lower()]
@@ -273,13 +274,14 @@ def _checked(f: Field, given: Any, where: str) -> Any:
             value = float(value)  # OverflowError beyond 1e308
         if kind is int and type(value) is float and value.is_integer():
             value = int(value)
+        if kind is str and "true" in choices:
+            value = str(value).lower()
         if type(value) is not kind:
             raise TypeError
         if kind is str:
             value.encode()  # UnicodeError: bytes of the shell that are no UTF-8, which no TOML file could hold
     except (TypeError, ValueError, KeyError, OverflowError):
         raise UserError(f"{where}: {f.name} = {given!r} is not {EXPECTED[kind]}") from None
-    choices = rules(f).choices
     if choices and value not in choices:
         raise UserError(f"{where}: {f.name} = {given!r} is not one of {', '.join(map(str, choices))}")
     return value

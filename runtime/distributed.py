@@ -121,6 +121,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         dtype = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if where.type == "cpu":
         keep_freed_memory()
+    else:  # sums within a matrix product stay float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if world == 1:
         return Compute(where, DTYPES[dtype])
 

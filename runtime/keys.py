@@ -151,7 +151,9 @@ class DeviceKeys:
 class SpeedKeys:
     """Speed and memory"""
 
-    compile: bool = key(False, "torch.compile each block", free=True)
+    compile: str = key(
+        "auto", "torch.compile each block; auto = on CUDA, where Triton is installed", ("auto", "true", "false"), free=True
+    )
     activation_checkpointing: bool = key(
         False, "keep only each block's input for the backward pass: less memory, 1/3 more time", free=True
     )

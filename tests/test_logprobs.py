@@ -1,5 +1,12 @@
 """The attention rule and its masks; log-probs at target tokens, in chunks, against plain log-softmax."""
 
+import itertools
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logprobs
 from data.batch import collate
-from logprobs import attend, attention_mask, may_attend, target_logps
+from logprobs import Sequences, attend, attention_mask, logits_rows, may_attend, packed, target_logps
 from lora import LoRA, LoRAConfig
-from tests import tiny
+from tests import tiny, varlen
 from tests.tiny import CONFIG, example
 
 
@@ -64,21 +71,88 @@ def test_logits_are_never_whole(monkeypatch, adapter):
     assert len(sizes) > 12 and max(sizes) == 4
 
 
-def test_mask_on_a_cpu_is_the_rule_that_flex_attention_gets():
-    from torch.nn.attention.flex_attention import create_mask
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: it comes with torch for CUDA")
+def test_kernels_equal_torch_in_tritons_interpreter():
+    command = [sys.executable, "-m", "tests.interpreted"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
+
+@pytest.mark.gpu
+def test_gpu_kernels_equal_torch():
+    from tests.interpreted import check
+
+    check("cuda")
+
+
+def test_rows_of_logits_on_a_gpu(monkeypatch):
+    """A gibibyte in whole tiles at once; a sixteenth of the card's memory is kept."""
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    cuda = torch.device("cuda")
+    assert logits_rows(cuda, 50_257) == (26_706, 5120) and logits_rows(cuda, 2_000_000) == (671, 256)
+    card.total_memory = 8 * 2**30
+    assert logits_rows(cuda, 50_257) == (2670, 5120)
+    assert logits_rows(torch.device("cpu"), 50_257) == (1335, 333)
+
+
+def test_the_mask_is_the_rule():
     rng = np.random.default_rng(0)
     rows = [[example(rng, 5, 3, 4), example(rng, 2, 2)], [example(rng, 6, 1, 1)]]
     batch = collate(rows, multiple=16)
     mask = attention_mask(batch.example, batch.branch)
     assert set(mask.unique().tolist()) == {0.0, -float("inf")}
     mask = mask == 0
-    rule = create_mask(lambda b, h, q, k: may_attend(batch.example, batch.branch, b, q, k), 2, 1, 16, 16, device="cpu")
-    assert mask.shape == (2, 1, 16, 16) and torch.equal(mask, rule)
+    pairs = itertools.product(range(2), range(16), range(16))
+    rule = [may_attend(batch.example, batch.branch, *pair) for pair in pairs]
+    assert mask.shape == (2, 1, 16, 16) and torch.equal(mask.flatten(), torch.stack(rule))
     assert mask.any(-1).all(), "a row of the mask is empty: softmax would give nan"
     # by hand, row 0: prompt 0-4, completion one 5-6 (3 tokens, 2 fed), completion two 7-9, then the second example
     assert mask[0, 0, 8].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 7, 8]
     assert mask[0, 0, 12].nonzero()[:, 0].tolist() == [10, 11, 12]
+
+
+ROWS = {  # the lengths of each example's prompt and completions
+    "packed, with padding": [[(5, 3, 4), (2, 2)], [(6, 1, 1, 5)], []],
+    "one flat row": [[(1, 1), (1, 1, 2), (9, 4, 3, 2, 6), (3, 7)]],
+    "one completion a prompt": [[(5, 3), (2, 2)], [(6, 4)]],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_sequences_are_the_rule(rows, kv_heads):
+    """In float64, values and gradients, with torch's own varlen_attn around a kernel for the CPU."""
+    varlen.on_cpu()
+    rng, g = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    batch = collate([[example(rng, *lengths) for lengths in row] for row in rows], multiple=8)
+    (n, length), heads = batch.tokens.shape, (4, kv_heads, kv_heads)
+    q, k, v, weight = (torch.rand(n, h, length, 8, generator=g, dtype=torch.float64) - 0.5 for h in (*heads, 4))
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    sequences = Sequences(batch)
+    assert (sequences.keys is None) == all(len(lengths) < 3 for row in rows for lengths in row)
+    got = sequences.layer(0)(q, k, v)
+    row, at = torch.arange(n).view(-1, 1, 1, 1), torch.arange(length)
+    seen = may_attend(batch.example, batch.branch, row, at[:, None], at)
+    k, v = (t.repeat_interleave(4 // kv_heads, 1) for t in (k, v))
+    want = (q @ k.mT / 8**0.5).masked_fill(~seen, -float("inf")).softmax(-1) @ v
+    assert (got - want).abs().max() < 1e-15
+    ours, theirs = (torch.autograd.grad(value, inputs, weight) for value in (got, want))
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 1e-15
+
+
+@pytest.mark.parametrize("family", [tiny.gpt, tiny.llama])
+def test_models_without_a_mask_give_the_same(family, monkeypatch):
+    varlen.on_cpu()
+    model = family()
+    rng = np.random.default_rng(0)
+    batch = collate([[example(rng, 9, 4, 6), example(rng, 3, 2, 8)], [example(rng, 5, 5)]])
+    want = model(batch)
+    monkeypatch.setattr(logprobs, "is_flash", lambda device: True)
+    assert isinstance(packed(batch, 8), Sequences) and not isinstance(packed(batch, 12), Sequences)
+    torch.testing.assert_close(model(batch), want, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_with_fewer_key_value_heads():
@@ -90,8 +164,8 @@ def test_attention_with_fewer_key_value_heads():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_flex_rows_equal_the_mask_on_a_cpu(dtype):
-    """FlexAttention rows against the CPU path; bfloat16 within 2e-2 nats a token."""
+def test_gpu_rows_equal_those_of_a_cpu(dtype):
+    """Packed rows, with a mask or as sequences, against the CPU's; bfloat16 within 2e-2 nats a token."""
     rng, model = np.random.default_rng(0), tiny.gpt(n_embd=128, block_size=256)
     items = [example(rng, 40, 30, 50), example(rng, 100, 20, 9), example(rng, 7, 90, 3)]
     batch = collate([items[:2], items[2:]], multiple=128)

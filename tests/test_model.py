@@ -1,7 +1,5 @@
 """GPT-2 against transformers', and rows that share a prompt against one plain sequence a completion."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -82,25 +80,3 @@ def test_gradients_equal_plain_sequences(recompute):
         model.recompute = False
     for name, g in grads[0].items():
         assert torch.allclose(g, grads[1][name], atol=1e-4, rtol=1e-4), name
-
-
-@pytest.mark.parametrize("completions", [1, 3])
-def test_blocks_compile_in_one_piece(gpt, completions):
-    """Without a break in the graph, also for rows of other lengths, plain ones and those with a mask."""
-    rng, model = np.random.default_rng(0), copy.deepcopy(gpt)
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True, backend="eager")
-    for length in (9, 14):
-        batch = collate([[example(rng, length, *[5] * completions)]])
-        assert batch.plain == (completions == 1)
-        torch.testing.assert_close(model(batch), gpt(batch))
-
-
-@pytest.mark.gpu
-def test_gpu_compiled_blocks_equal_eager():
-    model = tiny.gpt(n_embd=128, block_size=256).cuda()
-    batch = collate([[example(np.random.default_rng(0), 40, 30, 50)]], multiple=128).to(torch.device("cuda"))
-    want = model(batch)
-    for block in model.blocks:
-        block.compile(dynamic=True)
-    assert (model(batch) - want).abs().max() < 1e-3

@@ -9,6 +9,8 @@ import torch
 import adapters
 import weights
 from data.encode import Encoded
+from llama import Llama, LlamaConfig
+from logprobs import LanguageModel
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 
@@ -25,9 +27,19 @@ def gpt(**changes) -> GPT:
     return model.eval()
 
 
-def with_lora(model: GPT, rank: int = 4, alpha: float = 8.0, targets: tuple[str, ...] = GPT.LINEAR, **settings) -> GPT:
-    """`model` with adapters, none of them zero."""
-    add_lora(model, LoRAConfig(rank, alpha, targets, **settings))
+def llama() -> Llama:
+    """Two heads of keys and values for four of queries, in evaluation mode."""
+    model = weights.empty(LlamaConfig(2, 4, 2, 8, 32, 64, 48, CONFIG.vocab_size))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(1)
+    drawn = {n: float("norm" in n) + 0.1 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    model.load_state_dict(drawn, assign=True)
+    return model.eval()
+
+
+def with_lora(model: LanguageModel, rank: int = 4, alpha: float = 8.0, targets=(), **settings) -> LanguageModel:
+    """`model` with adapters, none of them zero, on the layers that `targets` names (none: on all)."""
+    add_lora(model, LoRAConfig(rank, alpha, targets or model.LINEAR, **settings))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
