@@ -217,7 +217,7 @@ def main() -> int | None:
         parts, sums = [], torch.zeros_like(batch_ref)
         for n, rows in enumerate(micros, start=1):
             at = places(counts[numbers], [i for row in rows for i in row])  # this micro-batch's completions
-            batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            batch = collate([[items[i] for i in row] for row in rows], plan.row_multiple).to(compute.device)
             distributed.sync_gradients(model, n == len(micros))
             with compute.autocast():
                 logps = model(batch)

@@ -27,6 +27,8 @@ class LanguageModel(nn.Module):
         n_layer, n_head, n_kv_head, head_dim, n_embd, vocab_size, dropout
         block_size      positions: the longest prompt + completion, not the longest row
         tied            the output projection is the token embedding
+        kept            numbers a token that a block keeps for the backward pass in the dtype of the products: what goes into
+                        its products, attention and activation function
         from_hf(raw)    class method: config.json as a dict -> config; ValueError, naming the key, for what it does not compute
         to_hf()         the config as transformers reads it
 
@@ -85,14 +87,15 @@ class LanguageModel(nn.Module):
         """Log-probability of every completion token of a batch of rows.
 
         `batch` carries integer tensors: `tokens`, `positions`, `example`, `branch`, each (rows, row_len), and `source`,
-        `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len.
+        `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len. Behind the
+        last of `completion` there is padding.
         `plain` says that every row is one sequence, so that the causal rule alone will do.
         Returns (completion tokens,) float32, natural logarithm.
         """
         attention = Packed(None if batch.plain else attention_mask(batch.example, batch.branch))
         x = self.states(batch.tokens, batch.positions, attention)  # (rows, row_len, n_embd)
         x = self.norm(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
-        return target_logps(x, self.head_weight, batch.target, self.head.lora)
+        return target_logps(x, self.head_weight, batch.target, self.head.lora)[: len(batch.completion)]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Plain sequences (rows, length) -> (rows, length, vocab_size). For tests and curiosity: training never needs it."""

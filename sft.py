@@ -67,7 +67,7 @@ def main() -> int | None:
         parts = []
         seed_dropout(cfg.seed, step, compute)
         for n, rows in enumerate(micros, start=1):
-            batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+            batch = collate([[train[i] for i in row] for row in rows], plan.row_multiple).to(compute.device)
             distributed.sync_gradients(model, n == len(micros))
             with compute.autocast():
                 logps = model(batch)

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.encode import Encoded
 
 PADDING = -1  # the example number of padded positions
+LENGTHS = 16  # different numbers of predicted tokens that rows of one shape may have
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Batch:
 
     tokens; positions (0.. on each branch, going on from the prompt's end); example (a number within the row, -1 = padding);
     branch (0 = prompt, 1..k); source (flat position in rows * row_len that predicts); target (token predicted there);
-    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions).
+    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions). Where `collate`
+    rounds up, padding stands behind `source` and `target`: what the model makes of it is cut off to the length of `completion`.
     """
 
     tokens: Tensor
@@ -45,14 +47,19 @@ class Batch:
         return replace(self, **moved)
 
 
+def padded(n: int, multiple: int) -> int:
+    """n, rounded up to a multiple."""
+    return -(-n // multiple) * multiple
+
+
 def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
-    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`.
+    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`. Then the number of
+    predicted tokens is rounded up, too, to one of `LENGTHS` parts of the positions, so that a device sees few shapes.
 
     No rows: one row of padding without completions. A rank that has no work left runs it, because the forward of a sharded
     model needs all ranks.
     """
-    width = max((sum(item.row_tokens for item in row) for row in rows), default=1)
-    width = -(-width // multiple) * multiple
+    width = padded(max((sum(item.row_tokens for item in row) for row in rows), default=1), multiple)
     rows = rows or [[]]
     tokens, positions, branch, example = np.zeros((4, len(rows), width), dtype=np.int64)
     example[:] = PADDING
@@ -75,6 +82,10 @@ def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
                 at = here.stop
     n = len(target)
     plain = all(len(row) <= 1 and all(len(item.completions) == 1 for item in row) for row in rows)
-    joined = (np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion))
+    joined = [np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion)]
+    if multiple > 1:
+        predicted = len(joined[0])
+        more = padded(max(predicted, 1), max(tokens.size // LENGTHS, 1)) - predicted
+        joined[:2] = (np.pad(a, (0, more)) for a in joined[:2])
     arrays = (tokens, positions, example, branch, *joined)
     return Batch(*map(torch.from_numpy, arrays), n, plain, [item for row in rows for item in row])

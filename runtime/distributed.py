@@ -52,16 +52,10 @@ class Compute:
             return torch.cuda.get_device_properties(self.device).total_memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    @property
-    def row_multiple(self) -> int:
-        """Row lengths are rounded up to this on CUDA: FlexAttention works in blocks of 128 and compiles once a shape."""
-        return 128 if self.device.type == "cuda" else 1
-
-    @property
-    def spare_padding(self) -> int:
-        """Padded positions that cost less than one more forward (and so one more pass over all gradients), about: measured
-        for GPT-2 124M on 2 CPU cores; on a GPU it is what fits into the time of launching the kernels."""
-        return 64 if self.device.type == "cpu" else 2048
+    def row_multiple(self, micro_tokens: int) -> int:
+        """Row lengths are rounded up to this. On CUDA that is a micro-batch, in blocks of 128: so each is one packed row of one
+        shape, for which kernels are chosen and compiled once. A longer example's row is a multiple of it."""
+        return max(128, micro_tokens // 128 * 128) if self.device.type == "cuda" else 1
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -138,7 +138,12 @@ class DeviceKeys:
     seed: int = key(0, "seed of all that is drawn: data order, scratch weights, dropout, samples", least=0, most=MOST_SEED)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
     dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
-    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1, free=True)
+    micro_tokens: int = key(
+        4096,
+        "most tokens in one forward, padding included; 0 = what fits: 1024 to 16384 on CUDA, else 4096",
+        least=0,
+        free=True,
+    )
 
 
 @dataclass

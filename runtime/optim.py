@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from base.progress import count
+from logprobs import LOGITS_BUDGET, LOGITS_CHUNK
 from runtime.distributed import own
 from weights import whole
 
@@ -33,6 +34,33 @@ def memory(model: nn.Module, optimizer: str = "") -> int:
     """Bytes on this process of its part of the weights, and, where an optimizer trains them, of gradients and what it keeps."""
     more = 1 + OPTIMIZERS[optimizer].states if optimizer else 0
     return sum(own(p).nbytes * (1 + more * p.requires_grad) for p in model.parameters())
+
+
+def forward_memory(model: nn.Module, tokens: int, predicted: int, bfloat16: bool, processes: int = 1) -> dict[str, int]:
+    """Bytes on this process, by what they hold, of one forward and backward pass beside `memory`, without dropout.
+
+    tokens: positions of the micro-batch. predicted: completion tokens among them. `working` is weights in the form that the
+    products read. In one process: casts to bfloat16. In several: the gathered weights of two blocks and of everything outside
+    the blocks, and the whole gradient, added up over micro-batches.
+    """
+    c, width = model.config, 2 if bfloat16 else 4
+    parameters, blocks = list(model.parameters()), list(model.blocks.parameters())
+    a_block = tokens * (8 * c.n_embd + width * c.kept + 4 * c.n_head + 16)  # the norms' inputs are float32
+    kept = 4 * c.n_layer * c.n_embd * tokens + a_block if model.recompute else c.n_layer * a_block
+    if processes > 1:
+        outside = sum(p.numel() for p in parameters) - sum(p.numel() for p in blocks)
+        matrices = sum(p.numel() for p in blocks if p.dim() == 2)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        working = 4 * outside + width * 2 * matrices // c.n_layer + 4 * trained
+    else:
+        cast = [p for p in blocks if p.dim() == 2 and p.dtype == torch.float32] + model.head_parameters()
+        working = 2 * sum(p.numel() for p in cast) if bfloat16 else 0
+    logits = 4 * c.vocab_size * predicted
+    return {
+        "working": working,
+        "activations": kept + 12 * predicted * c.n_embd,
+        "logits": logits if logits <= LOGITS_BUDGET else 2 * LOGITS_CHUNK,
+    }
 
 
 def make(model: nn.Module, cfg) -> torch.optim.Optimizer:

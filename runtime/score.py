@@ -25,10 +25,10 @@ def score(
     micros: this rank's share, laid out already ([micro-batch][row][item]). Then the model keeps its mode, dropout included;
     only dpo.batch_gradient wants that.
     """
-    was_training = model.training
+    was_training, multiple = model.training, compute.row_multiple(micro_tokens)
     if micros is None:
         model.eval()
-        micros = plan_once(items, micro_tokens, compute.spare_padding, compute.world)[compute.rank]
+        micros = plan_once(items, micro_tokens, multiple, compute.world)[compute.rank]
     counts = [len(item.completions) for item in items]
     out = torch.zeros(sum(counts))
     views = out.split(counts)  # what is written into them stands in `out`
@@ -36,7 +36,7 @@ def score(
     progress = Progress(name, tokens if name else 0, "tok", compute.rank)
     for rows in micros:
         numbers = [i for row in rows for i in row]
-        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
+        batch = collate([[items[i] for i in row] for row in rows], multiple).to(compute.device)
         with compute.autocast():
             logps = model(batch)
         sums = completion_sums(logps, batch.completion, batch.n_completions).cpu()
