@@ -28,17 +28,19 @@ def script(name: str, arguments: dict) -> None:
 
 def ours_train(job: dict) -> dict:
     """sft.py or dpo.py as they are, but for saving, watched at the end of every step."""
+    from runtime.log import Metrics
     from runtime.run import Run
 
     ends, records = [], []
-    log_step = Run.log_step
+    write = Metrics.write
 
-    def watched(self, step, record, *rest):
-        log_step(self, step, record, *rest)
-        ends.append(peers.now())
-        records.append(record)
+    def watched(self, record):
+        write(self, record)
+        if record["split"] == "train":
+            ends.append(peers.now())
+            records.append(record)
 
-    Run.log_step = watched
+    Metrics.write = watched
     Run.save = Run.finish = lambda *_: None
     script(job["stage"], job["arguments"])
     return {"ends": ends[job["warmup"] - 1 :], "records": records}

@@ -9,13 +9,15 @@ A completion may have tokens that are fed but not predicted (`Encoded.targets`):
 A row may hold several such examples, one behind the other; tokens of different examples do not see each other.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.encode import Encoded
+from data.encode import Encoded, column, pair_places
 
 PADDING = -1  # the example number of padded positions
 LENGTHS = 16  # different numbers of predicted tokens that rows of one shape may have
@@ -38,13 +40,30 @@ class Batch:
     source: Tensor
     target: Tensor
     completion: Tensor
+    pairs: Tensor  # (pairs, 2): numbers of the chosen and the rejected completion
+    lengths: Tensor  # (n_completions,): their tokens
     n_completions: int
     plain: bool  # at most one example a row, with one completion: then causal attention is enough
     items: list[Encoded]
+    at: Tensor | None = None  # (n_completions,): where they stand among those of all items that `batches` was given
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **dict(zip(tensors, moved(list(tensors.values()), device), strict=True)))
+
+
+def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors on the device. To CUDA they travel in one pinned buffer, for which the host does not wait."""
+    if device.type == "cpu":
+        return tensors
+    there = torch.cat([t.flatten() for t in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = there.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+
+def pair_tensors(items: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """`pairs` and `lengths` of a Batch of these items."""
+    return torch.from_numpy(pair_places(items)), torch.tensor([len(c) for item in items for c in item.completions]).long()
 
 
 def padded(n: int, multiple: int) -> int:
@@ -88,4 +107,14 @@ def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
         more = padded(max(predicted, 1), max(tokens.size // LENGTHS, 1)) - predicted
         joined[:2] = (np.pad(a, (0, more)) for a in joined[:2])
     arrays = (tokens, positions, example, branch, *joined)
-    return Batch(*map(torch.from_numpy, arrays), n, plain, [item for row in rows for item in row])
+    items = [item for row in rows for item in row]
+    return Batch(*map(torch.from_numpy, arrays), *pair_tensors(items), n, plain, items)
+
+
+def batches(items: Sequence[Encoded], micros: list[list[list[int]]], multiple: int = 1) -> Iterator[Batch]:
+    """A Batch for each micro-batch of [micro-batch][row][item]."""
+    begin = [0, *accumulate(column(items, "n_completions"))]
+    for rows in micros:
+        batch = collate([[items[i] for i in row] for row in rows], multiple)
+        at = [n for row in rows for i in row for n in range(begin[i], begin[i + 1])]
+        yield replace(batch, at=torch.tensor(at, dtype=torch.int64))

@@ -69,6 +69,9 @@ def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
     adamw: fused into one kernel. rmsprop: torch's defaults (alpha 0.99), the choice of the DPO paper. sgd: without momentum.
     The decay is decoupled (Loshchilov & Hutter, arXiv 1711.05101): a step first scales the weights by 1 - lr * weight_decay.
     torch's RMSprop adds weight_decay times the weight to the gradient, which it then divides by the gradient's own size.
+
+    Where the optimizer's `found_inf` (a scalar on the device) is 1, a step leaves the weights as they are: torch's fused AdamW
+    reads it by itself, for the others the gradients and the decay become 0.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, rest = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
@@ -80,8 +83,13 @@ def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
 
     @torch.no_grad()
     def decay(*_) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            for p in trained:
+                p.grad.masked_fill_(found_inf.bool(), 0)
         for p in matrices if cfg.weight_decay else ():
-            p.mul_(1 - optimizer.param_groups[0]["lr"] * cfg.weight_decay)
+            share = optimizer.param_groups[0]["lr"] * cfg.weight_decay
+            p.mul_(1 - share if found_inf is None else 1 - share * (1 - found_inf))
 
     optimizer.register_step_pre_hook(decay)
     return optimizer
