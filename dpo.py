@@ -242,7 +242,7 @@ def main() -> int | None:
         optimizer.zero_grad()
 
         done = step + 1
-        this_run.log_step(done, outcome, lr, items, model, partial(figures, to_host(step_ref), items, cfg))
+        this_run.step_done(done, outcome, lr, items, model, partial(figures, to_host(step_ref), items, cfg))
         best = False
         if val and this_run.due(cfg.eval_every, done):
             record = validate(model, val, val_ref, cfg, compute)

@@ -84,7 +84,7 @@ def main() -> int | None:
         optimizer.zero_grad()
 
         done = step + 1
-        this_run.log_step(done, outcome, lr, items, model)
+        this_run.step_done(done, outcome, lr, items, model)
         best = False
         if val and this_run.due(cfg.eval_every, done):
             best = this_run.log_val(done, validate(model, val, compute, cfg.micro_tokens))

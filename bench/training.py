@@ -28,19 +28,17 @@ def script(name: str, arguments: dict) -> None:
 
 def ours_train(job: dict) -> dict:
     """sft.py or dpo.py as they are, but for saving, watched at the end of every step."""
-    from runtime.log import Metrics
     from runtime.run import Run
 
     ends, records = [], []
-    write = Metrics.write
+    log_step = Run.log_step
 
-    def watched(self, record):
-        write(self, record)
-        if record["split"] == "train":
-            ends.append(peers.now())
-            records.append(record)
+    def watched(self, step, record, *rest):
+        log_step(self, step, record, *rest)
+        ends.append(peers.now())
+        records.append(record)
 
-    Metrics.write = watched
+    Run.log_step = watched
     Run.save = Run.finish = lambda *_: None
     script(job["stage"], job["arguments"])
     return {"ends": ends[job["warmup"] - 1 :], "records": records}

@@ -50,7 +50,7 @@ class Run:
         self.metrics: Metrics | None = None  # on rank 0
         self.stop_signal = 0  # that this rank got
         self.heard = 0  # that any rank got, by the last step that was read
-        self.unread: list[tuple] = []  # what `log_step` was given of steps that are under way: of one at most
+        self.unread: list[tuple] = []  # what `step_done` was given of steps that are under way: of one at most
         self.lock = None  # on rank 0
         compute.once(self._lock_folder)
 
@@ -150,9 +150,9 @@ class Run:
 
     # --- along the way ---
 
-    def log_step(self, step: int, outcome: Outcome, lr: float, items: list, model, figures: Callable | None = None) -> None:
-        """Record a training step with these examples, over all ranks. figures: (sums) -> what the stage adds to the record, of
-        the sums that the ranks found (see `Outcome`).
+    def step_done(self, step: int, outcome: Outcome, lr: float, items: list, model, figures: Callable | None = None) -> None:
+        """Called after every step, with its examples over all ranks. figures: (sums) -> what the stage adds to the record, of the
+        sums that the ranks found (see `Outcome`).
 
         On CUDA the step before is recorded, if nothing waits for this one: it is read while this one is under way. UserError if
         it was not finite.
@@ -163,29 +163,27 @@ class Run:
 
     def _read(self, keep: int = 0) -> None:
         while len(self.unread) > keep:
-            self._write(*self.unread.pop(0))
+            step, outcome, lr, items, model, figures = self.unread.pop(0)
+            loss, grad_norm, self.heard, sums = outcome.read()
+            tokens, predicted = (sum(getattr(item, name) for item in items) for name in ("row_tokens", "completion_tokens"))
+            record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **(figures(sums) if figures else {})}
+            self.log_step(step, record, self.timer.lap(), sum(item.n_pairs for item in items), model, predicted)
 
-    def _write(self, step: int, outcome: Outcome, lr: float, items: list, model, figures: Callable | None) -> None:
-        loss, grad_norm, self.heard, sums = outcome.read()
-        seconds = self.timer.lap()
+    def log_step(self, step: int, record: dict, seconds: float, examples: int, model, completion_tokens: int) -> None:
+        """Record a finished training step: `record` with loss, lr, grad_norm, tokens, and whatever the stage adds."""
         if not self.metrics:
             return
-        tokens, predicted = (sum(getattr(item, name) for item in items) for name in ("row_tokens", "completion_tokens"))
-        flops = step_flops(model, tokens, predicted) / self.compute.world
+        flops = step_flops(model, record["tokens"], completion_tokens) / self.compute.world
         record = {
             "step": step,
             "split": "train",
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens": tokens,
-            **(figures(sums) if figures else {}),
-            "tokens_per_s": tokens / seconds,
+            **record,
+            "tokens_per_s": record["tokens"] / seconds,
             "step_s": seconds,
             **cuda_numbers(self.compute.device, flops, seconds, self.peak),
         }
         self.metrics.write(record)
-        self.console.step(record, seconds, sum(item.n_pairs for item in items))
+        self.console.step(record, seconds, examples)
 
     def log_val(self, step: int, record: dict) -> bool:
         """Record a validation; True if its loss is the best so far (of a trained model: step 0 does not count). Where there is

@@ -64,7 +64,7 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     """Start to copy a tensor to the host. The function that comes back waits for it."""
     if values.device.type == "cpu":
         return lambda: values
-    copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
     ready = torch.cuda.current_stream(values.device).record_event()
     return lambda: (ready.synchronize(), copy)[1]
 

@@ -18,7 +18,6 @@ from data import tokenizer
 from data.batch import collate
 from data.encode import Encoded, encode
 from model import GPTConfig
-from runtime.log import Metrics
 from runtime.run import Run
 from tests.conftest import SHARED
 from tests.peers import gpt2_folder
@@ -39,9 +38,8 @@ def small(monkeypatch):
         if "out_dir" in job.get("arguments", {}):  # a process holds its run folder's lock until it ends
             job["arguments"]["out_dir"] = tempfile.mkdtemp(dir=job["arguments"]["out_dir"].parent)
         with monkeypatch.context() as patch:
-            for name in ("save", "finish"):  # ours_train changes them for its process
+            for name in ("log_step", "save", "finish"):  # ours_train changes them for its process
                 patch.setattr(Run, name, getattr(Run, name))
-            patch.setattr(Metrics, "write", Metrics.write)
             return common.timed(function(job)) | {"peak_mb": common.peak_mb("cpu")}
 
     monkeypatch.setattr(common, "measure", measure)
