@@ -5,6 +5,7 @@
     python -m bench --suite mcq --pairs 100 --out mcq.json       eval_mcq.py against lm-evaluation-harness
     python -m bench --suite sample --out sample.json             sample.py against transformers' generate, batch 1 and 16
     python -m bench --suite gpu --out gpu.json                   dpo.py and sft.py on a GPU: needs nothing but torch
+    python -m bench --suite counts                               kernels, waits and compilations of a step, without a GPU
 
 Losses, log-likelihoods or completions stand side by side as proof that the work was the same.
 """
@@ -21,12 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from base.files import write_whole
-from bench import gpu, mcq, rows, sample, training
+from bench import counts, gpu, mcq, rows, sample, training
 from bench.common import Config
 from runtime import config
 
 SUITES = {"dpo": training.suite, "sft": training.suite, "rows": rows.suite, "mcq": mcq.suite, "sample": sample.suite,
-          "gpu": gpu.suite}  # fmt: skip
+          "gpu": gpu.suite, "counts": counts.suite}  # fmt: skip
 
 
 def main() -> None:

@@ -41,10 +41,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"hh": "hh_harmless_base_test.jsonl.gz", "hellaswag": "hellaswag_val.jsonl.gz", "mcq": "hellaswag_val.jsonl.gz"}
 # mean and standard deviation of log token counts, prompt then completion, fitted to those files with GPT-2's tokenizer
 LENGTHS = {"hh": (4.37, 1.00, 3.47, 0.90), "hellaswag": (5.03, 0.45, 3.19, 0.59), "mcq": (3.77, 0.45, 3.15, 0.62)}
-LENGTHS["rows"] = LENGTHS["hh"]
+LENGTHS["rows"] = LENGTHS["counts"] = LENGTHS["hh"]
 ALL_PAIRS = tuple(itertools.combinations(range(4), 2))  # of the suite rows: the six pairs of four completions
 SHAPES = SIZES | {"tiny": (2, 2, 64)}
-PEERS = {"dpo": "trl", "sft": "trl", "rows": "trl", "mcq": "lm_eval", "sample": "transformers", "gpu": "trl"}  # of each suite
+PEERS = {"dpo": "trl", "sft": "trl", "rows": "trl", "mcq": "lm_eval", "sample": "transformers", "gpu": "trl",
+         "counts": "none"}  # of each suite  # fmt: skip
 # An environment that has glibc keep freed memory. On a CPU the peers spend much of their time in page faults on gigabytes of
 # fresh logits. (With whole batches in a forward it makes TRL's memory grow past 14 GB for GPT-2 124M: there it is not tried.)
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -84,7 +85,7 @@ class Config:
         elif self.suite != "sample":
             small, large, multiple = (6, 96, 6) if self.suite == "rows" else (4, 64, 1)  # rows: whole prompts
             self.batch_size = self.batch_size or (small if self.device == "cpu" else large)
-            self.pairs = self.pairs or 8 * self.batch_size
+            self.pairs = self.pairs or (4 if self.suite == "counts" else 8) * self.batch_size
             if self.pairs % self.batch_size:
                 raise UserError(f"key pairs: {self.pairs} is no multiple of batch_size {self.batch_size}")
             if self.suite == "rows" and self.data:
