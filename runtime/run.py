@@ -151,8 +151,8 @@ class Run:
     # --- along the way ---
 
     def step_done(self, step: int, outcome: Outcome, lr: float, items: list, model, figures: Callable | None = None) -> None:
-        """Called after every step, with its examples over all ranks. figures: (sums) -> what the stage adds to the record, of the
-        sums that the ranks found (see `Outcome`).
+        """Called after every step, with its examples over all ranks. figures: (sums) -> what the stage adds to the record, of
+        the sums that the ranks found (see `Outcome`).
 
         On CUDA the step before is recorded, if nothing waits for this one: it is read while this one is under way. UserError if
         it was not finite.
