@@ -83,13 +83,13 @@ def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
 
     @torch.no_grad()
     def decay(*_) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = optimizer.__dict__.pop("found_inf", None)  # SGD itself refuses it
         if found_inf is not None:
             for p in trained:
                 p.grad.masked_fill_(found_inf.bool(), 0)
         for p in matrices if cfg.weight_decay else ():
-            share = optimizer.param_groups[0]["lr"] * cfg.weight_decay
-            p.mul_(1 - share if found_inf is None else 1 - share * (1 - found_inf))
+            left = 1 - optimizer.param_groups[0]["lr"] * cfg.weight_decay
+            p.mul_(left if found_inf is None else torch.where(found_inf.bool(), 1.0, left))
 
     optimizer.register_step_pre_hook(decay)
     return optimizer
