@@ -11,7 +11,9 @@ The losses are in losses.py. The loss is the mean over the global batch's pairs,
 
 from base.script import run
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,8 +23,8 @@ import losses
 import weights
 from base.errors import UserError, warn
 from data import rewards
-from data.batch import collate
-from data.encode import Encoded, column, data_hash, pair_places, places
+from data.batch import Batch, moved, pair_tensors
+from data.encode import Encoded, column, data_hash, places
 from data.plan import describe, epoch_order
 from lora import as_started
 from losses import LOSSES, NEEDS, REFERENCE_FREE, WHOLE_BATCH, Pairs
@@ -32,10 +34,10 @@ from runtime.build import batch_plan, build_model, build_tokenizer, check_labels
 from runtime.config import key
 from runtime.drift import Drift
 from runtime.keys import TrainKeys
-from runtime.log import Timer
 from runtime.reference import AUTO, Reference, check, command
-from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
-from runtime.score import score
+from runtime.run import Run, print_samples, summary
+from runtime.score import completion_logps, measured
+from runtime.step import Outcome, Part, seed_dropout, step_batches, to_host
 
 
 @dataclass
@@ -75,13 +77,11 @@ class Config(TrainKeys):
             raise UserError(f"key ref: loss {self.loss} needs the reference's log-probs: make them with {command(self)}")
 
 
-def as_pairs(sums: Tensor, ref: Tensor, items: list[Encoded]) -> Pairs:
-    """log pi and log pi_ref of these examples' completions, one behind the other, (completions,) each -> their pairs, which is
-    what a loss takes. A completion may be in several pairs. There may be no examples."""
-    at = pair_places(items)
-    lengths = torch.tensor([len(c) for item in items for c in item.completions]).to(sums)
-    desirable = torch.tensor([item.label != 0 for item in items for _ in item.pairs], dtype=torch.bool, device=sums.device)
-    return Pairs(*(part for numbers in (sums, ref.to(sums), lengths) for part in numbers[at].unbind(1)), desirable)
+def as_pairs(sums: Tensor, ref: Tensor, pairs: Tensor, lengths: Tensor, desirable: Tensor) -> Pairs:
+    """log pi and log pi_ref of some completions, (completions,) each, with their pairs, lengths and labels as in
+    data.batch.Batch -> what a loss takes. A completion may be in several pairs. There may be none."""
+    numbers = sums, ref.to(sums), lengths.to(sums)
+    return Pairs(*(part for each in numbers for part in each[pairs].unbind(1)), desirable)
 
 
 def objective(p: Pairs, cfg: Config, batch: list[Encoded]) -> Tensor:
@@ -94,15 +94,19 @@ def objective(p: Pairs, cfg: Config, batch: list[Encoded]) -> Tensor:
 
 
 def measure(model, items: list[Encoded], cfg: Config, compute) -> Tensor:
-    """log pi of every example's completions, (completions,), without gradients or dropout."""
-    return torch.cat(score(model, items, compute, cfg.micro_tokens)).to(compute.device)
+    """log pi of every example's completions on the device, (completions,), without gradients or dropout."""
+    return measured(model, items, compute, cfg.micro_tokens)
 
 
 def validate(model, items: list[Encoded], ref: Tensor, cfg: Config, compute) -> dict:
     """The loss and the rewards over all validation pairs."""
-    p = as_pairs(measure(model, items, cfg, compute), ref, items)
-    loss = objective(p, cfg, items).item()
-    return {"loss": loss, **losses.metrics(p, cfg)}
+    return figures(ref.cpu, items, cfg, measure(model, items, cfg, compute).cpu())
+
+
+def figures(ref: Callable[[], Tensor], items: list[Encoded], cfg: Config, sums: Tensor) -> dict:
+    """The loss and the rewards, of log pi and log pi_ref (a function that gives them) on the host, (completions,) each."""
+    p = as_pairs(sums, ref(), *pair_tensors(items))
+    return {"loss": objective(p, cfg, items).item(), **losses.metrics(p, cfg)}
 
 
 def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Reference, cfg: Config, compute) -> None:
@@ -110,7 +114,7 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
 
     Raises UserError if they differ by more than rounding can explain: 1e-3 nats per token if both ran in float32, else 0.05.
     """
-    p = as_pairs(measure(model, items, cfg, compute), ref, items)
+    p = as_pairs(measure(model, items, cfg, compute).cpu(), ref, *pair_tensors(items))
     exact = compute.dtype == torch.float32 and reference.metadata.get("dtype") == "float32"
     gap = torch.stack([p.ratio_chosen / p.chosen_len, p.ratio_rejected / p.rejected_len]).abs().max().item()  # nan stays nan
     said = f"policy and reference differ by at most {gap:.2e} nats per token on the first batch"
@@ -125,14 +129,41 @@ def check_first_batch(model, items: list[Encoded], ref: Tensor, reference: Refer
         )
 
 
-def batch_gradient(model, items: list[Encoded], micros: list, ref: Tensor, cfg: Config, compute) -> Tensor:
+def batch_gradient(model, given: list[Batch], items: list[Encoded], ref: Tensor, cfg: Config, compute) -> Tensor:
     """d loss / d log pi, (completions,), for a loss that couples the pairs of a batch: one pass ahead over all of them, without
     gradients."""
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # so that the pass with gradients, which follows, draws the same dropout
-        sums = torch.cat(score(model, items, compute, cfg.micro_tokens, micros=micros)).to(compute.device).requires_grad_()
-    loss = objective(as_pairs(sums, ref, items), cfg, items)
+        sums = completion_logps(model, given, items, compute).requires_grad_()
+    loss = objective(as_pairs(sums, ref, *moved([*pair_tensors(items)], compute.device)), cfg, items)
     return torch.autograd.grad(loss, sums)[0]
+
+
+def backward(model, given: list[Batch], items: list[Encoded], ref: Tensor, cfg: Config, compute) -> tuple[list[Part], Tensor]:
+    """The gradients of a step, added up over this rank's micro-batches, `given`. items, ref: the global batch's. Returns the
+    parts, and log pi of this rank's completions among the batch's, (completions,).
+
+    For losses that couple a batch's pairs the parts' own losses are not the batch's: what is logged comes from all log-probs.
+    """
+    gradient = None
+    if cfg.loss in WHOLE_BATCH and (len(given) > 1 or compute.world > 1):
+        gradient = batch_gradient(model, given, items, ref, cfg, compute)
+    parts, sums = [], torch.zeros_like(ref)
+    with compute.autocast(False):
+        for n, batch in enumerate(given, start=1):
+            batch = batch.to(compute.device)
+            distributed.sync_gradients(model, n == len(given))
+            with compute.autocast():
+                logps = model(batch)
+            micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions)
+            if gradient is None:
+                loss = objective(as_pairs(micro_sums, ref[batch.at], batch.pairs, batch.lengths, batch.desirable), cfg, items)
+            else:
+                loss = (micro_sums * gradient[batch.at]).sum()  # the chain rule: not the loss, but its gradient is
+            loss.backward()
+            parts.append((loss.detach(), batch.items))
+            sums[batch.at] = micro_sums.detach()
+    return parts, sums
 
 
 def main() -> int | None:
@@ -158,7 +189,7 @@ def main() -> int | None:
         cfg.ref = find_or_make(cfg, model, tokenizer, max_len, train, val, compute)
     fingerprint = weights.fingerprint(model)
     reference = compute.once(lambda: Reference.open(cfg, fingerprint, tokenizer, max_len, train, val))
-    ref, val_ref = reference.logps.to(compute.device), reference.val_logps.to(compute.device)
+    ref, val_ref = reference.logps, reference.val_logps
     binding = {"data": data_hash(train), "val_data": data_hash(val), "reference": reference.hash}
     if cfg.pairs_per_example:  # validation draws once, the same pairs every time
         drawn = sorted(epoch_order([item.group for item in val], cfg.seed, 0, cfg.pairs_per_example))
@@ -184,53 +215,24 @@ def main() -> int | None:
         if val and cfg.eval_every:
             this_run.log_val(0, validate(model, val, val_ref, cfg, compute))
 
-    timer = Timer(compute.device)
-    for step in range(start, steps):
+    this_run.timer.lap()  # from here on a step is timed
+    for step, (numbers, items, given) in enumerate(step_batches(plan, train, compute, start, steps), start):
         lr = optim.learning_rate(cfg, step, steps)
         optim.set_lr(optimizer, lr)
         seed_dropout(cfg.seed, step, compute)
-
-        # the step's examples, numbered anew from 0; micros: this rank's share, [micro-batch][row][example]
-        numbers = plan.examples(step)
-        items = [train[i] for i in numbers]
-        place = {i: n for n, i in enumerate(numbers)}
-        micros = [[[place[i] for i in row] for row in rows] for rows in plan[step][compute.rank]]
         if reference_is_start:
             with as_started(model):
-                batch_ref = measure(model, items, cfg, compute)
+                step_ref = measure(model, items, cfg, compute)
         else:
-            batch_ref = ref[places(counts, numbers)]
-        gradient = None
-        if cfg.loss in WHOLE_BATCH and (len(micros) > 1 or compute.world > 1):
-            gradient = batch_gradient(model, items, micros, batch_ref, cfg, compute)
-
-        parts, sums = [], torch.zeros_like(batch_ref)
-        for n, rows in enumerate(micros, start=1):
-            at = places(counts[numbers], [i for row in rows for i in row])  # this micro-batch's completions
-            batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
-            distributed.sync_gradients(model, n == len(micros))
-            with compute.autocast():
-                logps = model(batch)
-            micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions)
-            if gradient is None:
-                p = as_pairs(micro_sums, batch_ref[at], batch.items)
-                loss = objective(p, cfg, items)
-            else:
-                loss = (micro_sums * gradient[at]).sum()  # the chain rule: not the loss, but its gradient is
-            loss.backward()
-            parts.append((loss, batch.items))
-            sums[at] = micro_sums.detach()
-        # the parts' own losses are not the batch's for losses that couple its pairs: what is logged comes from all sums, below
-        _, grad_norm = check_finite(parts, optim.clip(model, cfg.grad_clip), step, compute)
+            (step_ref,) = moved([ref[places(counts, numbers)]], compute.device)
+        parts, sums = backward(model, given, items, step_ref, cfg, compute)
+        outcome = Outcome(parts, optim.clip(model, cfg.grad_clip), step, compute, this_run.stop_signal, sums)
+        outcome.guard(optimizer)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        p = as_pairs(compute.total(sums.cpu()).to(compute.device), batch_ref, items)  # the global batch's
-        loss = objective(p, cfg, items).item()
-        tokens, predicted = (sum(getattr(item, name) for item in items) for name in ("row_tokens", "completion_tokens"))
-        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **losses.metrics(p, cfg)}
-        this_run.log_step(done, record, timer.lap(), len(p.chosen), model, predicted)
+        this_run.step_done(done, outcome, lr, items, model, partial(figures, to_host(step_ref), items, cfg))
         best = False
         if val and this_run.due(cfg.eval_every, done):
             record = validate(model, val, val_ref, cfg, compute)
@@ -240,7 +242,6 @@ def main() -> int | None:
             this_run.save(done, model, optimizer)
         if this_run.stopped(done, model, optimizer):
             return 128 + this_run.stop_signal
-        timer.lap()  # validation and saving are not the next step's time
 
     this_run.finish(model)
     return None

@@ -70,6 +70,10 @@ class LlamaConfig:
             raise ValueError(f"head_dim is {self.head_dim}, rotary positions need an even number")
 
     @property
+    def kept(self) -> int:
+        return 6 * self.n_embd + 2 * (self.n_head + self.n_kv_head) * self.head_dim + 4 * self.n_inner
+
+    @property
     def qk_norm(self) -> bool:
         return self.model_type == "qwen3"
 

@@ -30,6 +30,8 @@ class LanguageModel(nn.Module):
         n_layer, n_head, n_kv_head, head_dim, n_embd, vocab_size, dropout
         block_size      positions: the longest prompt + completion, not the longest row
         tied            the output projection is the token embedding
+        kept            numbers a token that a block keeps for the backward pass in the dtype of the products: what goes into
+                        its products, attention and activation function
         from_hf(raw)    class method: config.json as a dict -> config; ValueError, naming the key, for what it does not compute
         to_hf()         the config as transformers reads it
 
@@ -88,14 +90,15 @@ class LanguageModel(nn.Module):
         """Log-probability of every completion token of a batch of rows.
 
         `batch` carries integer tensors: `tokens`, `positions`, `example`, `branch`, each (rows, row_len), and `source`,
-        `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len.
+        `target`, each (completion tokens,): `target` is predicted at the flat position `source` of rows * row_len. Behind the
+        last of `completion` there is padding.
         `plain` says that every row is one sequence, so that the causal rule alone will do. `keys`, `ends` and `longest` are
         the attention rule for `Sequences`.
         Returns (completion tokens,) float32, natural logarithm.
         """
         x = self.states(batch.tokens, batch.positions, packed(batch, self.config.head_dim))  # (rows, row_len, n_embd)
         x = self.norm(x.flatten(0, 1).index_select(0, batch.source))  # (completion tokens, n_embd)
-        return target_logps(x, self.head_weight, batch.target, self.head.lora)
+        return target_logps(x, self.head_weight, batch.target, self.head.lora)[: len(batch.completion)]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Plain sequences (rows, length) -> (rows, length, vocab_size). For tests and curiosity: training never needs it."""
@@ -279,13 +282,15 @@ class _TargetLogps(torch.autograd.Function):
         return dx, *(g if g is None else g.to(t) for g, t in zip((dw, dh, db), ctx.dtypes, strict=True)), None, None, None
 
 
-def logits_rows(device: torch.device, vocab_size: int) -> tuple[int, int]:
-    """Rows of logits that a forward may keep for backward, and rows that exist at once where it keeps none."""
+def logits_rows(vocab_size: int, card: int) -> tuple[int, int]:
+    """Rows of logits that a forward may keep for backward, and rows that exist at once where it keeps none.
+
+    card: bytes of memory of the GPU; 0 = a CPU.
+    """
     row = 4 * vocab_size
-    if device.type != "cuda":
+    if not card:
         return LOGITS_BUDGET // row, max(1, LOGITS_CHUNK // row)
-    budget = torch.cuda.get_device_properties(device).total_memory // 16
-    return budget // row, max(256, 2**30 // row // 256 * 256)  # 1 GiB, in whole tiles of the products
+    return card // 16 // row, max(256, 2**30 // row // 256 * 256)  # 1 GiB, in whole tiles of the products
 
 
 def normaliser(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,6 +351,7 @@ def target_logps(x: Tensor, w: Tensor, target: Tensor, lora: LoRA | None = None)
     h, b = lora.down(x) if lora else (None, None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    kept, chunk = logits_rows(x.device, len(w))
+    card = torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 0
+    kept, chunk = logits_rows(len(w), card)
     keep = torch.is_grad_enabled() and len(x) <= kept
     return _TargetLogps.apply(x, w, h, b, target, chunk, keep)

@@ -60,6 +60,10 @@ class GPTConfig:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def kept(self) -> int:
+        return 14 * self.n_embd
+
     @classmethod
     def from_hf(cls, raw: dict, dropout: float = 0.0) -> "GPTConfig":
         """config.json as transformers writes it. Raises ValueError, naming the key, for what is not computed here."""

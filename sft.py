@@ -12,15 +12,15 @@ import math
 from dataclasses import dataclass
 
 import losses
-from data.batch import collate
+from data.batch import Batch
 from data.encode import Encoded, data_hash
 from data.plan import describe
 from runtime import config, distributed, optim
 from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.keys import TrainKeys
-from runtime.log import Timer
-from runtime.run import Run, check_finite, print_samples, seed_dropout, summary
+from runtime.run import Run, print_samples, summary
 from runtime.score import score
+from runtime.step import Outcome, Part, seed_dropout, step_batches
 
 
 @dataclass
@@ -33,6 +33,21 @@ def validate(model, items: list[Encoded], compute, micro_tokens: int) -> dict:
     logps = sum(sums.double().sum().item() for sums in score(model, items, compute, micro_tokens))
     loss = -logps / sum(item.completion_tokens for item in items)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+
+def backward(model, given: list[Batch], predicted: int, compute) -> list[Part]:
+    """The gradients of a step, added up over this rank's micro-batches. predicted: tokens of the global batch."""
+    parts = []
+    with compute.autocast(False):
+        for n, batch in enumerate(given, start=1):
+            batch = batch.to(compute.device)
+            distributed.sync_gradients(model, n == len(given))
+            with compute.autocast():
+                logps = model(batch)
+            loss = losses.sft(logps, predicted)
+            loss.backward()
+            parts.append((loss.detach(), batch.items))
+    return parts
 
 
 def main() -> int | None:
@@ -57,31 +72,19 @@ def main() -> int | None:
     if val and start == 0 and cfg.eval_every:
         this_run.log_val(0, validate(model, val, compute, cfg.micro_tokens))
 
-    timer = Timer(compute.device)
-    for step in range(start, steps):
+    this_run.timer.lap()  # from here on a step is timed
+    for step, (_, items, given) in enumerate(step_batches(plan, train, compute, start, steps), start):
         lr = optim.learning_rate(cfg, step, steps)
         optim.set_lr(optimizer, lr)
-        numbers = plan.examples(step)
-        predicted = sum(train[i].completion_tokens for i in numbers)
-        micros = plan[step][compute.rank]
-        parts = []
         seed_dropout(cfg.seed, step, compute)
-        for n, rows in enumerate(micros, start=1):
-            batch = collate([[train[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
-            distributed.sync_gradients(model, n == len(micros))
-            with compute.autocast():
-                logps = model(batch)
-            loss = losses.sft(logps, predicted)
-            loss.backward()
-            parts.append((loss, batch.items))
-        loss, grad_norm = check_finite(parts, optim.clip(model, cfg.grad_clip), step, compute)
+        parts = backward(model, given, sum(item.completion_tokens for item in items), compute)
+        outcome = Outcome(parts, optim.clip(model, cfg.grad_clip), step, compute, this_run.stop_signal)
+        outcome.guard(optimizer)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        tokens = sum(train[i].row_tokens for i in numbers)
-        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-        this_run.log_step(done, record, timer.lap(), len(numbers), model, predicted)
+        this_run.step_done(done, outcome, lr, items, model)
         best = False
         if val and this_run.due(cfg.eval_every, done):
             best = this_run.log_val(done, validate(model, val, compute, cfg.micro_tokens))
@@ -90,7 +93,6 @@ def main() -> int | None:
             this_run.save(done, model, optimizer)
         if this_run.stopped(done, model, optimizer):
             return 128 + this_run.stop_signal
-        timer.lap()  # validation and saving are not the next step's time
 
     this_run.finish(model)
     return None

@@ -69,5 +69,8 @@ _started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").absol
 if sys.argv[:1] == ["-m"] or ROOT in _started.parents[:2]:  # `-m`: the module to be run is still being looked for
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and the like ignore it
         signal.signal(signal.SIGINT, interrupted)
+    # CUDA's allocator, which reads this when torch is imported: blocks that grow leave no holes between them
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "--help" in sys.argv or "-h" in sys.argv:
         sys.meta_path.insert(0, Finder())

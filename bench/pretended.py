@@ -286,6 +286,12 @@ def flex(q, k, v, block_mask, enable_gqa=False):
     return attention(q, k, v, block_mask.written_out, enable_gqa=enable_gqa)
 
 
+def grouped(tensors, with_indices: bool = False) -> dict:
+    """torch's lists of tensors by device and dtype, which are made in C++."""
+    found = REAL_GROUPS(tensors, with_indices)
+    return {(where(lists[0][0]), dtype): (lists, at) for (_, dtype), (lists, at) in found.items()}
+
+
 class Autocast(contextlib.ExitStack):
     """torch.autocast, where `cuda` means the pretended GPU: for C++ its tensors are the CPU's."""
 
@@ -298,6 +304,7 @@ class Autocast(contextlib.ExitStack):
             self.enter_context(REAL_AUTOCAST(device, dtype=dtype, enabled=enabled))
 
 
+REAL_GROUPS = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
 REAL_AUTOCAST = torch.autocast
 REAL_ATTENTION = F.scaled_dot_product_attention
 ANSWERS = {
@@ -321,6 +328,13 @@ def gpu() -> Iterator[Seen]:
         def wait(*_) -> None:
             seen.syncs["synchronize"] += 1
 
+        def wait_for_event() -> None:
+            seen.syncs["an event"] += 1
+
+        clipping = torch.nn.utils.clip_grad
+        stack.enter_context(mock.patch.object(clipping, "_group_tensors_by_device_and_dtype", grouped))
+        stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=wait_for_event))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda *_: stream))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize", wait))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
         stack.enter_context(mock.patch.object(torch, "autocast", Autocast))

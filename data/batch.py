@@ -15,15 +15,18 @@ and are the last of its keys; the keys before them are the prompt's:
     keys        a b c d   a b f       the first completion is read with its prompt, each other one behind a copy of it
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.encode import Encoded
+from data.encode import Encoded, column, pair_places
 
 PADDING = -1  # the example number of padded positions
+LENGTHS = 16  # different numbers of predicted tokens that rows of one shape may have
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Batch:
 
     tokens; positions (0.. on each branch, going on from the prompt's end); example (a number within the row, -1 = padding);
     branch (0 = prompt, 1..k); source (flat position in rows * row_len that predicts); target (token predicted there);
-    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions);
+    completion (number of the completion, 0..n_completions - 1, in the order of `items` and their completions). Where `collate`
+    rounds up, padding stands behind `source` and `target`: what the model makes of it is cut off to the length of `completion`.
     keys (flat positions of all sequences' keys, one sequence behind the other); ends (where each sequence's queries end, and
     its keys, with a 0 in front). `longest` is the most keys of a sequence.
     """
@@ -47,24 +51,49 @@ class Batch:
     completion: Tensor
     keys: Tensor
     ends: Tensor
+    pairs: Tensor  # (pairs, 2): numbers of the chosen and the rejected completion
+    lengths: Tensor  # (n_completions,): their tokens
+    desirable: Tensor  # (pairs,) bool: of unpaired data the label, else True
     longest: int
     n_completions: int
     plain: bool  # at most one example a row, with one completion: then causal attention is enough
     items: list[Encoded]
+    at: Tensor | None = None  # (n_completions,): where they stand among those of all items that `batches` was given
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **dict(zip(tensors, moved(list(tensors.values()), device), strict=True)))
+
+
+def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors on the device. To CUDA they travel in one pinned buffer, for which the host does not wait."""
+    if device.type == "cpu":
+        return tensors
+    there = torch.cat([t.flatten() for t in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = there.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+
+def pair_tensors(items: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+    """`pairs`, `lengths` and `desirable` of a Batch of these items."""
+    lengths = torch.tensor([len(c) for item in items for c in item.completions]).long()
+    desirable = torch.tensor([item.label != 0 for item in items for _ in item.pairs], dtype=torch.bool)
+    return torch.from_numpy(pair_places(items)), lengths, desirable
+
+
+def padded(n: int, multiple: int) -> int:
+    """n, rounded up to a multiple."""
+    return -(-n // multiple) * multiple
 
 
 def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
-    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`.
+    """Rows of examples -> Batch, padded on the right to the longest row, rounded up to a `multiple`. Then the number of
+    predicted tokens is rounded up, too, to one of `LENGTHS` parts of the positions, so that a device sees few shapes.
 
     No rows: one row of padding without completions. A rank that has no work left runs it, because the forward of a sharded
     model needs all ranks.
     """
-    width = max((sum(item.row_tokens for item in row) for row in rows), default=1)
-    width = -(-width // multiple) * multiple
+    width = padded(max((sum(item.row_tokens for item in row) for row in rows), default=1), multiple)
     rows = rows or [[]]
     tokens, positions, branch, example = np.zeros((4, len(rows), width), dtype=np.int64)
     example[:] = PADDING
@@ -96,7 +125,21 @@ def collate(rows: list[list[Encoded]], multiple: int = 1) -> Batch:
             queries.append(places[at:]), keys.append(places[at:])
     n = len(target)
     plain = all(len(row) <= 1 and all(len(item.completions) == 1 for item in row) for row in rows)
-    joined = (np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion, keys))
+    joined = [np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64) for parts in (source, target, completion, keys)]
+    if multiple > 1:
+        predicted = len(joined[0])
+        more = padded(max(predicted, 1), max(tokens.size // LENGTHS, 1)) - predicted
+        joined[:2] = (np.pad(a, (0, more)) for a in joined[:2])
     ends = np.cumsum([[0, *map(len, parts)] for parts in (queries, keys)], axis=1)
     arrays = map(torch.from_numpy, (tokens, positions, example, branch, *joined, ends))
-    return Batch(*arrays, max(map(len, keys)), n, plain, [item for row in rows for item in row])
+    items = [item for row in rows for item in row]
+    return Batch(*arrays, *pair_tensors(items), max(map(len, keys)), n, plain, items)
+
+
+def batches(items: Sequence[Encoded], micros: list[list[list[int]]], multiple: int = 1) -> Iterator[Batch]:
+    """A Batch for each micro-batch of [micro-batch][row][item]."""
+    begin = [0, *accumulate(column(items, "n_completions"))]
+    for rows in micros:
+        batch = collate([[items[i] for i in row] for row in rows], multiple)
+        at = [n for row in rows for i in row for n in range(begin[i], begin[i + 1])]
+        yield replace(batch, at=torch.tensor(at, dtype=torch.int64))

@@ -20,9 +20,13 @@ import numpy as np
 
 from base.errors import UserError
 from base.progress import count
+from data.batch import padded
 from data.encode import Encoded, column
 
 Rows = list[list[int]]  # a micro-batch: rows of examples
+# Padded positions that cost less than one more forward (and so one more pass over all gradients), about: measured for GPT-2
+# 124M on 2 CPU cores. On a GPU a micro-batch is one row, see runtime.distributed.Compute.row_multiple
+SPARE_PADDING = 64
 
 
 def epoch_order(groups: Sequence[int], seed: int, epoch: int, per_group: int = 0, shuffle: bool = True) -> np.ndarray:
@@ -52,27 +56,29 @@ def pack(step: list[int], lengths: list[int], row_len: int) -> Rows:
     if row_len == 0:
         return [[i] for i in by_length]
     rows: Rows = []
-    room: list[int] = []
+    room = np.full(len(step), row_len)
     for i in by_length:
-        r = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        # the first row with room, among them one that is not begun: there a longer example fits, too
+        r = int((room[: len(rows) + 1] >= min(lengths[i], row_len)).argmax())
         if r == len(rows):
             rows.append([])
-            room.append(row_len)
         rows[r].append(i)
         room[r] -= lengths[i]
     return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
 
 
-def micro_batches(rows: Rows, lengths: list[int], micro_tokens: int, spare_padding: int) -> list[Rows]:
+def micro_batches(
+    rows: Rows, lengths: list[int], micro_tokens: int, spare_padding: int = SPARE_PADDING, row_multiple: int = 1
+) -> list[Rows]:
     """Rows, longest first, into micro-batches of at most `micro_tokens` positions, padding counted, but at least one row.
 
-    A micro-batch also ends where its padding would pass `spare_padding` positions: then another forward costs less (see
-    runtime.distributed.Compute.spare_padding).
+    A row's length is rounded up to a `row_multiple`. A micro-batch also ends where its padding would pass `spare_padding`
+    positions: then another forward costs less.
     """
     out: list[Rows] = []
     width = padding = 0
     for row in rows:
-        tokens = sum(lengths[i] for i in row)
+        tokens = padded(sum(lengths[i] for i in row), row_multiple)
         padding += width - tokens
         if not out or (len(out[-1]) + 1) * width > micro_tokens or padding > spare_padding:
             out.append([])
@@ -96,7 +102,7 @@ class BatchPlan:
     _: KW_ONLY
     row_len: int = 0
     micro_tokens: int = 4096
-    spare_padding: int = 64
+    row_multiple: int = 1
     world: int = 1
     per_group: int = 0
     shuffle: bool = True
@@ -127,27 +133,28 @@ class BatchPlan:
         return order[begin:end].tolist()
 
     def __getitem__(self, step: int) -> list[list[Rows]]:
-        """Rows go, longest first, to the rank with the fewest tokens. Ranks with fewer micro-batches get empty ones at the
+        """Rows go, longest first, to the rank with the fewest positions. Ranks with fewer micro-batches get empty ones at the
         end, so that all ranks run the same number of forwards."""
         shares: list[Rows] = [[] for _ in range(self.world)]
-        tokens = [0] * self.world
+        positions = [0] * self.world
         for row in pack(self.examples(step), self.lengths, self.row_len):
-            rank = tokens.index(min(tokens))
+            rank = positions.index(min(positions))
             shares[rank].append(row)
-            tokens[rank] += sum(self.lengths[i] for i in row)
-        ranks = [micro_batches(rows, self.lengths, self.micro_tokens, self.spare_padding) for rows in shares]
+            positions[rank] += padded(sum(self.lengths[i] for i in row), self.row_multiple)
+        ranks = [micro_batches(rows, self.lengths, self.micro_tokens, row_multiple=self.row_multiple) for rows in shares]
         most = max(map(len, ranks))
         return [micros + [[]] * (most - len(micros)) for micros in ranks]
 
 
-def plan_once(items: list[Encoded], micro_tokens: int, spare_padding: int = 64, world: int = 1) -> list[list[Rows]]:
-    """Every example once, one a row, longest first: [rank][micro-batch][row][example]. For validation, the reference pass
-    and scoring.
+def plan_once(items: list[Encoded], micro_tokens: int, row_multiple: int = 1, world: int = 1) -> list[list[Rows]]:
+    """Every example once, longest row first: [rank][micro-batch][row][example]. For validation, the reference pass and
+    scoring. One example a row, or, where rows are rounded up, rows of `row_multiple` tokens.
 
     The micro-batches are the same for every `world`. Ranks take them in turns; a rank that gets one less has an empty one.
     """
     lengths = column(items, "row_tokens")
-    micros = micro_batches(pack(list(range(len(items))), lengths, 0), lengths, micro_tokens, spare_padding)
+    rows = pack(list(range(len(items))), lengths, row_multiple if row_multiple > 1 else 0)
+    micros = micro_batches(rows, lengths, micro_tokens, row_multiple=row_multiple)
     micros += [[]] * (-len(micros) % world)
     return [micros[rank::world] for rank in range(world)]
 
@@ -159,15 +166,15 @@ def describe(plan: BatchPlan, items: list[Encoded], most: int = 200) -> str:
     planned = [plan[step] for step in steps]
     micros = [rows for ranks in planned for micros in ranks for rows in micros if rows]
     widths = [[sum(plan.lengths[i] for i in row) for row in rows] for rows in micros]
-    fed, positions = sum(map(sum, widths)), sum(max(tokens) * len(tokens) for tokens in widths)
+    fed, positions = sum(map(sum, widths)), sum(padded(max(row), plan.row_multiple) * len(row) for row in widths)
     chosen = [[items[i] for i in plan.examples(step)] for step in steps]
-    padded = sum(max(i.longest for i in step) * sum(len(i.completions) for i in step) for step in chosen)
+    plain = sum(max(i.longest for i in step) * sum(len(i.completions) for i in step) for step in chosen)
     n_rows, forwards = sum(map(len, micros)), sum(len(ranks[0]) for ranks in planned)
     epoch = count(plan.steps_per_epoch, "steps")
     return (
         f"{f'the first {most} of ' if len(steps) == most else ''}{epoch} of an epoch, {plan.batch_size} examples each: "
         f"{fed:,} tokens in {positions:,} positions "
         f"({100 * (1 - fed / positions):.1f}% padding); "
-        f"padded and unshared they would be {padded:,} ({padded / positions:.2f}x)\n"
+        f"padded and unshared they would be {plain:,} ({plain / positions:.2f}x)\n"
         f"a step: {fed / len(steps):,.0f} tokens in {n_rows / len(steps):.1f} rows, {forwards / len(steps):.1f} forwards a rank"
     )

@@ -20,6 +20,13 @@ from losses import UNPAIRED
 from runtime import config, distributed, optim, reference
 from runtime.keys import SCRATCH, ChatKeys, DataKeys, ModelKeys, TrainKeys
 
+MICRO_TOKENS = (1024, 2048, 4096, 8192, 16384)  # what `micro_tokens 0` chooses from
+
+
+def written(cfg) -> dict:
+    """The settings of the run that is in `out_dir`, if there is one."""
+    return config.written(cfg) if hasattr(cfg, "out_dir") else {}
+
 
 def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
     """The tokenizer of `init_from`, or the key's, with the chat template that the keys ask for. Where that writes the day's
@@ -37,7 +44,7 @@ def build_tokenizer(cfg: ChatKeys, init_from: str, compute) -> Tokenizer:
 
 
 def _date(cfg: ChatKeys) -> str:
-    before = config.written(cfg).get("date", "") if hasattr(cfg, "out_dir") else ""
+    before = written(cfg).get("date", "")
     if not before and getattr(cfg, "ref", "") not in ("", reference.AUTO):
         before = reference.read(cfg.ref)[1].get("date", "")
     return before or date.today().isoformat()
@@ -84,6 +91,10 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
     # on other ranks than 0 there are no tensors: `fill` sends them
     distributed.fill(model, (pair for part in tensors for pair in part), compute)
     model.origin = compute.once(found.origin)  # only now: the fingerprint was made while the weights were read
+    if getattr(cfg, "micro_tokens", 1) == 0:
+        before = {} if getattr(cfg, "overwrite", False) else compute.once(lambda: written(cfg))
+        cfg.micro_tokens = before.get("micro_tokens") or fitting_tokens(cfg, model, compute)
+        print(f"micro_tokens: {cfg.micro_tokens}")
     return model
 
 
@@ -96,6 +107,19 @@ def compile_blocks(model: LanguageModel, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True, backend=backend)
+
+
+def fitting_tokens(cfg: ModelKeys, model: LanguageModel, compute) -> int:
+    """The largest of `MICRO_TOKENS` with which a micro-batch, all of it predicted, takes at most 9/10 of the memory that is
+    free on each process's GPU. On a CPU 4096: more is no faster there."""
+    if compute.device.type == "cpu":
+        return 4096
+    optimizer = getattr(cfg, "optimizer", "")
+    free, _ = torch.cuda.mem_get_info(compute.device)
+    free = 0.9 * min(compute.gather(free)) - (optim.memory(model, optimizer) - optim.memory(model))
+    how = {"bfloat16": compute.dtype == torch.bfloat16, "processes": compute.world, "card": compute.memory}
+    needed = {n: sum(optim.forward_memory(model, n, n, **how).values()) for n in MICRO_TOKENS}
+    return max((n for n in MICRO_TOKENS if needed[n] <= free), default=min(MICRO_TOKENS))
 
 
 def check_memory(cfg: ModelKeys, model: LanguageModel, compute) -> None:
@@ -167,13 +191,14 @@ def share(load: Callable[[], Sequence[Encoded]], compute) -> Sequence[Encoded]:
 
 
 def batch_plan(cfg: TrainKeys, items: list[Encoded], compute, per_group: int = 0) -> BatchPlan:
+    multiple = compute.row_multiple(cfg.micro_tokens)
     return BatchPlan(
         items,
         cfg.batch_size,
         cfg.seed,
-        row_len=cfg.row_len,
+        row_len=multiple if multiple > 1 else cfg.row_len,
         micro_tokens=cfg.micro_tokens,
-        spare_padding=compute.spare_padding,
+        row_multiple=multiple,
         world=compute.world,
         per_group=per_group,
         shuffle=cfg.shuffle,

@@ -42,8 +42,10 @@ class Compute:
     world: int = 1
     control: Any = None
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, on: bool = True) -> torch.autocast:
+        """Products in `dtype`. Weights are cast once until the outermost one ends: one that is off, around all micro-batches of
+        a step, keeps the casts for them."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=on and self.dtype != torch.float32)
 
     @property
     def memory(self) -> int:
@@ -53,15 +55,14 @@ class Compute:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     @property
-    def row_multiple(self) -> int:
-        """Row lengths are rounded up to this on CUDA: FlexAttention works in blocks of 128 and compiles once a shape."""
-        return 128 if self.device.type == "cuda" else 1
+    def late(self) -> bool:
+        """Whether the host goes on while the device works, and reads one step late what a step found (runtime/step.py)."""
+        return self.device.type == "cuda"
 
-    @property
-    def spare_padding(self) -> int:
-        """Padded positions that cost less than one more forward (and so one more pass over all gradients), about: measured
-        for GPT-2 124M on 2 CPU cores; on a GPU it is what fits into the time of launching the kernels."""
-        return 64 if self.device.type == "cpu" else 2048
+    def row_multiple(self, micro_tokens: int) -> int:
+        """Row lengths are rounded up to this. On CUDA that is a micro-batch, in blocks of 128: so each is one packed row of one
+        shape, for which kernels are chosen and compiled once. A longer example's row is a multiple of it."""
+        return max(128, micro_tokens // 128 * 128) if self.device.type == "cuda" else 1
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -93,7 +94,10 @@ class Compute:
         return values
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a CPU tensor of one shape, the same to the bit on all of them."""
+        """The sum over ranks of a tensor of one shape, on its device, the same to the bit on all of them."""
+        if self.world > 1 and values.is_cuda:
+            dist.all_reduce(values)
+            return values
         return torch.stack(self.gather(values)).sum(0)
 
 

@@ -86,7 +86,7 @@ class RunKeys:
     max_steps: int = key(0, "optimizer steps; above 0 it counts instead of epochs", least=0)
     batch_size: int = key(64, "examples or pairs per optimizer step, over all ranks", least=1)
     shuffle: bool = key(True, "train in an order drawn by seed, anew each epoch; false = in the data's order")
-    row_len: int = key(0, "tokens of a packed row, 0 = one example a row", least=0, free=True)
+    row_len: int = key(0, "tokens of a packed row, 0 = one example a row; on CUDA micro_tokens", least=0, free=True)
     dropout: float = key(0.0, "dropout in training (GPT-2 was trained with 0.1)", least=0, below=1)
     eval_every: int = key(100, "steps between validations (and one at the end), 0 = only at the end", least=0)
     save_every: int = key(500, "steps between checkpoints (and one at the end), 0 = only at the end", least=0, free=True)
@@ -144,7 +144,12 @@ class DeviceKeys:
     seed: int = key(0, "seed of all that is drawn: data order, scratch weights, dropout, samples", least=0, most=MOST_SEED)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, …", free=True)
     dtype: str = key("auto", "dtype of matrix products; auto = bfloat16 on CUDA that has it, else float32", DTYPES)
-    micro_tokens: int = key(4096, "most tokens in one forward, padding included", least=1, free=True)
+    micro_tokens: int = key(
+        4096,
+        "most tokens in one forward, padding included; 0 = what fits: 1024 to 16384 on CUDA, else 4096",
+        least=0,
+        free=True,
+    )
 
 
 @dataclass

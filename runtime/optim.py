@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from base.progress import count
+from logprobs import logits_rows
 from runtime.distributed import gradient_norm, own
 
 
@@ -34,12 +35,44 @@ def memory(model: nn.Module, optimizer: str = "") -> int:
     return sum(own(p).nbytes * (1 + more * p.requires_grad) for p in model.parameters())
 
 
+def forward_memory(
+    model: nn.Module, tokens: int, predicted: int, bfloat16: bool, processes: int = 1, card: int = 0
+) -> dict[str, int]:
+    """Bytes on this process, by what they hold, of one forward and backward pass beside `memory`, without dropout.
+
+    tokens: positions of the micro-batch. predicted: completion tokens among them. card: see `logprobs.logits_rows`. `working` is weights in the form that the
+    products read. In one process: casts to bfloat16. In several: the gathered weights, which stay from micro-batch to
+    micro-batch, and the whole gradient, added up over them.
+    """
+    c, width = model.config, 2 if bfloat16 else 4
+    parameters, blocks = list(model.parameters()), list(model.blocks.parameters())
+    a_block = tokens * (8 * c.n_embd + width * c.kept + 4 * c.n_head + 16)  # the norms' inputs are float32
+    kept = 4 * c.n_layer * c.n_embd * tokens + a_block if model.recompute else c.n_layer * a_block
+    if processes > 1:
+        outside = sum(p.numel() for p in parameters) - sum(p.numel() for p in blocks)
+        matrices = sum(p.numel() for p in blocks if p.dim() == 2)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        working = 4 * outside + width * matrices + 4 * trained
+    else:
+        cast = [p for p in blocks if p.dim() == 2 and p.dtype == torch.float32] + model.head_parameters()
+        working = 2 * sum(p.numel() for p in cast) if bfloat16 else 0
+    kept_rows, chunk = logits_rows(c.vocab_size, card)
+    return {
+        "working": working,
+        "activations": kept + 12 * predicted * c.n_embd,
+        "logits": 4 * c.vocab_size * (predicted if predicted <= kept_rows else 2 * chunk),
+    }
+
+
 def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """The optimizer that `cfg` names. Matrices and embeddings decay by `weight_decay`, biases and layer-norm scales do not.
 
     adamw: fused into one kernel. rmsprop: torch's defaults (alpha 0.99), the choice of the DPO paper. sgd: without momentum.
     The decay is decoupled (Loshchilov & Hutter, arXiv 1711.05101): a step first scales the weights by 1 - lr * weight_decay.
     torch's RMSprop adds weight_decay times the weight to the gradient, which it then divides by the gradient's own size.
+
+    Where the optimizer's `found_inf` (a scalar on the device) is 1, a step leaves the weights as they are: torch's fused AdamW
+    reads it by itself, for the others the gradients and the decay become 0.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, rest = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
@@ -51,8 +84,13 @@ def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
 
     @torch.no_grad()
     def decay(*_) -> None:
+        found_inf = optimizer.__dict__.pop("found_inf", None)  # SGD itself refuses it
+        if found_inf is not None:
+            for p in trained:
+                p.grad.masked_fill_(found_inf.bool(), 0)
         for p in matrices if cfg.weight_decay else ():
-            p.mul_(1 - optimizer.param_groups[0]["lr"] * cfg.weight_decay)
+            left = 1 - optimizer.param_groups[0]["lr"] * cfg.weight_decay
+            p.mul_(left if found_inf is None else torch.where(found_inf.bool(), 1.0, left))
 
     optimizer.register_step_pre_hook(decay)
     return optimizer

@@ -7,10 +7,10 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import adapters
@@ -22,7 +22,8 @@ from base.progress import count
 from runtime import checkpoint, config, distributed, optim
 from runtime.build import source_options
 from runtime.keys import OURS, TrainKeys
-from runtime.log import Console, Metrics, cuda_numbers, peak_flops, step_flops
+from runtime.log import Console, Metrics, Timer, cuda_numbers, peak_flops, step_flops
+from runtime.step import Outcome
 
 # Keys that may differ when a run goes on from a checkpoint, which is bound to what they name, or says how long the run is
 BOUND = ("data", "val_data", "data_dir", "init_from", "tokenizer", "ref", "max_steps", "epochs")
@@ -47,7 +48,9 @@ class Run:
         self.saved_at = -1
         self.console = Console(steps, unit)
         self.metrics: Metrics | None = None  # on rank 0
-        self.stop_signal = 0
+        self.stop_signal = 0  # that this rank got
+        self.heard = 0  # that any rank got, by the last step that was read
+        self.unread: list[tuple] = []  # what `step_done` was given of steps that are under way: of one at most
         self.lock = None  # on rank 0
         compute.once(self._lock_folder)
 
@@ -85,6 +88,7 @@ class Run:
         for doubt in optim.doubts(self.cfg, model, self.steps):
             warn(doubt)
         self.handlers = {name: signal.signal(name, self._on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
+        self.timer = Timer(torch.device("cpu"))  # that does not wait for the device: reading a step does
         self.peak = peak_flops(self.compute.device, self.compute.dtype) if self.compute.device.type == "cuda" else 0.0
         return done
 
@@ -145,6 +149,25 @@ class Run:
         self.metrics = Metrics(self.folder / "metrics.jsonl", seen, dataclasses.asdict(self.cfg), done)
 
     # --- along the way ---
+
+    def step_done(self, step: int, outcome: Outcome, lr: float, items: list, model, figures: Callable | None = None) -> None:
+        """Called after every step, with its examples over all ranks. figures: (sums) -> what the stage adds to the record, of
+        the sums that the ranks found (see `Outcome`).
+
+        On CUDA the step before is recorded, if nothing waits for this one: it is read while this one is under way. UserError if
+        it was not finite.
+        """
+        self.unread.append((step, outcome, lr, items, model, figures))
+        waited_for = self.due(self.cfg.eval_every, step) or self.due(self.cfg.save_every, step)
+        self._read(keep=1 if self.compute.late and not waited_for else 0)
+
+    def _read(self, keep: int = 0) -> None:
+        while len(self.unread) > keep:
+            step, outcome, lr, items, model, figures = self.unread.pop(0)
+            loss, grad_norm, self.heard, sums = outcome.read()
+            tokens, predicted = (sum(getattr(item, name) for item in items) for name in ("row_tokens", "completion_tokens"))
+            record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, **(figures(sums) if figures else {})}
+            self.log_step(step, record, self.timer.lap(), sum(item.n_pairs for item in items), model, predicted)
 
     def log_step(self, step: int, record: dict, seconds: float, examples: int, model, completion_tokens: int) -> None:
         """Record a finished training step: `record` with loss, lr, grad_norm, tokens, and whatever the stage adds."""
@@ -207,9 +230,13 @@ class Run:
 
     def stopped(self, step: int, model, optimizer) -> bool:
         """Called after every step. True after Ctrl-C or SIGTERM on any rank; then the step is saved, and the user told so."""
-        self.stop_signal = max(self.compute.gather(self.stop_signal))
-        if not self.stop_signal or step == self.steps:
+        if not self.unread:
+            self.timer.lap()  # validation and saving are not the next step's time
+        heard = self.stop_signal if self.compute.world == 1 else self.heard
+        if not heard or step == self.steps:
             return False
+        self.stop_signal = heard
+        self._read()
         if self.saved_at != step:
             self.save(step, model, optimizer)
         self._end()
@@ -264,31 +291,6 @@ def restarted() -> bool:
 
 
 # --- a step's small duties -------------------------------------------------------------------------------------------
-
-
-def seed_dropout(seed: int, step: int, compute) -> None:
-    """Make dropout's random numbers follow from seed, step and rank: a resumed run draws those of one never killed."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, compute.rank]).generate_state(1, np.uint64)[0] >> 1))
-
-
-def check_finite(losses: list[tuple[torch.Tensor, list]], grad_norm: torch.Tensor, step: int, compute) -> tuple[float, float]:
-    """The losses of this rank's micro-batches (with their examples) and the global gradient norm -> global loss and norm.
-
-    UserError, on every rank, naming the step and the examples if one is not finite: before the weights are touched.
-    """
-    parts = torch.stack([loss.detach().double() for loss, _ in losses]).cpu()
-    loss, norm = compute.total(parts.sum()).item(), grad_norm.item()
-    if math.isfinite(loss) and math.isfinite(norm):
-        return loss, norm
-    whole = math.isfinite(loss)  # the norm alone: it may be any of the step's examples
-    guilty = [items for part, (_, items) in zip(parts.tolist(), losses, strict=True) if whole or not math.isfinite(part)]
-    found = sorted({item.number for rank in compute.gather(guilty) for items in rank for item in items})
-    numbers = ", ".join(map(str, found[:20])) + (", …" if len(found) > 20 else "")
-    what = f"gradient norm is {norm}" if whole else f"loss is {loss}"
-    raise UserError(
-        f"the {what} at step {step + 1}, in the micro-batch with examples {numbers} (numbered from 0 in the "
-        "data): the weights were not touched; look at those examples, lower lr, or set grad_clip"
-    )
 
 
 def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) -> None:

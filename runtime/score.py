@@ -2,50 +2,58 @@
 
 And completions that the model writes itself, to ask it about them."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from base.progress import Progress
-from data.batch import collate
+from data.batch import Batch, batches
 from data.encode import Encoded
-from data.plan import Rows, plan_once
+from data.plan import plan_once
 from generate import stream
 from losses import completion_sums
+from runtime.step import ahead
 
 
-@torch.no_grad()
-def score(
-    model, items: list[Encoded], compute, micro_tokens: int, name: str = "", micros: list[Rows] | None = None
-) -> list[Tensor]:
+def score(model, items: list[Encoded], compute, micro_tokens: int, name: str = "") -> list[Tensor]:
     """log p(completion | prompt) in nats of every item's completions: a float32 CPU tensor (k,) an item, in the items' order.
 
     The work is shared by all ranks, each prompt goes through the model once, and every rank gets all results.
     name: what a line of progress calls the work; "" = no progress.
-    micros: this rank's share, laid out already ([micro-batch][row][item]). Then the model keeps its mode, dropout included;
-    only dpo.batch_gradient wants that.
     """
-    was_training = model.training
-    if micros is None:
-        model.eval()
-        micros = plan_once(items, micro_tokens, compute.spare_padding, compute.world)[compute.rank]
-    counts = [len(item.completions) for item in items]
-    out = torch.zeros(sum(counts))
-    views = out.split(counts)  # what is written into them stands in `out`
+    found = measured(model, items, compute, micro_tokens, name)
+    return list(found.cpu().split([len(item.completions) for item in items]))
+
+
+def measured(model, items: list[Encoded], compute, micro_tokens: int, name: str = "") -> Tensor:
+    """What `score` gives as one tensor on the device, (completions,). On CUDA it may still be under way."""
+    was_training, multiple = model.training, compute.row_multiple(micro_tokens)
+    model.eval()
+    micros = plan_once(items, micro_tokens, multiple, compute.world)[compute.rank]
     tokens = sum(items[i].row_tokens for rows in micros for row in rows for i in row)
     progress = Progress(name, tokens if name else 0, "tok", compute.rank)
-    for rows in micros:
-        numbers = [i for row in rows for i in row]
-        batch = collate([[items[i] for i in row] for row in rows], compute.row_multiple).to(compute.device)
-        with compute.autocast():
-            logps = model(batch)
-        sums = completion_sums(logps, batch.completion, batch.n_completions).cpu()
-        for i, part in zip(numbers, sums.split([counts[i] for i in numbers]), strict=True):
-            views[i].copy_(part)
-        progress.add(sum(items[i].row_tokens for i in numbers))
+    found = completion_logps(model, ahead(batches(items, micros, multiple), compute), items, compute, progress)
     progress.close()
     model.train(was_training)
-    return list(compute.total(out).split(counts))
+    return found
+
+
+@torch.no_grad()
+def completion_logps(model, given: Iterable[Batch], items: list[Encoded], compute, progress: Progress | None = None) -> Tensor:
+    """The same, of batches that are made already. given: this rank's share of the items, by `data.batch.batches`. The model
+    keeps its mode, dropout included."""
+    out = torch.zeros(sum(len(item.completions) for item in items), device=compute.device)
+    with compute.autocast(False):
+        for batch in given:
+            batch = batch.to(compute.device)
+            with compute.autocast():
+                logps = model(batch)
+            out[batch.at] = completion_sums(logps, batch.completion, batch.n_completions)
+            if progress:
+                progress.add(sum(item.row_tokens for item in batch.items))
+    return compute.total(out)
 
 
 def written(

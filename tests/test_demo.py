@@ -67,7 +67,7 @@ def test_the_claims_fail_when_dpo_is_spoiled(spoiled, small, monkeypatch):
         monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda p, cfg: loss(losses.Pairs(*swap(p)), cfg))
     else:
         as_pairs = dpo.as_pairs
-        monkeypatch.setattr(dpo, "as_pairs", lambda sums, ref, items: as_pairs(sums, 0 * ref, items))
+        monkeypatch.setattr(dpo, "as_pairs", lambda sums, ref, *of: as_pairs(sums, 0 * ref, *of))
         monkeypatch.setattr(dpo, "check_first_batch", lambda *_: None)
     shutil.rmtree(out / "dpo" / f"beta_1.0_steps_{SMALL['dpo_steps']}", ignore_errors=True)
     run = demo.Demo(demo.Config(**SMALL, out_dir=str(out)))

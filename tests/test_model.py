@@ -49,6 +49,20 @@ def test_shared_prompt_rows_equal_plain_sequences(gpt, packed):
     assert sums.shape == (9,) and torch.allclose(sums[1], want[3:8].sum(), atol=1e-4)
 
 
+def test_padding_changes_neither_log_probs_nor_gradients(gpt):
+    """Rows and predicted tokens are padded on CUDA; the losses must see nothing of it."""
+    rng, found = np.random.default_rng(1), []
+    items = [example(rng, 7, 3, 6), example(rng, 20, 18), example(rng, 4, 6)]
+    for multiple in (1, 128):
+        batch, model = collate([items], multiple), copy.deepcopy(gpt)
+        logps = model(batch)
+        (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        found.append([logps, completion_sums(logps, batch.completion, 4), *(p.grad for p in model.parameters())])
+    assert len(logps) == len(batch.completion) == 33 < len(batch.target) == 40
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-4)
+
+
 def test_plain_rows_take_the_causal_path(gpt):
     rng = np.random.default_rng(3)
     items = [example(rng, 9, 4), example(rng, 3, 8)]

@@ -80,7 +80,7 @@ def test_the_same_items_as_in_memory(folder, pairs, tmp_path, monkeypatch):
         assert data_hash(items) == data_hash(plain)
         plans = [BatchPlan(x, 4, 1, row_len=90, world=2, per_group=1) for x in (items, plain)]
         assert [plans[0][step] for step in range(4)] == [plans[1][step] for step in range(4)]
-        assert plan_once(items, 200, 10, 2) == plan_once(plain, 200, 10, 2)
+        assert plan_once(items, 200, world=2) == plan_once(plain, 200, world=2)
         with pytest.raises(IndexError):
             items[len(items)]
 

@@ -8,6 +8,7 @@ import pytest
 
 from base.errors import UserError
 from data import Example
+from data.batch import collate
 from data.encode import Encoded, data_hash, encode
 from data.plan import BatchPlan, describe, epoch_order, micro_batches, pack, plan_once
 from data.tokenizer import get
@@ -83,6 +84,24 @@ def test_micro_batches_respect_their_size_and_their_padding():
     for size, padding, rows_each in [(10_000, 10_000, [7]), (1, 0, [1] * 7), (110, 10_000, [2, 2, 3]), (10_000, 3, [3, 3, 1])]:
         micros = micro_batches(rows, lengths, size, padding)
         assert [len(m) for m in micros] == rows_each and [row for m in micros for row in m] == rows
+
+
+def test_where_rows_are_rounded_up_every_forward_is_one_row_of_one_shape():
+    """CUDA's layout: a row is a whole micro-batch, and only an example that is longer than one takes more."""
+    lengths = [*np.random.default_rng(3).integers(5, 120, 300).tolist(), 700]
+    items = items_of(lengths)
+    plan = BatchPlan(items, 301, 0, row_len=512, micro_tokens=520, row_multiple=512, world=3)
+    for ranks in (plan[0], plan_once(items, 520, 512, world=3)):
+        rows = [row for micros in ranks for micro in micros for row in micro]
+        assert all(len(micro) <= 1 for micros in ranks for micro in micros) and len({len(micros) for micros in ranks}) == 1
+        assert sorted(i for row in rows for i in row) == list(range(301))
+        batches = [collate([[items[i] for i in row]], 512) for row in rows]
+        shapes = Counter(batch.tokens.shape for batch in batches)
+        assert shapes == {(1, 512): len(rows) - 1, (1, 1024): 1} and collate([], 512).tokens.shape == (1, 512)
+        assert sum(lengths) / (512 * (len(rows) + 1)) > 0.95, "hardly any padding"
+        assert all(len(batch.target) % 32 == 0 for batch in batches), "one of 16 numbers of predicted tokens"
+    positions = 512 * (len(rows) + 1)
+    assert f"{sum(lengths):,} tokens in {positions:,} positions" in describe(plan, items)
 
 
 def test_an_epoch_draws_some_of_every_group():

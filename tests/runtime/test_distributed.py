@@ -32,7 +32,7 @@ from data.encode import Encoded
 from data.tokenizer import get
 from model import SIZES, GPTConfig
 from runtime import checkpoint, distributed, optim
-from runtime.run import check_finite
+from runtime.step import Outcome
 from tests import tiny
 from tests.conftest import ROOT, SHARED, close, dpo_args, flags, free_port, good, metrics, ref_args, sft_args
 
@@ -266,9 +266,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(n, files, sft_run, world, refus
 
 def test_a_rank_without_a_bad_example_names_none():
     fine, bad = SimpleNamespace(number=3), SimpleNamespace(number=7)
-    compute = SimpleNamespace(total=lambda loss: loss + float("nan"), gather=lambda mine: [mine, [[bad]]])
+    compute = SimpleNamespace(total=lambda loss: loss + float("nan"), gather=lambda mine: [mine, [[bad]]], world=2, rank=0)
     with pytest.raises(errors.UserError, match="loss is nan at step 1, in the micro-batch with examples 7 "):
-        check_finite([(torch.tensor(1.0), [fine])], torch.tensor(float("nan")), 0, compute)
+        Outcome([(torch.tensor(1.0), [fine])], torch.tensor(float("nan")), 0, compute).read()
 
 
 # --- torchrun, and processes that die -------------------------------------------------------------------------------------
