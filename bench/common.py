@@ -255,7 +255,11 @@ def attempt(function: Callable[[dict], dict], job: dict) -> dict:
     try:
         return measure(function, job)
     except Exception as error:
-        return {"error": (str(error).strip().splitlines() or [type(error).__name__])[-1]}
+        return {"error": last_line(error)}
+
+
+def last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def peak_mb(device: str) -> float:

@@ -64,11 +64,14 @@ def profiled(job: dict) -> dict:
 
     each_step(look, job)
     step = started[job["warmup"]] - started[job["warmup"] - 1]
-    parts: Counter = Counter()
+    parts, busy = Counter(), 0.0
     for event in profiler.events():
         own = event.self_device_time_total if job["device"] != "cpu" else event.self_cpu_time_total
         if event.device_type == torch.autograd.DeviceType.CPU:
             parts[budget.part_of(event)] += own / 1e6
+        elif not event.is_user_annotation:
+            busy += event.time_range.elapsed_us() / 1e6
+    parts["element-wise"] += max(0.0, busy - parts.total())  # kernels that no operation of torch's launched: compiled ones
     names = [part for part in budget.PARTS if part != "gaps"]
     return {"step_s": step, "parts": {n: parts[n] for n in names} | {"gaps": step - sum(parts[n] for n in names)}}
 
@@ -111,8 +114,11 @@ def suite(cfg: Config, temp: Path) -> dict:
             report["left_out"].append(label)
             continue
         stage, kind, model, name = case
-        work = prepare(cfg, temp, model, kind, "sft" if SAMPLE in stage else stage, cfg.pairs)
-        result = common.attempt(*job_of(cfg, work, temp, base, case, min(A_JOB, left)))
+        try:  # what goes before a job can fail too: a folder of weights, a reference pass
+            work = prepare(cfg, temp, model, kind, "sft" if SAMPLE in stage else stage, cfg.pairs)
+            result = common.attempt(*job_of(cfg, work, temp, base, case, min(A_JOB, left)))
+        except Exception as error:
+            result = {"error": common.last_line(error)}
         if "error" in result:
             row = {"error": result["error"]}
             print(f"{label:52}failed: {result['error'][:100]}", flush=True)

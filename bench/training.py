@@ -96,7 +96,7 @@ def trl_jobs(cfg: Config, work: Work, temp: Path, stage: str, base: dict, settin
     job = base | {"stage": stage, "folder": work.folder, "data": work.data, "temp": temp / "trl"}
     settings = {}
     for name, more in (settings_of or TRL_SETTINGS).items():
-        per_forward = more.get("per_device_train_batch_size", min(cfg.batch_size, 8))  # transformers' default is 8
+        per_forward = min(cfg.batch_size, more.get("per_device_train_batch_size", 8))  # transformers' default is 8
         settings[name] = more | {
             "per_device_train_batch_size": per_forward, "gradient_accumulation_steps": cfg.batch_size // per_forward,
             "learning_rate": cfg.lr, "use_cpu": base["device"] == "cpu", "bf16": base["dtype"] == "bfloat16", "seed": cfg.seed,
