@@ -4,17 +4,13 @@ import itertools
 import sys
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo
 import logprobs
 import sft
 from bench import pretended
-from data.batch import batches
-from data.encode import Encoded
 from runtime import optim
 from runtime.distributed import Compute
 from runtime.keys import TrainKeys
@@ -124,21 +120,3 @@ def test_found_inf_keeps_a_step_from_the_weights(name):
     plain, finite, kept = weights
     assert all(map(torch.equal, plain, finite)) and all(map(torch.equal, before, kept))
     assert not any(map(torch.equal, plain, kept))
-
-
-def test_weights_are_cast_once_a_step():
-    """To bfloat16, whatever the number of micro-batches."""
-    model, rng = tiny.gpt(), np.random.default_rng(0)
-    ids = rng.integers(0, 101, (3, 2, 9)).astype(np.int32)
-    items = [Encoded(prompt, [completion], i, i) for i, (prompt, completion) in enumerate(ids)]
-    shape, casts = model.blocks[0].mlp.fc.weight.shape, []
-
-    class Casts(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._to_copy.default and args[0].shape == shape and kwargs["dtype"] == torch.bfloat16:
-                casts.append(shape)
-            return func(*args, **(kwargs or {}))
-
-    with Casts():
-        sft.backward(model, list(batches(items, [[[0]], [[1]], [[2]]])), 27, Compute(torch.device("cpu"), torch.bfloat16))
-    assert len(casts) == len(model.blocks)
