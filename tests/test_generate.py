@@ -9,7 +9,7 @@ import torch
 
 import generate
 import weights
-from generate import draw, exponential_noise, greedy, lay_out, stream
+from generate import draw, exponential_noise, greedy, lay_out, noise_keys, stream
 from model import GPT
 from tests import peers, tiny
 
@@ -198,15 +198,15 @@ def test_draws_follow_the_distribution():
         ({"temperature": 1.0, "top_p": 0.7}, torch.tensor([1.0, 0, 0, 0, 0, 1]) * logits.exp()),  # 0.46 + 0.28
     ):
         p = p / p.sum()
-        counts = torch.bincount(torch.tensor(draw(logits.repeat(len(places), 1), places, **how)), minlength=6)
+        counts = torch.bincount(draw(logits.repeat(len(places), 1), noise_keys(places, 0), **how), minlength=6)
         assert not counts[p == 0].any()
         want = p[p > 0] * len(places)
         assert ((counts[p > 0] - want) ** 2 / want).sum() < 20.5, how
-    rows, few = torch.randn(300, 97, generator=torch.Generator().manual_seed(0)), places[:300]
+    rows, few = torch.randn(300, 97, generator=torch.Generator().manual_seed(0)), noise_keys(places[:300], 4)
     for cold in (0, 1e-50, 1e-40, 1e-7):
-        assert draw(rows, few, temperature=cold, top_k=5, top_p=0.9) == rows.argmax(-1).tolist()
-    noise = exponential_noise(torch.arange(97), few, 4)
-    assert draw(rows, few, temperature=0.7, seed=4) == ((rows / 0.7).softmax(-1) / noise).argmax(-1).tolist()
+        assert torch.equal(draw(rows, few, temperature=cold, top_k=5, top_p=0.9), rows.argmax(-1))
+    noise = exponential_noise(torch.arange(97), few)
+    assert torch.equal(draw(rows, few, temperature=0.7), ((rows / 0.7).softmax(-1) / noise).argmax(-1))
 
 
 @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}, {"top_k": 1}, {"top_p": 1e-9}])
@@ -220,15 +220,16 @@ def test_what_is_kept_is_what_transformers_keeps(how):
     if "top_p" in how:
         kept = transformers.TopPLogitsWarper(how["top_p"])(None, kept)
     allowed = set(kept[0].isfinite().nonzero()[:, 0].tolist())
-    places = [(0, 0, k) for k in range(500)]
-    drawn = set(draw(logits.expand(500, -1), places, temperature=1.0, **how))
+    keys = noise_keys([(0, 0, k) for k in range(500)], 0)
+    drawn = set(draw(logits.expand(500, -1), keys, temperature=1.0, **how).tolist())
     assert drawn <= allowed and len(drawn) > min(len(allowed), 150) / 2
 
 
 def test_noise_is_exponential_and_independent():
     """Between places, and between ids."""
     places = [(i, j, k) for i in range(4) for j in range(2) for k in range(4)]
-    e = exponential_noise(torch.arange(20000), places, 0)
+    keys = noise_keys(places, 0)
+    e = exponential_noise(torch.arange(20000), keys)
     assert e.shape == (32, 20000) and e.min() > 0 and e.isfinite().all()
     u, n = (-e).exp(), e.numel()
     counts = torch.histc(u, 100, 0, 1)
@@ -236,6 +237,6 @@ def test_noise_is_exponential_and_independent():
     by_place, by_id = torch.corrcoef(e), torch.corrcoef(e[:, :200].T)
     assert (by_place - torch.eye(32)).abs().max() < 6 / 20000**0.5
     assert (by_id - torch.eye(200)).abs().mean() < 1 / 32**0.5
-    few = exponential_noise(torch.tensor([[7, 3], [3, 19999]]), places[:2], 0)
+    few = exponential_noise(torch.tensor([[7, 3], [3, 19999]]), keys[:2])
     assert torch.equal(few, torch.stack([e[0, [7, 3]], e[1, [3, 19999]]])), "a function of the id, not of where it stands"
-    assert not torch.equal(exponential_noise(torch.arange(9), places, 1), e[:, :9])
+    assert not torch.equal(exponential_noise(torch.arange(9), noise_keys(places, 1)), e[:, :9])
