@@ -168,6 +168,10 @@ def stream(
     def pick(x: Tensor, keys: Tensor) -> Tensor:
         return draw(model.project(x, n_ids, head), keys, **how)
 
+    def one_step(x: Tensor, drafts: list[Draft]) -> list[list[int]]:  # [step][draft], as FixedSteps gives
+        keys = noise_keys([place for b in drafts for place in b.places(1)], seed)
+        return [pick(x, keys.to(x.device)).tolist()]
+
     steps = FixedSteps(model, cache, STEPS[kind], pick) if STEPS[kind] > 1 and not sharded else None
     model.eval()
     try:
@@ -178,13 +182,9 @@ def stream(
                 live += take(queue, free, CPU_PREFILL_TOKENS if kind == "cpu" else PREFILL_TOKENS)
                 x = prefill(model, live[first:], cache, first, ready)
                 ready = {number: read for number, read in ready.items() if queue and queue[-1].number == number}
+                tokens = one_step(x, live[first:])
             else:
-                first, x = 0, None if steps else decode(model, live, cache)
-            if x is None:
-                tokens = steps(live, seed)
-            else:
-                keys = noise_keys([place for b in live[first:] for place in b.places(1)], seed)
-                tokens = [pick(x, keys.to(x.device)).tolist()]  # [step][row]
+                first, tokens = 0, steps(live, seed) if steps else one_step(decode(model, live, cache), live)
             for row in reversed(range(first, len(live))):
                 b = live[row]
                 for token in (drawn[row - first] for drawn in tokens):
@@ -366,7 +366,7 @@ def _draw(logits: Tensor, keys: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         if ids.dim() == 1:
             # on a CPU sorting all would take longer than the model; on CUDA the host must not look
-            for width in (size,) if p.is_cuda else (1024, 8192, size):
+            for width in (1024, 8192, size) if p.device.type == "cpu" else (size,):
                 top, ids = p.topk(min(width, size))
                 if width >= size or top.sum(-1).min() >= top_p:
                     break
