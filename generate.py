@@ -307,7 +307,8 @@ class FixedSteps:
         token, position = self.inputs[:rows, :2].long().T
         for k, drawn in enumerate(self.drawn[:, :rows]):
             position = position.clamp(max=window - 1)
-            x = self.model.states(token[:, None], position[:, None], Decode(self.cache, position, window))[:, 0]
+            attention = Decode(self.cache, position, window)
+            x = self.model.states(token[:, None], attention.position[:, None], attention)[:, 0]
             drawn.copy_(self.pick(x, self.inputs[:rows, 2 + 2 * k : 4 + 2 * k]))
             token, position = drawn.clamp(min=0), position + 1
 
