@@ -5,6 +5,7 @@ for number, sample, tokens in stream(model, {0: [464, 3290]}, 20, stop=50256, n=
 
 import math
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,11 @@ from logprobs import LanguageModel, attend
 from lora import Linear
 
 Stop = int | Collection[int]
+Place = tuple[int, int, int]  # of a token: the prompt's number, which of its samples, position in the completion
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 8192, 2048  # most tokens of prompts that one forward reads
+STEPS = {"cpu": 1, "cuda": 8}  # tokens a row that a device makes before the host looks at them
+LOGITS_HELD = 8  # copies of a row's logits, or tensors as large, that drawing holds: counted in `draw`, not measured
+WINDOW = 128  # on CUDA the positions that are looked at are rounded up to a multiple of this
 
 
 class KVCache:
@@ -52,15 +57,20 @@ class Prefill:
 
 
 class Decode:
-    """Attention of one new token a row over the cache's first rows, which hold `lengths` tokens each; it adds the new token."""
+    """Attention of one new token a row over the cache's first rows, which hold `lengths` tokens each; it adds the new token.
 
-    def __init__(self, cache: KVCache, lengths: list[int]):
-        self.cache, device = cache, cache.kv.device
-        self.position = torch.tensor(lengths, device=device)
-        # for a single row plain numbers: no kernel that scatters
-        self.at = (torch.arange(len(lengths), device=device), self.position) if len(lengths) > 1 else (0, lengths[0])
-        self.window, self.mask = max(lengths) + 1, None  # positions that the rows look at
-        if min(lengths) + 1 < self.window:  # 0 or -inf, (rows, 1, 1, window): from booleans every layer would make it
+    lengths: a list; or a tensor that the host does not read, and `window`, the positions that the rows look at, of which
+    none may hold more than window - 1 tokens.
+    """
+
+    def __init__(self, cache: KVCache, lengths: list[int] | Tensor, window: int = 0):
+        self.cache, self.fixed, device = cache, window > 0, cache.kv.device
+        self.position = torch.as_tensor(lengths, device=device)
+        self.at = torch.arange(len(lengths), device=device), self.position
+        if len(lengths) == 1 and not self.fixed:
+            self.at = 0, lengths[0]  # plain numbers: no kernel that scatters
+        self.window, self.mask = window or max(lengths) + 1, None
+        if self.fixed or min(lengths) + 1 < self.window:  # 0 or -inf, (rows, 1, 1, window): from booleans every layer would
             beyond = torch.arange(self.window, device=device).gt(self.position[:, None])[:, None, None]
             self.mask = cache.kv.new_zeros(beyond.shape).masked_fill_(beyond, -math.inf)
 
@@ -73,6 +83,8 @@ class Decode:
         self.keys[row, :, position] = k[:, :, 0]
         self.values[row, :, position] = v[:, :, 0]
         keys, values = (cached[: len(q), :, : self.window] for cached in (self.keys, self.values))
+        if self.fixed:  # query heads that share keys are so many queries: CUDA's kernels with a mask know no groups of heads
+            return attend(q.reshape(len(q), k.size(1), -1, q.size(3)), keys, values, self.mask).reshape(q.shape)
         return attend(q, keys, values, self.mask)
 
 
@@ -90,9 +102,9 @@ class Draft:
         """Tokens whose keys and values are in the cache: all but the last one."""
         return len(self.prompt) + max(0, len(self.tokens) - 1)
 
-    @property
-    def place(self) -> tuple[int, int, int]:
-        return self.number, self.sample, len(self.tokens)
+    def places(self, steps: int) -> list[Place]:
+        """Those of the next tokens."""
+        return [(self.number, self.sample, len(self.tokens) + k) for k in range(steps)]
 
 
 # a prompt's number -> a cache, its row there, and the state at its last token, (n_embd,)
@@ -124,6 +136,7 @@ def stream(
     n_ids: int | None = None,
     batch_size: int = 0,
     ended: Callable[[list[int]], bool] | None = None,
+    seed: int = 0,
     **how,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """n completions of every prompt {number: tokens}: (number, which of the n, tokens) as each is finished.
@@ -133,36 +146,57 @@ def stream(
     seed, number and sample alone. `n_ids`: ids that the tokenizer has, where the model's vocabulary is padded.
     Raises FloatingPointError if the model computes logits of nan.
 
-    At most `batch_size` (0: no limit) completions are written at once, a token each a step. One that ends leaves the batch
-    and others take its place, a few at a time; the longest prompts come first, so that those side by side are of like length.
+    At most `batch_size` (0: no limit) completions are written at once, a token each a step; fewer where the memory of a GPU
+    holds no more. One that ends leaves the batch and others take its place, a few at a time; the longest prompts come first,
+    so that those side by side are of like length. On CUDA the host looks at the tokens after `STEPS` steps only, and throws
+    away those behind a completion's end.
     """
+    if not prompts:
+        return
     was_training, block_size = model.training, model.config.block_size
     stops = {stop} if isinstance(stop, int) else stop
     queue = [Draft(i, j, ids) for i, ids in sorted(prompts.items(), key=lambda item: len(item[1])) for j in reversed(range(n))]
-    slots = min(batch_size or len(queue), len(queue))
+    room = min(len(queue[-1].prompt) + max_new_tokens, block_size)
+    sharded = hasattr(model, "set_requires_gradient_sync")  # its processes take the same steps, whatever memory each has
+    slots = min(batch_size or len(queue), len(queue), sys.maxsize if sharded else rows_that_fit(model, room))
     live: list[Draft] = []  # live[r] has row r of the cache
     ready: Ready = {}  # the prompt that was read and has drafts left in the queue
+    cache = KVCache(model, slots, room)
+    kind = cache.kv.device.type
+    head = model.head_weight[:n_ids].to(cache.kv.dtype)  # once for all tokens
+
+    def pick(x: Tensor, keys: Tensor) -> Tensor:
+        return draw(model.project(x, n_ids, head), keys, **how)
+
+    def one_step(x: Tensor, drafts: list[Draft]) -> list[list[int]]:  # [step][draft], as FixedSteps gives
+        keys = noise_keys([place for b in drafts for place in b.places(1)], seed)
+        return [pick(x, keys.to(x.device)).tolist()]
+
+    steps = FixedSteps(model, cache, STEPS[kind], pick) if STEPS[kind] > 1 and not sharded else None
     model.eval()
     try:
-        cache = KVCache(model, slots, min(len(queue[-1].prompt) + max_new_tokens, block_size)) if queue else None
         while queue or live:
             free = slots - len(live)
             if queue and (not live or 8 * free >= slots or free >= len(queue)):
                 first = len(live)
-                live += take(queue, free, CPU_PREFILL_TOKENS if cache.kv.device.type == "cpu" else PREFILL_TOKENS)
+                live += take(queue, free, CPU_PREFILL_TOKENS if kind == "cpu" else PREFILL_TOKENS)
                 x = prefill(model, live[first:], cache, first, ready)
                 ready = {number: read for number, read in ready.items() if queue and queue[-1].number == number}
+                tokens = one_step(x, live[first:])
             else:
-                first = 0
-                x = decode(model, live, cache)
-            tokens = draw(model.project(x, n_ids), [b.place for b in live[first:]], **how)
+                first, tokens = 0, steps(live, seed) if steps else one_step(decode(model, live, cache), live)
             for row in reversed(range(first, len(live))):
-                b, token = live[row], tokens[row - first]
-                if token not in stops:
+                b = live[row]
+                for token in (drawn[row - first] for drawn in tokens):
+                    if token == NOT_FINITE:
+                        raise FloatingPointError("the model's output is not finite")
+                    if token in stops:
+                        break
                     b.tokens.append(token)
-                    full = len(b.tokens) == max_new_tokens or b.read == block_size
-                    if not full and not (ended and ended(b.tokens)):
-                        continue
+                    if len(b.tokens) == max_new_tokens or b.read == block_size or (ended and ended(b.tokens)):
+                        break
+                else:
+                    continue
                 last = live.pop()
                 if last is not b:  # the last row fills the hole
                     live[row] = last
@@ -170,6 +204,21 @@ def stream(
                 yield b.number, b.sample, b.tokens
     finally:
         model.train(was_training)
+
+
+def rows_that_fit(model: LanguageModel, room: int) -> int:
+    """Rows of a cache, with their logits, that 3/4 of a GPU's free memory holds, at least 1: the rest is for reading prompts.
+    On a CPU without a limit."""
+    row = KVCache(model, 1, room).kv.nbytes + LOGITS_HELD * 4 * model.config.vocab_size
+    return max(1, free_memory(model.embedding.weight.device) * 3 // 4 // row)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nothing is kept in."""
+    if device.type != "cuda":
+        return sys.maxsize
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for the next tensors
+    return torch.cuda.mem_get_info(device)[0] + spare
 
 
 def take(queue: list[Draft], most: int, most_tokens: int) -> list[Draft]:
@@ -212,6 +261,58 @@ def decode(model: LanguageModel, live: list[Draft], cache: KVCache) -> Tensor:
     return model.states(tokens, attention.position[:, None], attention)[:, 0]
 
 
+class FixedSteps:
+    """Several steps of `decode` and `pick` without the host, on rows and windows of few sizes: for CUDA.
+
+    A size is run as it is when it first comes, and captured as a CUDA graph when it comes again: launching the kernels one by
+    one takes longer than they take. What changes from call to call stands in tensors that stay where they are.
+
+    pick: (state (rows, n_embd), noise keys (rows, 2)) -> tokens (rows,).
+    """
+
+    def __init__(self, model: LanguageModel, cache: KVCache, n: int, pick: Callable[[Tensor, Tensor], Tensor]):
+        self.model, self.cache, self.n, self.pick = model, cache, n, pick
+        self.rows, self.room, device = cache.kv.size(2), cache.kv.size(4), cache.kv.device
+        # of a row: its last token, that token's position, and two numbers a step from which the noise is made
+        self.inputs = torch.zeros(self.rows, 2 + 2 * n, dtype=torch.int32, device=device)
+        self.drawn = torch.zeros(n, self.rows, dtype=torch.long, device=device)
+        self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph | None] = {}  # None: of a size that came once
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __call__(self, live: list[Draft], seed: int) -> list[list[int]]:
+        """The live drafts' next `n` tokens each, [step][draft]. A draft's tokens behind its end mean nothing."""
+        rows = min(2 ** (len(live) - 1).bit_length(), self.rows)
+        window = min(-(-(max(b.read for b in live) + self.n) // WINDOW) * WINDOW, self.room)
+        standing = torch.tensor([(b.tokens[-1], b.read) for b in live], dtype=torch.int32)
+        keys = noise_keys([place for b in live for place in b.places(self.n)], seed)
+        self.inputs[: len(live)] = torch.cat([standing, keys.view(len(live), -1)], 1)
+        self.launch(rows, window)
+        return self.drawn[:, : len(live)].tolist()
+
+    def launch(self, *size: int) -> None:
+        """`steps` of (rows, window)."""
+        if size not in self.graphs or self.pool is None:
+            self.graphs[size] = None
+            return self.steps(*size)
+        if self.graphs[size] is None:
+            self.graphs[size] = torch.cuda.CUDAGraph()
+            # the pool: graphs that run one after the other share memory. thread_local: other threads may wait for the GPU
+            with torch.cuda.graph(self.graphs[size], self.pool, capture_error_mode="thread_local"):
+                self.steps(*size)
+        self.graphs[size].replay()
+
+    def steps(self, rows: int, window: int) -> None:
+        """From the first rows of `inputs` to those of `drawn`. Rows that hold no draft, or one that has ended, only must stay
+        within the window."""
+        token, position = self.inputs[:rows, :2].long().T
+        for k, drawn in enumerate(self.drawn[:, :rows]):
+            position = position.clamp(max=window - 1)
+            attention = Decode(self.cache, position, window)
+            x = self.model.states(token[:, None], attention.position[:, None], attention)[:, 0]
+            drawn.copy_(self.pick(x, self.inputs[:rows, 2 + 2 * k : 4 + 2 * k]))
+            token, position = drawn.clamp(min=0), position + 1
+
+
 # --- a CPU's layout of the weights -----------------------------------------------------------------------------------
 
 
@@ -237,33 +338,25 @@ def _blocked_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def draw(
-    logits: Tensor,
-    places: list[tuple[int, int, int]],
-    *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[int]:
-    """A token for each row of logits (rows, vocab), float32; `places`: its (prompt number, sample, position).
+NOT_FINITE = -1  # in the place of a token
+
+
+def draw(logits: Tensor, keys: Tensor, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """A token for each row of logits (rows, vocab), float32 -> (rows,); `keys`: its `noise_keys`, (rows, 2).
 
     Softmax at `temperature` (below 1e-6: the likeliest token); of that the `top_k` likeliest (0: all); of those the fewest
     likeliest that have `top_p` of their probability. Of what is left the token with the largest p / e is taken, e exponential
     noise: that is a draw from p (the Gumbel-max trick). Unlike one uniform number compared with running sums, it gives
     another token for logits that differ by rounding only where two tokens are that close.
-    Raises FloatingPointError for a row whose largest logit is nan (one of its logits is) or infinite.
+    NOT_FINITE stands for a row whose largest logit is nan (one of its logits is) or infinite.
     """
     most, tokens = logits.max(-1)
     if temperature >= 1e-6:  # one that is 0 in float32 would make 0 / 0 of the likeliest
-        tokens = _draw((logits - most[:, None]) / temperature, places, top_k, top_p, seed)
-    found = tokens.masked_fill(~most.isfinite(), -1).tolist()  # marked on the device: looking there would be one more wait
-    if -1 in found:
-        raise FloatingPointError("the model's output is not finite")
-    return found
+        tokens = _draw((logits - most[:, None]) / temperature, keys, top_k, top_p)
+    return tokens.masked_fill(~most.isfinite(), NOT_FINITE)  # marked on the device: looking there would be one more wait
 
 
-def _draw(logits: Tensor, places: list[tuple[int, int, int]], top_k: int, top_p: float, seed: int) -> Tensor:
+def _draw(logits: Tensor, keys: Tensor, top_k: int, top_p: float) -> Tensor:
     """`draw` from logits that the temperature has divided -> (rows,) token ids."""
     p = logits.softmax(-1)
     size = p.size(-1)
@@ -273,24 +366,30 @@ def _draw(logits: Tensor, places: list[tuple[int, int, int]], top_k: int, top_p:
         p = p / p.sum(-1, keepdim=True)
     if top_p < 1:
         if ids.dim() == 1:
-            for width in (1024, 8192, size):  # sorting all would take longer than the model
+            # on a CPU sorting all would take longer than the model; on CUDA the host must not look
+            for width in (1024, 8192, size) if p.device.type == "cpu" else (size,):
                 top, ids = p.topk(min(width, size))
-                if top.sum(-1).min() >= top_p:
+                if width >= size or top.sum(-1).min() >= top_p:
                     break
             p = top
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
-    best = (p / exponential_noise(ids, places, seed)).argmax(-1, keepdim=True)
+    best = (p / exponential_noise(ids, keys)).argmax(-1, keepdim=True)
     return ids.expand_as(p).gather(1, best)[:, 0]
 
 
-def exponential_noise(ids: Tensor, places: list[tuple[int, int, int]], seed: int) -> Tensor:
-    """Exponential random numbers (rows, ids), a function of seed, place of the row, and id alone, on any device.
+def noise_keys(places: list[Place], seed: int) -> Tensor:
+    """A key of 64 bits for each place, by a cryptographic hash: (places, 2) int32."""
+    keys = b"".join(blake2b(struct.pack("<4q", seed, *place), digest_size=8).digest() for place in places)
+    return torch.frombuffer(bytearray(keys), dtype=torch.int32).view(-1, 2)
 
-    A 64-bit key a row, by a cryptographic hash; with it each id is scrambled by multiplications and shifts as in
-    MurmurHash3's finalizer (Appleby 2011), all modulo 2^32.
+
+def exponential_noise(ids: Tensor, keys: Tensor) -> Tensor:
+    """Exponential random numbers (rows, ids), a function of the row's key and the id alone, on any device.
+
+    With the key each id is scrambled by multiplications and shifts as in MurmurHash3's finalizer (Appleby 2011), all modulo
+    2^32.
     """
-    keys = [struct.unpack("<2i", blake2b(struct.pack("<4q", seed, *place), digest_size=8).digest()) for place in places]
-    a, b = torch.tensor(keys, dtype=torch.int32, device=ids.device).T.unsqueeze(-1)  # each (rows, 1)
+    a, b = keys.T.unsqueeze(-1)  # each (rows, 1)
     x = (ids.int() * -1640531527) ^ a  # 2^32 / golden ratio
     for shift, multiplier in ((16, -2048144789), (13, -1028477387)):
         x ^= (x >> shift) & (2 ** (32 - shift) - 1)  # a logical shift

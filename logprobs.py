@@ -106,16 +106,17 @@ class LanguageModel(nn.Module):
         x = self.states(tokens, positions, Packed(None))
         return self.project(x.flatten(0, 1)).unflatten(0, tokens.shape)
 
-    def project(self, x: Tensor, n_ids: int | None = None) -> Tensor:
-        """What the last block gives, (rows, n_embd) -> float32 logits of the first `n_ids` tokens (None: all)."""
-        x, w = self.norm(x), self.head_weight
+    def project(self, x: Tensor, n_ids: int | None = None, w: Tensor | None = None) -> Tensor:
+        """What the last block gives, (rows, n_embd) -> float32 logits of the first `n_ids` tokens (None: all). w: those
+        tokens' rows of `head_weight` in the dtype of products, where they were cast before."""
+        x, w = self.norm(x), self.head_weight[:n_ids] if w is None else w
         h, b = self.head.lora.down(x) if self.head.lora else (None, None)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.head.product is not None:
             logits = self.head.product(x)[:, :n_ids]
         else:  # for a few rows the large matrix on the left is up to twice as fast on a CPU
-            logits = _float32_product(w[:n_ids].to(x.dtype), x.T).T.contiguous()
+            logits = _float32_product(w.to(x.dtype), x.T).T.contiguous()
         return logits if h is None else _add_product(logits, h.to(x.dtype), b[:n_ids].T.to(x.dtype))
 
     def inside(self, work, *args, **kwargs):

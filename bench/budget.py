@@ -75,8 +75,9 @@ def step(items: list[Encoded], model: GPTConfig, micro_tokens: int = 4096) -> di
 def layout(items: list[Encoded], micro_tokens: int) -> tuple[int, int]:
     """How many forwards a step on CUDA takes, and how many positions, padding included."""
     compute = Compute(torch.device("cuda:0"), torch.bfloat16)
-    micros = plan_once(items, micro_tokens, compute.spare_padding)[0]
-    shapes = [collate([[items[i] for i in row] for row in rows], compute.row_multiple).tokens.shape for rows in micros]
+    multiple = compute.row_multiple(micro_tokens)
+    micros = plan_once(items, micro_tokens, multiple)[0]
+    shapes = [collate([[items[i] for i in row] for row in rows], multiple).tokens.shape for rows in micros]
     return len(shapes), sum(shape.numel() for shape in shapes)
 
 

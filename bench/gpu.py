@@ -21,7 +21,7 @@ from bench.training import each_step, our_job, trl_jobs
 
 SETTINGS = {  # of this project's scripts
     "plain": {},
-    "compiled": {"compile": "true"},
+    "eager": {"compile": "false"},
     "packed": {"row_len": 4096},
     "activation checkpointing": {"activation_checkpointing": "true"},
 }

@@ -28,8 +28,6 @@ from torch.utils._foreach_utils import _foreach_supported_types as clip_types
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import logprobs
-
 aten = torch.ops.aten
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # take an index from the CPU too, and wait
 ACROSS = {aten._to_copy, aten.copy_} | INDEXING
@@ -178,11 +176,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, **_) -> Tens
     return torch.mm(a, b) if dtype is None else torch.mm(a.to(dtype), b.to(dtype))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype | None = None, *, beta=1, alpha=1, **_) -> Tensor:
+def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype | None = None, *, beta=1, alpha=1, out=None) -> Tensor:
     """addmm, also with `out_dtype`."""
-    if dtype is None:
-        return torch.addmm(total, a, b, beta=beta, alpha=alpha)
-    return beta * total + alpha * product(a, b, dtype)
+    found = torch.addmm(total, a, b, beta=beta, alpha=alpha) if dtype is None else beta * total + alpha * product(a, b, dtype)
+    return found if out is None else out.copy_(found)
 
 
 def flash(q, k, v, dropout=0.0, causal=False, _debug=False, scale=None):
@@ -274,18 +271,6 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, is_causal, scale=scale)[0]
 
 
-def flex(q, k, v, block_mask, enable_gqa=False):
-    """A compiled flex_attention: the block mask's rule, written out once, and not counted."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    if not hasattr(block_mask, "written_out"):
-        before, seen = OnGPU.seen.copy(), OnGPU.seen
-        allowed = create_mask(block_mask.mask_mod, q.size(0), None, q.size(2), k.size(2), device=GPU)
-        block_mask.written_out = torch.where(allowed, 0.0, -math.inf)
-        seen.kernels, seen.syncs = before.kernels, before.syncs
-    return attention(q, k, v, block_mask.written_out, enable_gqa=enable_gqa)
-
-
 def grouped(tensors, with_indices: bool = False) -> dict:
     """torch's lists of tensors by device and dtype, which are made in C++."""
     found = REAL_GROUPS(tensors, with_indices)
@@ -311,6 +296,7 @@ ANSWERS = {
     "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1, "current_device": 0,
     "get_device_name": "a pretended GPU", "get_device_capability": (9, 0), "mem_get_info": (80 * 10**9,) * 2,
     "max_memory_allocated": 0, "memory_allocated": 0, "memory_reserved": 0, "is_current_stream_capturing": False,
+    "graph_pool_handle": None,
     "get_device_properties": SimpleNamespace(total_memory=80 * 10**9, name="a pretended GPU", major=9, minor=0),
     "get_rng_state": torch.get_rng_state(),
     **dict.fromkeys(("_lazy_init", "set_device", "set_rng_state", "manual_seed_all", "empty_cache", "reset_peak_memory_stats")),
@@ -340,7 +326,6 @@ def gpu() -> Iterator[Seen]:
         stack.enter_context(mock.patch.object(torch, "autocast", Autocast))
         stack.enter_context(mock.patch.object(torch, "inference_mode", torch.no_grad))  # it knows no tensors like these
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(mock.patch.object(logprobs, "_compiled_flex", flex, create=True))
         stack.enter_context(mock.patch("runtime.run.peak_flops", lambda *_: 1.0))  # its product is too large for a CPU
         for known in (optimizer_types, clip_types):
             known.append(OnGPU)

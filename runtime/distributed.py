@@ -65,9 +65,12 @@ class Compute:
         return max(128, micro_tokens // 128 * 128) if self.device.type == "cuda" else 1
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        name, note = f"{torch.get_num_threads()} threads", ""
+        if self.device.type == "cuda":
+            name = f"{torch.cuda.get_device_name(self.device)}, {self.memory / 1e9:.1f} GB"
+            note = "" if has_bfloat16() else "; this GPU has no bfloat16 of its own, and float32 is faster there"
         many = f", {self.world} processes" if self.world > 1 else ""
-        return f"{self.device} ({name}), {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}{many}"
+        return f"{self.device} ({name}), {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}{many}{note}"
 
     def once(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0 and hand its result (pickled) to all; a UserError or OSError of it is raised on all."""
@@ -104,8 +107,8 @@ class Compute:
 def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     """Choose device and dtype, and join the other processes where torchrun started several.
 
-    `auto`: CUDA where there is one (under torchrun the one of this process's local rank), bfloat16 on CUDA that has it,
-    else float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there.
+    `auto`: CUDA where there is one (under torchrun the one of this process's local rank), bfloat16 on a GPU that has it, else
+    float32. On every rank but 0 standard output goes nowhere. Raises UserError for a device that is not there.
     """
     rank, world, local = (_number(name, least) for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -121,8 +124,10 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
+    if where.type == "cuda":
+        torch.cuda.set_device(where.index or 0)
     if dtype == "auto":
-        dtype = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if where.type == "cuda" and has_bfloat16() else "float32"
     if where.type == "cpu":
         keep_freed_memory()
     else:  # sums within a matrix product stay float32
@@ -133,13 +138,16 @@ def setup(device: str = "auto", dtype: str = "auto") -> Compute:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(f"WORLD_SIZE is {world} but {name} is not set: start with torchrun --nproc_per_node {world}")
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
     if not dist.is_initialized():
         join(rank, world, where)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return Compute(where, DTYPES[dtype], rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16 (NVIDIA's since Ampere, 2020): torch emulates it on older ones, which is slow."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def join(rank: int, world: int, device: torch.device) -> None:

@@ -40,9 +40,9 @@ def forward_memory(
 ) -> dict[str, int]:
     """Bytes on this process, by what they hold, of one forward and backward pass beside `memory`, without dropout.
 
-    tokens: positions of the micro-batch. predicted: completion tokens among them. card: see `logprobs.logits_rows`. `working` is weights in the form that the
-    products read. In one process: casts to bfloat16. In several: the gathered weights, which stay from micro-batch to
-    micro-batch, and the whole gradient, added up over them.
+    tokens: positions of the micro-batch. predicted: completion tokens among them. card: see `logprobs.logits_rows`.
+    `working` is weights in the form that the products read. In one process: casts to bfloat16. In several: the gathered
+    weights, which stay from micro-batch to micro-batch, and the whole gradient, added up over them.
     """
     c, width = model.config, 2 if bfloat16 else 4
     parameters, blocks = list(model.parameters()), list(model.blocks.parameters())

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import weights
-from generate import draw, exponential_noise, greedy, lay_out, stream
+from generate import draw, exponential_noise, greedy, lay_out, noise_keys, stream
+from llama import Llama, LlamaConfig
 from model import GPT
 from tests import peers, tiny
 
@@ -176,9 +178,151 @@ def test_a_model_of_nan_is_reported(gpt, name, how):
         collect(model, {0: [1], 1: [2, 4]}, 5, **how)
 
 
+# --- steps without the host, as on CUDA --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Call it, and the CPU decodes as CUDA does: 5 tokens at a time, windows of a multiple of 16."""
+
+    def turn_on() -> None:
+        monkeypatch.setitem(generate.STEPS, "cpu", 5)
+        monkeypatch.setattr(generate, "WINDOW", 16)
+
+    return turn_on
+
+
+GROUPED = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, head_dim=8, n_embd=24, n_inner=40, block_size=48, vocab_size=101)
+
+
+def model_of(kind: str):
+    if kind != "grouped heads":
+        return tiny.with_lora(tiny.gpt()) if kind == "lora" else tiny.gpt()
+    model, generator = Llama(GROUPED).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, how", [("gpt2", how) for how in (*DRAWS, {"temperature": 0})] + [("lora", {}), ("grouped heads", {})]
+)
+def test_steps_without_the_host_give_the_same(kind, how, fixed):
+    """Whatever the batch; with ends by a token, by what is written, by the most tokens, and by the context of 48."""
+    model, given = model_of(kind), prompts(9, 47, 101)
+    how = {"new": 13, "stop": 7, "temperature": 1.0, "seed": 11, "n": 2, "ended": lambda ids: ids[-1] % 16 == 3, **how}
+    want = collect(model, given, **how)
+    assert len({len(ids) for ids in want.values()}) > 2
+    fixed()
+    for size in (1, 3, 0):
+        assert collect(model, given, batch_size=size, **how) == want
+
+
+def test_what_is_drawn_behind_an_end_is_not_looked_at(fixed):
+    """What is drawn there may be nan."""
+    model = tiny.gpt()
+    free = collect(model, {0: [1, 2, 3]}, new=4)[0, 0]
+    with torch.no_grad():
+        model.wpe.weight[5] = float("nan")  # where the third token would be read
+    fixed()
+    for end in ({"new": 3}, {"ended": lambda ids: len(ids) == 3}):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            collect(model, {0: [1, 2, 3]})
+        assert collect(model, {0: [1, 2, 3]}, **end)[0, 0] == free[:3]
+
+
+class NeverLook(TorchDispatchMode):
+    """No number of a tensor may become Python's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host looked"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lora", "grouped heads"])
+def test_the_steps_never_wait_for_the_device(kind):
+    model, size, how = model_of(kind), (4, 32), {"temperature": 1.0, "top_k": 7}
+    cache = generate.KVCache(model, 4, 48)
+    steps = generate.FixedSteps(model, cache, 8, lambda x, keys: draw(model.project(x), keys, **how))
+    with torch.no_grad(), NeverLook():
+        steps.steps(*size)
+        with pytest.raises(AssertionError, match="looked"):
+            steps.drawn[0, 0].item()
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_draws_on_cuda_never_wait_for_the_device(how):
+    """Traced with tensors that are on no CPU and hold no numbers: to look at one raises."""
+    logits, keys = torch.empty(4, 3000, device="meta"), torch.empty(4, 2, dtype=torch.int32, device="meta")
+    assert draw(logits, keys, **{"temperature": 1.0, **how}).shape == (4,)
+
+
+def test_sizes_that_come_again_are_captured(fixed, monkeypatch):
+    """Capturing computes nothing, and replaying reads and writes the same memory. Sizes are powers of 2 and multiples of 16."""
+    model, given, how = tiny.gpt(), prompts(20, 20, 101), {"temperature": 1.0, "new": 25, "batch_size": 6, "stop": 7}
+    want = collect(model, given, **how)
+    plain, ran, replayed, graphs = generate.FixedSteps.steps, [], [], []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self.size)
+            plain(*self.captured)
+
+    class capture:
+        def __init__(self, graph, pool, capture_error_mode):
+            graphs.append(graph)
+
+        def __enter__(self):
+            def note(steps, *size):
+                graphs[-1].size, graphs[-1].captured = size, (steps, *size)
+
+            monkeypatch.setattr(generate.FixedSteps, "steps", note)
+
+        def __exit__(self, *_):
+            monkeypatch.setattr(generate.FixedSteps, "steps", run)
+
+    def run(steps, *size):
+        steps.pool = "a GPU's"
+        ran.append(size)
+        plain(steps, *size)
+
+    fixed()
+    monkeypatch.setattr(generate.FixedSteps, "steps", run)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    assert collect(model, given, **how) == want
+    assert len(ran) == len(set(ran)), "each size runs once without a graph"
+    assert len(graphs) == len(set(replayed)) < len(replayed) and set(replayed) <= set(ran)
+    assert {rows for rows, _ in ran} <= {1, 2, 4, 6} and {window for _, window in ran} <= {16, 32, 45}
+
+
+def test_rows_are_as_many_as_fit_into_a_gpus_memory(gpt, monkeypatch):
+    steps, decode = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda model, live, cache: steps.append(len(live)) or decode(model, live, cache))
+    given = prompts(20, 30)
+    want = collect(gpt, given)
+    assert max(steps) == 20
+    room = max(map(len, given.values())) + 20
+    row = 4 * (2 * gpt.config.n_layer * gpt.config.n_embd * room + generate.LOGITS_HELD * gpt.config.vocab_size)
+    for free, rows in ((8 * row, 6), (0, 1)):
+        steps.clear()
+        monkeypatch.setattr(generate, "free_memory", lambda device, free=free: free)
+        assert collect(gpt, given) == want and max(steps) == rows
+
+
+def test_the_head_is_cast_once(monkeypatch):
+    model, asked = tiny.gpt(), []
+    head = GPT.head_weight.fget
+    monkeypatch.setattr(GPT, "head_weight", property(lambda self: asked.append(1) or head(self)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(collect(model, {0: [1, 2, 3]}, new=20)[0, 0]) == 20
+    assert len(asked) == 1
+
+
 @pytest.mark.gpu
 def test_gpu_draws_are_those_of_the_cpu(gpt):
-    given, how = prompts(30, 30), {"temperature": 1.0, "n": 2, "batch_size": 16}
+    given, how = prompts(30, 30), {"new": 60, "temperature": 1.0, "n": 2, "batch_size": 16}
     want = collect(gpt, given, **how)
     found = collect(copy.deepcopy(gpt).cuda(), given, **how)
     assert sum(found[place] == want[place] for place in want) >= 58  # of 60: rounding may turn a draw
@@ -198,15 +342,15 @@ def test_draws_follow_the_distribution():
         ({"temperature": 1.0, "top_p": 0.7}, torch.tensor([1.0, 0, 0, 0, 0, 1]) * logits.exp()),  # 0.46 + 0.28
     ):
         p = p / p.sum()
-        counts = torch.bincount(torch.tensor(draw(logits.repeat(len(places), 1), places, **how)), minlength=6)
+        counts = torch.bincount(draw(logits.repeat(len(places), 1), noise_keys(places, 0), **how), minlength=6)
         assert not counts[p == 0].any()
         want = p[p > 0] * len(places)
         assert ((counts[p > 0] - want) ** 2 / want).sum() < 20.5, how
-    rows, few = torch.randn(300, 97, generator=torch.Generator().manual_seed(0)), places[:300]
+    rows, few = torch.randn(300, 97, generator=torch.Generator().manual_seed(0)), noise_keys(places[:300], 4)
     for cold in (0, 1e-50, 1e-40, 1e-7):
-        assert draw(rows, few, temperature=cold, top_k=5, top_p=0.9) == rows.argmax(-1).tolist()
-    noise = exponential_noise(torch.arange(97), few, 4)
-    assert draw(rows, few, temperature=0.7, seed=4) == ((rows / 0.7).softmax(-1) / noise).argmax(-1).tolist()
+        assert torch.equal(draw(rows, few, temperature=cold, top_k=5, top_p=0.9), rows.argmax(-1))
+    noise = exponential_noise(torch.arange(97), few)
+    assert torch.equal(draw(rows, few, temperature=0.7), ((rows / 0.7).softmax(-1) / noise).argmax(-1))
 
 
 @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}, {"top_k": 1}, {"top_p": 1e-9}])
@@ -220,15 +364,16 @@ def test_what_is_kept_is_what_transformers_keeps(how):
     if "top_p" in how:
         kept = transformers.TopPLogitsWarper(how["top_p"])(None, kept)
     allowed = set(kept[0].isfinite().nonzero()[:, 0].tolist())
-    places = [(0, 0, k) for k in range(500)]
-    drawn = set(draw(logits.expand(500, -1), places, temperature=1.0, **how))
+    keys = noise_keys([(0, 0, k) for k in range(500)], 0)
+    drawn = set(draw(logits.expand(500, -1), keys, temperature=1.0, **how).tolist())
     assert drawn <= allowed and len(drawn) > min(len(allowed), 150) / 2
 
 
 def test_noise_is_exponential_and_independent():
     """Between places, and between ids."""
     places = [(i, j, k) for i in range(4) for j in range(2) for k in range(4)]
-    e = exponential_noise(torch.arange(20000), places, 0)
+    keys = noise_keys(places, 0)
+    e = exponential_noise(torch.arange(20000), keys)
     assert e.shape == (32, 20000) and e.min() > 0 and e.isfinite().all()
     u, n = (-e).exp(), e.numel()
     counts = torch.histc(u, 100, 0, 1)
@@ -236,6 +381,6 @@ def test_noise_is_exponential_and_independent():
     by_place, by_id = torch.corrcoef(e), torch.corrcoef(e[:, :200].T)
     assert (by_place - torch.eye(32)).abs().max() < 6 / 20000**0.5
     assert (by_id - torch.eye(200)).abs().mean() < 1 / 32**0.5
-    few = exponential_noise(torch.tensor([[7, 3], [3, 19999]]), places[:2], 0)
+    few = exponential_noise(torch.tensor([[7, 3], [3, 19999]]), keys[:2])
     assert torch.equal(few, torch.stack([e[0, [7, 3]], e[1, [3, 19999]]])), "a function of the id, not of where it stands"
-    assert not torch.equal(exponential_noise(torch.arange(9), places, 1), e[:, :9])
+    assert not torch.equal(exponential_noise(torch.arange(9), noise_keys(places, 1)), e[:, :9])

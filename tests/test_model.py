@@ -1,5 +1,7 @@
 """GPT-2 against transformers', and rows that share a prompt against one plain sequence a completion."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import weights
+from base.errors import UserError
 from data.batch import collate
 from data.encode import Encoded
 from llama import LlamaConfig
 from lora import LoRAConfig, add_lora
-from model import GPTConfig
+from model import SIZES, GPTConfig
 from report import memory
 from runtime import build, optim
 from runtime.distributed import Compute
@@ -111,3 +112,22 @@ def test_weights_gradients_and_optimizer(optimizer):
     assert sum(t.nbytes for s in update.state.values() for t in s.values() if t.dim()) == formula["optimizer"]
     assert sum(p.nbytes for p in model.parameters()) == formula["weights"]
     assert sum(p.grad.nbytes for p in model.parameters()) == formula["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "tokens", "checkpointing"), [(True, 4096, False), (False, 1024, False), (False, 4096, True)]
+)
+def test_lora_of_gpt2_medium_fits_into_a_gpu_of_8_gb(bfloat16, tokens, checkpointing, monkeypatch):
+    """With 1 GB left for CUDA itself, in bfloat16, and in float32, as cards before Ampere compute. Training all weights of
+    gpt2-large does not fit, and ends before it begins."""
+    card = Compute(torch.device("cuda"), torch.bfloat16 if bfloat16 else torch.float32)
+    monkeypatch.setattr(Compute, "memory", 8 * 10**9)
+    medium, large = (GPTConfig(*SIZES[name]) for name in ("gpt2-medium", "gpt2-large"))
+    formula = memory.needed(medium, tokens, tokens // 2, rank=16, bfloat16=bfloat16, checkpointing=checkpointing)
+    assert sum(formula.values()) < card.memory - 1e9
+    cfg, model = TrainKeys(data="x", out_dir="x", init_from="m"), weights.empty(medium)
+    add_lora(model, LoRAConfig(16, 16.0, model.LINEAR), card.dtype)
+    assert optim.memory(model, cfg.optimizer) == sum(formula[name] for name in ("weights", "gradients", "optimizer"))
+    build.check_memory(cfg, model, card)
+    with pytest.raises(UserError, match=r"take 12\.4 GB on each process, cuda has 8\.0 GB"):
+        build.check_memory(cfg, weights.empty(large), card)

@@ -397,6 +397,20 @@ def test_two_nodes(alone, stage, tmp_path):
     close(metrics(tmp_path / "run"), alone("sigmoid")[0], 1e-5)
 
 
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_the_dtype_of_an_old_gpu(major, dtype, monkeypatch):
+    """Before Ampere (8.0) bfloat16 is emulated: float32 is taken, and the first line of a run says why."""
+    card = SimpleNamespace(major=major, total_memory=16 * 10**9)
+    for name, answer in {"is_available": True, "current_device": 0, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.tensor(0))
+    compute = distributed.setup("cuda")
+    assert compute.dtype == dtype and str(compute).startswith("cuda (a card, 16.0 GB), ")
+    assert str(compute).endswith("; this GPU has no bfloat16 of its own, and float32 is faster there") == (major < 8)
+
+
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
