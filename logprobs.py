@@ -297,9 +297,9 @@ def logits_rows(vocab_size: int, card: int) -> tuple[int, int]:
 def normaliser(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """logits (n, vocab) float32, target (n,) -> log-sum-exp of each row (n,), and the target's logit (n,)."""
     if in_triton(logits):
-        import kernels
+        import head_kernels
 
-        return kernels.normaliser(logits, target)
+        return head_kernels.normaliser(logits, target)
     return torch.logsumexp(logits, 1), logits.gather(1, target[:, None])[:, 0]
 
 
@@ -307,15 +307,15 @@ def derivative(logits: Tensor, lse: Tensor, target: Tensor, grad: Tensor, dtype:
     """d logp_target / d logits = onehot(target) - softmax(logits), times the incoming gradient (n,), in `dtype`. `logits` is
     used up."""
     if in_triton(logits):
-        import kernels
+        import head_kernels
 
-        return kernels.derivative(logits, lse, target, grad, dtype)
+        return head_kernels.derivative(logits, lse, target, grad, dtype)
     d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
     return d.scatter_add_(1, target[:, None], grad[:, None]).to(dtype)
 
 
 def in_triton(logits: Tensor) -> bool:
-    """Whether the kernels of kernels.py work on this tensor; not on one that only pretends to be on a GPU."""
+    """Whether the kernels of head_kernels.py work on this tensor; not on one that only pretends to be on a GPU."""
     return logits.is_cuda and type(logits) is Tensor and find_spec("triton") is not None
 
 

@@ -15,7 +15,7 @@ import torch
 
 import logprobs
 import weights
-from bench import common, pretended
+from bench import common
 from bench.common import Config, prepare
 from bench.training import each_step, our_job, ours_train
 from data import tokenizer
@@ -42,8 +42,8 @@ def watched_forwards(forwards: Counter):
     return mock.patch.object(logprobs.LanguageModel, "forward", counted)
 
 
-def mean(seen: pretended.Seen, forwards: float, n: int, unit: str) -> dict:
-    """A row: everything divided by the `n` units in which it was counted."""
+def mean(seen, forwards: float, n: int, unit: str) -> dict:
+    """A row: everything that was `seen` (a pretended.Seen), divided by the `n` units in which it was counted."""
     return {
         "unit": unit,
         "forwards": forwards / n,
@@ -56,6 +56,8 @@ def mean(seen: pretended.Seen, forwards: float, n: int, unit: str) -> dict:
 
 def training(job: dict) -> dict:
     """A mean step of dpo.py or sft.py after the first."""
+    from bench import pretended
+
     forwards: Counter = Counter()
     with pretended.gpu() as seen, watched_forwards(forwards):
         (first, before), *_, (last, after) = each_step(lambda: (seen.copy(), forwards.total()), job)
@@ -64,6 +66,8 @@ def training(job: dict) -> dict:
 
 def scoring(job: dict) -> dict:
     """A mean forward of the question that precompute_ref.py and eval_mcq.py ask."""
+    from bench import pretended
+
     forwards: Counter = Counter()
     with pretended.gpu() as seen, watched_forwards(forwards):
         compute = distributed.setup("cuda:0", "bfloat16")
@@ -75,6 +79,8 @@ def scoring(job: dict) -> dict:
 
 def sampling(job: dict) -> dict:
     """A mean token of greedy sampling, for all prompts at once: `NEW` tokens more, over `NEW`."""
+    from bench import pretended
+
     found = []
     with pretended.gpu() as seen:
         compute = distributed.setup("cuda:0", "bfloat16")

@@ -74,6 +74,7 @@ def make(model: nn.Module, cfg) -> torch.optim.Optimizer:
     Where the optimizer's `found_inf` (a scalar on the device) is 1, a step leaves the weights as they are: torch's fused AdamW
     reads it by itself, for the others the gradients and the decay become 0.
     """
+    model.state_dict()  # a forward may have come before: FSDP puts back the shards, which are what is trained
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, rest = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     if cfg.optimizer == "adamw":

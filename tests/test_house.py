@@ -12,7 +12,7 @@ FLOORS = {  # from the ground up; every other file at the root is a stage, on th
     "base": 0,
     "losses.py": 1,
     "lora.py": 1,
-    "kernels.py": 1,
+    "head_kernels.py": 1,
     "logprobs.py": 1,
     **dict.fromkeys(FAMILIES, 2),
     "weights.py": 3,
