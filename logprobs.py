@@ -20,6 +20,7 @@ from lora import LoRA, LoRAConfig
 
 # Bytes of logits that a forward on a CPU may keep for backward; past it they are computed again. Bytes that exist at once then.
 LOGITS_BUDGET, LOGITS_CHUNK = 2**28, 2**26
+QUERIES = 128  # of long rows with a mask, on a CPU: how many look at once
 
 
 class LanguageModel(nn.Module):
@@ -230,6 +231,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """
     grouped = q.size(1) != k.size(1)
     causal = q.size(2) > 1 and mask is None  # in this order a bool also while torch.compile traces
+    if q.is_cpu and mask is not None and q.size(2) == k.size(2) > 2 * QUERIES and not torch.compiler.is_compiling():
+
+        def part(start: int) -> Tensor:  # keys behind its queries are masked for all of them
+            end = start + QUERIES
+            seen = q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask[:, :, start:end, :end]
+            return F.scaled_dot_product_attention(*seen, dropout, enable_gqa=grouped)
+
+        return torch.cat([part(start) for start in range(0, q.size(2), QUERIES)], 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
@@ -321,7 +330,10 @@ def in_triton(logits: Tensor) -> bool:
 
 def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:
     """x w^T + h b^T for a part of their rows, float32."""
-    logits = _float32_product(x[part], w.T)
+    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkl.is_available():  # MKL copies w^T first, oneDNN does not
+        logits = torch.ops.mkldnn._linear_pointwise(x[part], w, None, "none", [], "")
+    else:
+        logits = _float32_product(x[part], w.T)
     return logits if h is None else _add_product(logits, h[part], b.T)
 
 

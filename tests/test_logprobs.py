@@ -170,3 +170,32 @@ def test_gpu_rows_equal_those_of_a_cpu(dtype):
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             got = model(batch.to(torch.device("cuda"))).cpu()
     assert (got - want).abs().max() < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attention_in_parts_of_the_queries_equals_the_rule(monkeypatch, kv_heads):
+    """Long rows look in parts of 3 queries, the last one shorter: values and gradients of softmax over all keys, and no part
+    is given the keys behind it."""
+    monkeypatch.setattr(logprobs, "QUERIES", 3)
+    rng, g = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    batch = collate([[example(rng, 5, 3, 4)], [example(rng, 2, 2), example(rng, 1, 3)]])
+    mask = attention_mask(batch.example, batch.branch)
+    length, looked = mask.shape[-1], []
+    assert length == 10
+    qkv = [torch.randn(2, heads, length, 8, generator=g, requires_grad=True) for heads in (2, kv_heads, kv_heads)]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "attention" in str(func):
+                looked.append((args[0].size(2), args[1].size(2)))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        got = attend(*qkv, mask)
+    assert looked == [(3, 3), (3, 6), (3, 9), (1, 10)]
+    q, k, v = qkv[0], *(t.repeat_interleave(2 // kv_heads, 1) for t in qkv[1:])
+    want = (q @ k.mT / 8**0.5 + mask).softmax(-1) @ v
+    torch.testing.assert_close(got, want)
+    weight = torch.randn(got.shape, generator=g)
+    for ours, theirs in zip(*(torch.autograd.grad(y, qkv, weight) for y in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs)
