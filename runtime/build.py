@@ -141,7 +141,7 @@ def load_data(cfg: DataKeys, view: str, tokenizer, model, compute) -> tuple[Sequ
 
     def load(source: str, split: str, limit: int, half: tuple[str, float] | None = None) -> Sequence[Encoded]:
         how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": limit, "min_gap": cfg.min_gap, "half": half}
-        how["unpaired"] = view == "preference"
+        how |= {"unpaired": view == "preference", "end": cfg.add_eos}
         return share(lambda: load_encoded(source, split, view, tokenizer, max_len, cfg.truncation, **how), compute)
 
     if cfg.val_share:

@@ -71,6 +71,7 @@ class DataKeys(ChatKeys, FileKeys):
     val_limit: int = key(1000, "use only the first so many validation problems, 0 = all", least=0)
     max_len: int = key(0, "most tokens of prompt + completion, 0 = the model's context", least=0)
     truncation: str = key("drop", "what to do with longer ones: drop them, or cut the prompt's start", ["drop", "left"])
+    add_eos: bool = key(True, "put end-of-text behind each completion; false where texts were cut off at some length")
     on_mismatch: str = key(
         "error", "what to do with a conversation that does not begin with what asks for its answer", ["error", "drop"]
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from runtime import reference
+from runtime.reference import read
 from tests.conftest import close, contents, dpo_args, flags, good, metrics
 
 
@@ -100,6 +101,22 @@ def test_ref_auto_with_an_adapter(files, sft_run, call, tmp_path):
     assert status == 0 and "making one" in out, err
     for a, b in zip(metrics(tmp_path / "measured"), metrics(tmp_path / "stored"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_completions_that_were_cut_off_have_no_end(files, sft_run, reference, call, tmp_path):
+    """Without end-of-text each of two completions has a token less to predict; a reference of those with it does not fit."""
+    status, printed, err = call(
+        "dpo", *dpo_args(files, sft_run, "auto", tmp_path / "run", max_steps=1, samples=0, add_eos="false")
+    )
+    assert status == 0 and "<|endoftext|>'" not in printed, err
+    cut, whole = (
+        read(next(folder.glob(name)))[1] for folder, name in ((tmp_path, "ref_*"), (reference.parent, reference.name))
+    )
+    assert cut["data_sha256"] != whole["data_sha256"]
+    status, _, err = call(
+        "dpo", *dpo_args(files, sft_run, reference, tmp_path / "other", max_steps=1, samples=0, add_eos="false")
+    )
+    assert status == 2 and "--add_eos False" in err
 
 
 @pytest.mark.slow
