@@ -26,6 +26,9 @@ class Config(FileKeys):
     split: str = key("test", "the split of a recipe (train, val, test) or of the hub's data set")
     view: str = key("prompts", "prompts: prompt and chosen, for sample.py and judges; else as in training", ["prompts", *VIEWS])
     limit: int = key(0, "only the first so many problems, 0 = all", least=0)
+    val_share: float = key(
+        0.0, "only the prompts of a file that sft.py and dpo.py keep back with this val_share", least=0, below=1
+    )
     out: str = key(REQUIRED, "the .jsonl file to write", writes=".jsonl")
 
 
@@ -61,7 +64,8 @@ def main() -> None:
     cfg = config.load(Config, prog="-m data")
     view = "sft" if cfg.view == "prompts" else cfg.view
     how = {"data_dir": cfg.data_dir, "columns": cfg.columns, "limit": cfg.limit, "min_gap": cfg.min_gap}
-    examples = to_text(load(cfg.data, cfg.split, view, **how))
+    half = ("val", cfg.val_share) if cfg.val_share else None
+    examples = to_text(load(cfg.data, cfg.split, view, **how, half=half))
     write_whole(cfg.out, "".join(json.dumps(as_record(e, cfg.view), ensure_ascii=False) + "\n" for e in examples))
     print(f"wrote {cfg.out}: {count(len(examples), 'lines')}")
 

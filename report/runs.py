@@ -17,7 +17,7 @@ from losses import REFERENCE_FREE
 from report.formats import Table
 from report.results import number, results_in, rounded
 from runtime.config import rules
-from runtime.keys import TrainKeys
+from runtime.keys import SCRATCH, TrainKeys
 
 Records = list[dict[str, Any]]
 
@@ -146,9 +146,10 @@ def troubles(label: str, records: Records) -> list[str]:
 
 def differing(settings: list[dict[str, Any]], always: tuple[str, ...] = ()) -> list[str]:
     """The keys in which two runs differ that both have it, and those of `always`. Keys that a resumed run may change do not
-    count."""
+    count, nor the sizes of a model from scratch where there is none."""
     keys = dict.fromkeys(name for run in settings for name in run if name not in FREE)
-    values = {name: {str(run[name]) for run in settings if name in run} for name in keys}
+    sized = [run for run in settings if run.get("init_from") == "scratch"]
+    values = {name: {str(run[name]) for run in (sized if name in SCRATCH else settings) if name in run} for name in keys}
     return [name for name in keys if len(values[name]) > 1 or name in always]
 
 

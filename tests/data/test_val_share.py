@@ -47,6 +47,14 @@ def test_a_share_of_the_prompts_for_validation(answers):
     assert limited == [train[:5], val[:5]]
 
 
+def test_the_prompts_kept_back_as_a_file(answers, call):
+    out = answers / "held_out.jsonl"
+    status, _, err = call("data.__main__", *flags(data=answers / "text.jsonl", val_share=0.1, view="sft", out=out))
+    assert status == 0, err
+    kept = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert kept == halves(answers / "text.jsonl", "sft")[1]
+
+
 def test_a_share_of_a_large_file(answers, monkeypatch):
     """The halves' tokens are kept apart."""
     args = (str(answers / "text.jsonl"), "train", "sft", get("gpt2"), 64, "drop")
