@@ -330,10 +330,7 @@ def in_triton(logits: Tensor) -> bool:
 
 def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:
     """x w^T + h b^T for a part of their rows, float32."""
-    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkl.is_available():  # MKL copies w^T first, oneDNN does not
-        logits = torch.ops.mkldnn._linear_pointwise(x[part], w, None, "none", [], "")
-    else:
-        logits = _float32_product(x[part], w.T)
+    logits = _float32_product(x[part], w.T)
     return logits if h is None else _add_product(logits, h[part], b.T)
 
 

@@ -60,8 +60,9 @@ def training(job: dict) -> dict:
 
     forwards: Counter = Counter()
     with pretended.gpu() as seen, watched_forwards(forwards):
-        (first, before), *_, (last, after) = each_step(lambda: (seen.copy(), forwards.total()), job)
-    return mean(last.since(first), after - before, job["steps"], "step")
+        # a step is read while the next one is under way; the last one, at the end, would have none
+        (first, before), *_, (last, after), _ = each_step(lambda: (seen.copy(), forwards.total()), job)
+    return mean(last.since(first), after - before, job["steps"] - 1, "step")
 
 
 def scoring(job: dict) -> dict:

@@ -264,5 +264,5 @@ def test_the_papers_of_all_losses_can_be_cited():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     urls = {paper["url"] for paper in cited["references"]}
     named = set(re.findall(r"arXiv (\d{4}\.\d{5})", (ROOT / "losses.py").read_text()))
-    assert len(named) == 15 and {f"https://arxiv.org/abs/{number}" for number in named} <= urls
+    assert len(named) == 18 and {f"https://arxiv.org/abs/{number}" for number in named} <= urls
     assert cited["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")

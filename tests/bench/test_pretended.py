@@ -91,7 +91,7 @@ STAGES = {
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_runs_on_a_gpu(stage, name, tmp_path):
     seen, found = stage(name.split(",")[0], **STAGES[name])
-    assert seen.kernels.total() > 100 and seen.kernels["addmm"] + seen.kernels["mm"] > 8
+    assert seen.kernels.total() > 80 and seen.kernels["addmm"] + seen.kernels["mm"] > 8
     if found:  # the same losses as on the CPU in float32, as far as bfloat16 knows them
         for lock in tmp_path.glob("*/.lock"):
             lock.unlink()
