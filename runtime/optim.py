@@ -60,7 +60,7 @@ def forward_memory(
     return {
         "working": working,
         "activations": kept + 12 * predicted * c.n_embd,
-        "logits": 4 * c.vocab_size * (predicted if predicted <= kept_rows else 2 * chunk),
+        "logits": 4 * c.vocab_size * (predicted if predicted <= kept_rows else 2 * min(chunk, predicted)),
     }
 
 

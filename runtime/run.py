@@ -307,7 +307,8 @@ def print_samples(model, tokenizer, items: list, compute, new_tokens: int = 48) 
         return
     for item, ids in zip(items, written, strict=True):
         tail = tokenizer.decode(item.prompt.tolist())[-100:]
-        wanted = tokenizer.decode(item.completions[item.pairs[0][0]].tolist()[:-1])
+        ids = item.completions[item.pairs[0][0]].tolist()
+        wanted = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stops else ids)
         print(f"  prompt …{tail!r}\n    wanted  {wanted[:200]!r}\n    written {tokenizer.decode(ids)[:200]!r}", flush=True)
 
 
