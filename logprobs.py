@@ -198,7 +198,7 @@ def packed(batch, head_dim: int) -> Packed | Sequences:
 
 def is_flash(device: str) -> bool:
     """Whether products on this device are now in a dtype that FlashAttention takes."""
-    return device == "cuda" and torch.is_autocast_enabled(device)
+    return device == "cuda" and torch.is_autocast_enabled(device) and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def may_attend(example: Tensor, branch: Tensor, row, query, key):
@@ -239,6 +239,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
             return F.scaled_dot_product_attention(*seen, dropout, enable_gqa=grouped)
 
         return torch.cat([part(start) for start in range(0, q.size(2), QUERIES)], 2)
+    if grouped and q.is_cuda:  # else no kernel there would do without the whole matrix of scores
+        k, v, grouped = *(t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v)), False
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
@@ -325,7 +327,12 @@ def derivative(logits: Tensor, lse: Tensor, target: Tensor, grad: Tensor, dtype:
 
 def in_triton(logits: Tensor) -> bool:
     """Whether the kernels of head_kernels.py work on this tensor; not on one that only pretends to be on a GPU."""
-    return logits.is_cuda and type(logits) is Tensor and find_spec("triton") is not None
+    return logits.is_cuda and type(logits) is Tensor and has_triton()
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed and knows this GPU: it takes NVIDIA's from compute capability 7.0 (Volta) on."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def _logits(x: Tensor, w: Tensor, h: Tensor | None, b: Tensor | None, part: slice) -> Tensor:

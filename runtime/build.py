@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from data import RECIPES, is_local
 from data.encode import Encoded, column, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
-from logprobs import LanguageModel
+from logprobs import LanguageModel, has_triton
 from lora import add_lora, initial_lora
 from losses import UNPAIRED
 from runtime import config, distributed, optim, reference
@@ -84,7 +83,7 @@ def build_model(cfg: ModelKeys, tokenizer, compute, keep_start: bool = False) ->
         tensors.append(found.adapter.initial(keep_start) if found.adapter else initial_lora(model, cfg.seed))
     if training:
         model.recompute = cfg.activation_checkpointing
-        if cfg.compile == "true" or (cfg.compile == "auto" and compute.device.type == "cuda" and find_spec("triton")):
+        if cfg.compile == "true" or (cfg.compile == "auto" and compute.device.type == "cuda" and has_triton()):
             compile_blocks(model)
         distributed.shard(model, compute, cfg.replicate, optim.memory(model, cfg.optimizer))
     check_memory(cfg, model, compute)

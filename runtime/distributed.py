@@ -234,7 +234,7 @@ def shard(model: nn.Module, compute: Compute, replicate: int = 0, needed: int = 
     from torch.distributed.device_mesh import init_device_mesh
 
     if not replicate:
-        replicate = compute.world if fits(needed, compute) else 1
+        replicate = compute.world if all(compute.gather(fits(needed, compute))) else 1
     sizes = (replicate, compute.world // replicate)
     mesh = init_device_mesh(compute.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     wrap(model, mesh if replicate > 1 else mesh["shard"], compute.dtype)
