@@ -37,7 +37,7 @@ from runtime.keys import TrainKeys
 from runtime.reference import AUTO, Reference, check, command
 from runtime.run import Run, print_samples, summary
 from runtime.score import completion_logps, measured
-from runtime.step import Outcome, Part, seed_dropout, step_batches, to_host
+from runtime.step import Outcome, Part, forwards, seed_dropout, step_batches, to_host
 
 
 @dataclass
@@ -149,20 +149,15 @@ def backward(model, given: list[Batch], items: list[Encoded], ref: Tensor, cfg: 
     if cfg.loss in WHOLE_BATCH and (len(given) > 1 or compute.world > 1):
         gradient = batch_gradient(model, given, items, ref, cfg, compute)
     parts, sums = [], torch.zeros_like(ref)
-    with compute.autocast(False):
-        for n, batch in enumerate(given, start=1):
-            batch = batch.to(compute.device)
-            distributed.sync_gradients(model, n == len(given))
-            with compute.autocast():
-                logps = model(batch)
-            micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions)
-            if gradient is None:
-                loss = objective(as_pairs(micro_sums, ref[batch.at], batch.pairs, batch.lengths, batch.desirable), cfg, items)
-            else:
-                loss = (micro_sums * gradient[batch.at]).sum()  # the chain rule: not the loss, but its gradient is
-            loss.backward()
-            parts.append((loss.detach(), batch.items))
-            sums[batch.at] = micro_sums.detach()
+    for batch, logps in forwards(model, given, compute):
+        micro_sums = losses.completion_sums(logps, batch.completion, batch.n_completions)
+        if gradient is None:
+            loss = objective(as_pairs(micro_sums, ref[batch.at], batch.pairs, batch.lengths, batch.desirable), cfg, items)
+        else:
+            loss = (micro_sums * gradient[batch.at]).sum()  # the chain rule: not the loss, but its gradient is
+        loss.backward()
+        parts.append((loss.detach(), batch.items))
+        sums[batch.at] = micro_sums.detach()
     return parts, sums
 
 

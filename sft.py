@@ -20,7 +20,7 @@ from runtime.build import batch_plan, build_model, build_tokenizer, load_data
 from runtime.keys import TrainKeys
 from runtime.run import Run, print_samples, summary
 from runtime.score import score
-from runtime.step import Outcome, Part, seed_dropout, step_batches
+from runtime.step import Outcome, Part, forwards, seed_dropout, step_batches
 
 
 @dataclass
@@ -38,15 +38,10 @@ def validate(model, items: list[Encoded], compute, micro_tokens: int) -> dict:
 def backward(model, given: list[Batch], predicted: int, compute) -> list[Part]:
     """The gradients of a step, added up over this rank's micro-batches. predicted: tokens of the global batch."""
     parts = []
-    with compute.autocast(False):
-        for n, batch in enumerate(given, start=1):
-            batch = batch.to(compute.device)
-            distributed.sync_gradients(model, n == len(given))
-            with compute.autocast():
-                logps = model(batch)
-            loss = losses.sft(logps, predicted)
-            loss.backward()
-            parts.append((loss.detach(), batch.items))
+    for batch, logps in forwards(model, given, compute):
+        loss = losses.sft(logps, predicted)
+        loss.backward()
+        parts.append((loss.detach(), batch.items))
     return parts
 
 

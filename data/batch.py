@@ -31,7 +31,8 @@ LENGTHS = 16  # different numbers of predicted tokens that rows of one shape may
 
 @dataclass
 class Batch:
-    """Rows as tensors, all int64. The first four are (rows, row_len), the next three (completion tokens,), `keys` (n_keys,),
+    """Rows as tensors, all int64 but `desirable`. The first four are (rows, row_len), the next three (completion tokens,), `keys`
+    is (n_keys,),
     `ends` (2, sequences + 1).
 
     tokens; positions (0.. on each branch, going on from the prompt's end); example (a number within the row, -1 = padding);

@@ -13,6 +13,7 @@ from data import RECIPES, is_local
 from data.encode import Encoded, column, load_encoded
 from data.plan import BatchPlan
 from data.tokenizer import Tokenizer, choose
+from generate import free_memory
 from logprobs import LanguageModel, has_triton
 from lora import add_lora, initial_lora
 from losses import UNPAIRED
@@ -114,8 +115,7 @@ def fitting_tokens(cfg: ModelKeys, model: LanguageModel, compute) -> int:
     if compute.device.type == "cpu":
         return 4096
     optimizer = getattr(cfg, "optimizer", "")
-    free, _ = torch.cuda.mem_get_info(compute.device)
-    free = 0.9 * min(compute.gather(free)) - (optim.memory(model, optimizer) - optim.memory(model))
+    free = 0.9 * min(compute.gather(free_memory(compute.device))) - (optim.memory(model, optimizer) - optim.memory(model))
     how = {"bfloat16": compute.dtype == torch.bfloat16, "processes": compute.world, "card": compute.memory}
     needed = {n: sum(optim.forward_memory(model, n, n, **how).values()) for n in MICRO_TOKENS}
     return max((n for n in MICRO_TOKENS if needed[n] <= free), default=min(MICRO_TOKENS))

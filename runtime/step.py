@@ -17,6 +17,7 @@ from base.errors import UserError
 from data.batch import Batch, batches
 from data.encode import Encoded
 from data.plan import BatchPlan
+from runtime import distributed
 
 T = TypeVar("T")
 Part = tuple[Tensor, list[Encoded]]  # a micro-batch's loss and its examples
@@ -58,6 +59,18 @@ def ahead(values: Iterator[T], compute) -> Iterator[T]:
 def seed_dropout(seed: int, step: int, compute) -> None:
     """Make dropout's random numbers follow from seed, step and rank: a resumed run draws those of one never killed."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, compute.rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def forwards(model, given: list[Batch], compute) -> Iterator[tuple[Batch, Tensor]]:
+    """This rank's micro-batches of a step, on the device, each with the log-probs of its completion tokens. The caller runs the
+    backward pass before it asks for the next one; in that of the last one the gradients of all ranks are added up."""
+    with compute.autocast(False):
+        for n, batch in enumerate(given, start=1):
+            batch = batch.to(compute.device)
+            distributed.sync_gradients(model, n == len(given))
+            with compute.autocast():
+                logps = model(batch)
+            yield batch, logps
 
 
 def to_host(values: Tensor) -> Callable[[], Tensor]:
