@@ -31,9 +31,8 @@ LENGTHS = 16  # different numbers of predicted tokens that rows of one shape may
 
 @dataclass
 class Batch:
-    """Rows as tensors, all int64 but `desirable`. The first four are (rows, row_len), the next three (completion tokens,), `keys`
-    is (n_keys,),
-    `ends` (2, sequences + 1).
+    """Rows as tensors, all int64 but `desirable`. The first four are (rows, row_len), the next three
+    (completion tokens,), `keys` (n_keys,), `ends` (2, sequences + 1).
 
     tokens; positions (0.. on each branch, going on from the prompt's end); example (a number within the row, -1 = padding);
     branch (0 = prompt, 1..k); source (flat position in rows * row_len that predicts); target (token predicted there);
